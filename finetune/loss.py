@@ -1,0 +1,135 @@
+"""The loss, computed only where there are labels and never as one [tokens, vocabulary] tensor.
+
+Letters: N supervised tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+
+# Logits of one chunk, in elements: 2**26 is 256 MiB in fp32 (442 tokens at a vocabulary of 151,748).
+CHUNK_ELEMENTS = 2**26
+
+
+@dataclass
+class SupervisedLoss:
+    """What one batch's supervised tokens say.
+
+    Attributes:
+        loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats.
+        token_count: int64 scalar, how many tokens were supervised.
+        correct_count: int64 scalar, how many of them the most likely token got right.
+    """
+
+    loss_sum: Tensor
+    token_count: Tensor
+    correct_count: Tensor
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of a linear head, with the gradient worked out chunk by chunk in the forward.
+
+    Doing so keeps one chunk of logits alive instead of all of them, and needs no second pass over
+    the vocabulary in the backward. Gradients of the weight are summed in fp32 over the chunks.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunk):
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
+        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            part, target = hidden[start : start + chunk], labels[start : start + chunk]
+            logits = F.linear(part, weight, bias).float()
+            correct += (logits.argmax(dim=-1) == target).sum()
+            log_sum = torch.logsumexp(logits, dim=-1)
+            loss_sum += (log_sum - logits.gather(-1, target[:, None])[:, 0]).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            # d loss_sum / d logits = softmax - one-hot, written over the logits themselves.
+            logits.sub_(log_sum[:, None]).exp_()
+            logits.scatter_add_(-1, target[:, None], logits.new_full((target.numel(), 1), -1.0))
+            slope = logits.to(part.dtype)
+            if need_hidden:
+                hidden_grad[start : start + chunk] = (slope @ weight).to(hidden.dtype)
+            if need_weight:
+                weight_grad += slope.t() @ part
+            if need_bias:
+                bias_grad += slope.sum(dim=0)
+        ctx.grads = (
+            hidden_grad,
+            weight_grad.to(weight.dtype) if need_weight else None,
+            bias_grad.to(bias.dtype) if need_bias else None,
+        )
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    def backward(ctx, loss_slope, _):
+        grads = [None if grad is None else grad * loss_slope.to(grad.dtype) for grad in ctx.grads]
+        ctx.grads = (None, None, None)
+        return (*grads, None, None)
+
+
+class LMHead(nn.Linear):
+    """An output layer that can give the loss instead of the logits.
+
+    It is one module with one call per forward, however many chunks there are: under ZeRO-3 each
+    call of a module is a collective, and ranks have different numbers of supervised tokens.
+    """
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor | SupervisedLoss:
+        """Give logits, or the loss of the tokens in ``labels``.
+
+        Args:
+            hidden: [N, D] (with labels) or [..., D], float.
+            labels: [N] int64 token ids, every one supervised; or None for logits.
+            chunk: Tokens per chunk; by default as many as fill ``CHUNK_ELEMENTS`` logits.
+
+        Returns:
+            [..., V] logits in the dtype of ``hidden``, or a ``SupervisedLoss``.
+        """
+        if labels is None:
+            return F.linear(hidden, self.weight, self.bias)
+        if chunk is None:
+            chunk = max(1, CHUNK_ELEMENTS // self.out_features)
+        loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk)
+        count = torch.tensor(labels.numel(), device=hidden.device)
+        return SupervisedLoss(loss_sum, count, correct)
+
+
+def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> SupervisedLoss:
+    """Select the positions that predict a supervised token, and give their loss.
+
+    Args:
+        head: The output layer, an ``LMHead`` possibly wrapped by an adapter.
+        hidden: [B, T, D] last hidden states.
+        labels: [B, T] int64, token id or -100; position t is predicted from position t - 1.
+
+    Returns:
+        The sums over the batch.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    return head(hidden[:, :-1][supervised], labels=targets[supervised])
+
+
+def as_lm_head(linear: nn.Linear) -> LMHead:
+    """Give the output layer of a transformers LLM the loss-making forward, keeping its parameters.
+
+    The class of the module is changed in place: the parameters stay the same objects, so weight
+    tying and ZeRO-3's partitioning, both done when the layer was made, stay as they are.
+    """
+    linear.__class__ = LMHead
+    return linear

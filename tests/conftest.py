@@ -1,0 +1,12 @@
+"""Shared by all tests: the product's modules are importable as they are under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("finetune", "demo"):
+    sys.path.insert(0, str(ROOT / folder))
+
+torch.set_num_threads(2)
