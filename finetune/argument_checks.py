@@ -1,0 +1,229 @@
+"""Every check of the command line that needs no model.
+
+All problems are collected and raised once, before weights are loaded or processes are joined.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import output_folder
+from deepspeed_setup import DeepSpeedConfigError, read_config
+from hardware import accelerator_count
+from options import DataArguments, LoraArguments, ModelArguments
+
+_AT_LEAST_ONE = (
+    "model_max_length",
+    "max_slice_nums",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",
+)
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
+
+
+class UsageError(ValueError):
+    """A command line, folder or file that can't be used; the message says what to change."""
+
+
+def check_arguments(
+    model: ModelArguments, data: DataArguments, training: Namespace, lora: LoraArguments
+) -> None:
+    """Collect everything that is wrong with a command line.
+
+    Args:
+        model: The model's arguments.
+        data: The data's arguments.
+        training: Values of all fields of ``TrainingArguments``, not yet made into one, because making one
+            joins the processes.
+        lora: The adapter's arguments.
+
+    Raises:
+        UsageError: When anything is wrong; one line per problem.
+    """
+    problems = [
+        *_what_trains(training, lora),
+        *_numbers(training, lora),
+        *_model_folder(model),
+        *_data_files(data, training),
+        *_hardware(model, training),
+        *_no_effect_here(training),
+        *_deepspeed(training),
+        *_output_folder(training),
+    ]
+    raise_problems(problems)
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise all problems as one error; nothing when there is none."""
+    if len(problems) == 1:
+        raise UsageError(problems[0])
+    if problems:
+        listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
+        raise UsageError(f"{len(problems)} problems with the command line:\n{listed}")
+
+
+def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    if training.use_lora and training.tune_llm:
+        yield (
+            "The model cannot simultaneously adjust LLM parameters and apply LoRA. "
+            "Add --tune_llm false for LoRA, or --use_lora false to train all of the LLM's weights."
+        )
+    trained = (training.tune_vision, training.tune_resampler, training.tune_llm, training.use_lora)
+    if not any(trained):
+        yield (
+            "Nothing would be trained: --tune_vision, --tune_resampler, --tune_llm and --use_lora are all "
+            "false. Set at least one to true."
+        )
+    if lora.q_lora and not training.use_lora:
+        yield "--q_lora true needs --use_lora true: weights in 4 bit can only be trained through adapters."
+    if lora.lora_weight_path:
+        yield from _lora_weight_path(training, lora)
+    try:
+        lora.layer_replication  # noqa: B018  (reading it parses it)
+    except ValueError as error:
+        yield str(error)
+
+
+def _lora_weight_path(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    if not training.use_lora:
+        yield "--lora_weight_path is given, but --use_lora is false: add --use_lora true --tune_llm false."
+    if not (Path(lora.lora_weight_path).expanduser() / "adapter_config.json").is_file():
+        yield (
+            f"--lora_weight_path: no adapter_config.json in {lora.lora_weight_path!r}. Give the folder that "
+            "an earlier LoRA run wrote."
+        )
+
+
+def _numbers(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    values = {**vars(training), **vars(lora)}
+    for name in _AT_LEAST_ONE:
+        if values[name] is not None and values[name] < 1:
+            yield f"--{name} is {values[name]}, expected at least 1."
+    for name in _NOT_NEGATIVE:
+        if not (math.isfinite(values[name]) and values[name] >= 0):
+            yield f"--{name} is {values[name]}, expected 0 or more."
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"--lora_dropout is {lora.lora_dropout}, expected a share from 0 to below 1."
+
+
+def _model_folder(model: ModelArguments) -> Iterator[str]:
+    name = model.model_name_or_path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return
+        if (folder / "adapter_config.json").is_file():
+            yield (
+                f"--model_name_or_path {name!r} is an adapter, not a model. Give its base model here, and "
+                "the adapter as --lora_weight_path."
+            )
+        else:
+            yield f"--model_name_or_path {name!r} is a folder without config.json. Give a model's folder."
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        yield (
+            f"--model_name_or_path: there is no folder {name!r}, and it is no Hub id (owner/name) either. "
+            "Check the path."
+        )
+
+
+def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
+    if training.do_train is not False and not data.data_path:
+        yield "--data_path is missing: give the file with the training rows (or --do_train false --do_eval)."
+    if training.do_train is False and not training.do_eval:
+        yield "--do_train false without --do_eval leaves nothing to do. Give one of them."
+    for flag in ("data_path", "eval_data_path"):
+        value = getattr(data, flag)
+        if value and not _data_source(value).exists():
+            yield f"--{flag}: there is no file {value!r}. Check the path (relative to {os.getcwd()!r})."
+    if not data.eval_data_path:
+        if training.do_eval:
+            yield "--do_eval needs --eval_data_path: give the file with the evaluation rows."
+        elif str(training.eval_strategy) != "no":
+            yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
+    if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
+        yield f"--image_folder: there is no folder {data.image_folder!r}."
+
+
+def _data_source(value: str) -> Path:
+    """The file behind a data argument; a count or weight (``rows.json#500``, ``rows.json:0.3``) may follow."""
+    path = Path(value).expanduser()
+    return path if path.exists() else Path(re.sub(r"(#\d+|:[\d.]+)$", "", value)).expanduser()
+
+
+def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:
+    accelerators = 0 if training.use_cpu else accelerator_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerators and processes > accelerators:
+        yield (
+            f"{processes} processes were started, but this machine has {accelerators} GPUs. "
+            f"Set GPUS_PER_NODE={accelerators} (or less)."
+        )
+    for flag in ("fp16", "fp16_full_eval"):
+        if getattr(training, flag) and not accelerators:
+            yield f"--{flag} true needs a GPU, and none is used here. Use --{flag} false (bf16 runs on a CPU)."
+    if training.bf16 and training.fp16:
+        yield "--bf16 true and --fp16 true contradict each other. Keep one."
+    if model.attn_implementation == "flash_attention_2":
+        if not accelerators:
+            yield "--attn_implementation flash_attention_2 needs a GPU. Use sdpa, the default."
+        elif importlib.util.find_spec("flash_attn") is None:
+            yield (
+                "--attn_implementation flash_attention_2 needs the flash-attn package: "
+                "pip install flash-attn, or use sdpa, the default."
+            )
+
+
+def _no_effect_here(training: Namespace) -> Iterator[str]:
+    """Flags of transformers' Trainer that this trainer could only ignore, or that would break a batch."""
+    if training.remove_unused_columns:
+        yield "--remove_unused_columns true would drop columns this project needs. Use false, the default."
+    if training.label_names not in (None, ["labels"]):
+        yield f"--label_names is {training.label_names}, expected labels: a row's labels have that name."
+    if training.label_smoothing_factor:
+        yield "--label_smoothing_factor is not supported: the loss never builds all logits. Use 0."
+    if training.do_predict:
+        yield "--do_predict is not supported by finetune.py. Remove it."
+
+
+def _deepspeed(training: Namespace) -> Iterator[str]:
+    if not training.deepspeed:
+        return
+    try:
+        read_config(training.deepspeed)
+    except DeepSpeedConfigError as error:
+        yield str(error)
+    if os.environ.get("ACCELERATE_USE_CPU"):
+        yield "ACCELERATE_USE_CPU is set, and would switch --deepspeed off unseen. Unset it."
+
+
+def _output_folder(training: Namespace) -> Iterator[str]:
+    folder = Path(training.output_dir or "trainer_output").expanduser()
+    if folder.exists() and not folder.is_dir():
+        yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that is free."
+        return
+    resume = training.resume_from_checkpoint
+    if resume and resume.lower() not in ("true", "false"):
+        if not output_folder.is_checkpoint(Path(resume).expanduser()):
+            yield (
+                f"--resume_from_checkpoint: {resume!r} is no complete checkpoint (no trainer_state.json). Give "
+                "a checkpoint-<step> folder, or true for the last one in --output_dir."
+            )
+        return
+    earlier = output_folder.look(folder)
+    wants_to_resume = bool(resume) and resume.lower() == "true"
+    if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
+        return
+    state = "a finished run" if earlier.finished else f"an unfinished run ({earlier.last_checkpoint.name})"
+    yield (
+        f"--output_dir {str(folder)!r} holds {state}. Give another folder, continue that run with "
+        "--resume_from_checkpoint true, or start over with --overwrite_output_dir true, which deletes it."
+    )

@@ -1,0 +1,182 @@
+"""The command line: four groups of arguments, parsed, checked and made ready for the machine."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import transformers
+from transformers import HfArgumentParser
+
+import output_folder
+from argument_checks import UsageError, check_arguments, raise_problems
+from deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
+from hardware import has_accelerator, process_rank
+from legacy_flags import LegacyFlagError, translate
+from options import DataArguments, LoraArguments, ModelArguments, TuningOptions
+
+__all__ = [
+    "DataArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "TrainingArguments",
+    "UsageError",
+    "parse_arguments",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingArguments(TuningOptions, transformers.TrainingArguments):
+    """Everything of ``transformers.TrainingArguments``, and what trains.
+
+    Defaults that differ from transformers: ``optim`` (adamw_torch, as in the official script),
+    ``remove_unused_columns`` (false: the collator needs every column), ``label_names`` (labels) and
+    ``do_train`` (true when there is training data). Without an accelerator ``use_cpu`` is set.
+    ``resume_from_checkpoint`` takes ``true`` for the last checkpoint in ``output_dir``.
+    """
+
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "The optimizer, by transformers' name for it: adamw_torch, adamw_8bit, adafactor, ..."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: rows hold more than text."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "The name of a batch's labels; always labels."}
+    )
+    do_train: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to train. Default: true when --data_path is given.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; or "
+            "the path of a checkpoint folder.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Settle the hardware, DeepSpeed's file and the checkpoint to continue, then let transformers join in."""
+        if not has_accelerator():
+            # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
+            self.use_cpu = True
+        self.resume_from_checkpoint = self._checkpoint_to_continue()
+        if isinstance(self.deepspeed, str):
+            self._read_deepspeed()
+        super().__post_init__()
+        if self.n_gpu > 1:
+            # nn.DataParallel would split the batch's packed pixels in the wrong places.
+            self._n_gpu = 1
+            logger.warning(
+                "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., or the "
+                "launchers finetune_ds.sh and finetune_lora.sh."
+            )
+
+    def _checkpoint_to_continue(self) -> str | None:
+        value = self.resume_from_checkpoint
+        if value is None or value.lower() == "false":
+            return None
+        if value.lower() != "true":
+            return os.path.expanduser(value)
+        last = output_folder.look(os.path.expanduser(self.output_dir or "trainer_output")).last_checkpoint
+        return None if last is None else str(last)
+
+    def _read_deepspeed(self) -> None:
+        config = read_config(self.deepspeed)
+        if drop_automatic_scheduler(config):
+            _note(
+                f"{self.deepspeed}: its scheduler section is left out, so that --lr_scheduler_type "
+                f"{self.lr_scheduler_type} is what runs."
+            )
+        self.deepspeed = config
+        if self.use_cpu:
+            start_on_cpu()
+
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]
+
+
+class _Parser(HfArgumentParser):
+    """Raises instead of printing the usage of two hundred flags and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's message into ours: without its list of spellings."""
+        text = re.sub(r"argument (--[\w-]+)\S*:", r"\1:", message)
+        raise UsageError(f"{text}. finetune.py --help lists every argument.")
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parse and check a command line.
+
+    Args:
+        argv: The words after the script's name; flags of the official guides included.
+
+    Returns:
+        The four groups. Making the third has joined the processes that torchrun started.
+
+    Raises:
+        UsageError: With every problem that can be seen without the model.
+    """
+    try:
+        translation = translate(argv)
+    except LegacyFlagError as error:
+        raise UsageError(str(error)) from error
+    # Full names only: with abbreviations a misspelt flag may be taken for another.
+    parser = _Parser(
+        [ModelArguments, DataArguments, TrainingArguments, LoraArguments], add_help=False, allow_abbrev=False
+    )
+    values, unknown = parser.parse_known_args(translation.argv)
+    raise_problems(_unknown_flags(unknown, _flag_names(parser)))
+    model, data, lora = (_pick(group, values) for group in (ModelArguments, DataArguments, LoraArguments))
+    check_arguments(model, data, Namespace(**_values_of(TrainingArguments, values)), lora)
+    os.environ.update(translation.environment)
+    for note in translation.notes:
+        _note(note)
+    if values.do_train is None:
+        values.do_train = True
+    return model, data, _pick(TrainingArguments, values), lora
+
+
+def _note(text: str) -> None:
+    if process_rank() == 0:
+        logger.info(text)
+
+
+def _values_of(group: type, values: Namespace) -> dict[str, Any]:
+    return {item.name: getattr(values, item.name) for item in fields(group) if item.init}
+
+
+def _pick(group: type, values: Namespace) -> Any:
+    return group(**_values_of(group, values))
+
+
+def _flag_names(parser: HfArgumentParser) -> list[str]:
+    return [name for name in parser._option_string_actions if "_" in name or "-" not in name[2:]]
+
+
+def _unknown_flags(words: list[str], known: list[str]) -> list[str]:
+    """One problem per word that no argument took, with the nearest flag."""
+    problems = []
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for flag in flags:
+        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
+        advice = f"Did you mean {near[0]}?" if near else "finetune.py --help lists every argument."
+        problems.append(f"unknown argument {flag}. {advice}")
+    if not flags:
+        problems = [f"{word!r} belongs to no argument. Arguments start with --." for word in words]
+    return problems

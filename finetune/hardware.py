@@ -1,0 +1,65 @@
+"""What the machine has, for the command line and the launchers.
+
+Run as a script it answers a launcher: ``python hardware.py 6001`` prints the number of processes to
+start, the precision to train in, and a port that is free (6001 itself, if it is).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+
+def has_accelerator() -> bool:
+    """True when torch can compute on something other than the CPU."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def accelerator_count() -> int:
+    """Number of accelerators this process may use; 0 on a CPU machine."""
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def best_precision() -> str:
+    """The precision to train in: bf16 where the GPU computes it natively, else fp16; fp32 on a CPU.
+
+    bf16 needs no loss scaling and can't overflow, but cards before Ampere only emulate it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def free_port(wanted: int) -> int:
+    """The wanted TCP port, or one that the system picks when something listens there already."""
+    for port in (wanted, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise OSError("no free TCP port on this machine; name one with MASTER_PORT.")
+
+
+def process_rank() -> int:
+    """This process's rank over all machines, as torchrun says it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def main() -> None:
+    """Print processes, precision and port on one line."""
+    processes = max(1, accelerator_count())
+    sys.stdout.write(f"{processes} {best_precision()} {free_port(int(sys.argv[1]))}\n")
+
+
+if __name__ == "__main__":
+    main()

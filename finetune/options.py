@@ -1,0 +1,231 @@
+"""The flags that are this project's own, as plain dataclasses.
+
+``arguments.py`` joins them with those of ``transformers.TrainingArguments``. They stand apart so that
+``finetune.py --help`` can show them without importing torch, which takes seconds.
+
+Each default that differs from the official finetune.py is named in the class docstring.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from generations import LLM_TYPES
+
+OFFICIAL_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is tuned, and how its attention is computed."""
+
+    _argument_group_name = "Model"
+
+    model_name_or_path: str = field(
+        default="openbmb/MiniCPM-V-2",
+        metadata={
+            "help": "The checkpoint to start from: a folder in the released layout, or a Hugging Face Hub id. "
+            "Every generation from MiniCPM-V 2.0 to 4.7 works."
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "help": "How the language model computes attention. flash_attention_2 needs the flash-attn package "
+            "and a GPU; eager is the slow reference.",
+            "choices": ["sdpa", "eager", "flash_attention_2"],
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows are learned from, and how they become text."""
+
+    _argument_group_name = "Data"
+
+    data_path: str | None = field(
+        default=None,
+        metadata={"help": "The training rows: a JSON list in the official format (README, 'Your data')."},
+    )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={"help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy."},
+    )
+    image_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that relative image paths start from. Default: the folder of the data file, and "
+            "then the current folder."
+        },
+    )
+    enable_thinking: str = field(
+        default="auto",
+        metadata={
+            "help": "Thinking mode of V-4.5, 4.6 and 4.7. auto: an answer that holds <think>...</think> is "
+            "trained with it, any other with the empty think block; true, false: the prompt of that mode for "
+            "every row.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+
+
+@dataclass
+class TuningOptions:
+    """What trains and how long a row may be; the project's part of ``TrainingArguments``.
+
+    Differs from the official script: ``llm_type`` is read from the checkpoint unless given, and
+    ``tune_resampler`` exists (the official script always trains the resampler).
+    """
+
+    _argument_group_name = "What trains, and row length"
+
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where checkpoints from the Hub are kept. Default: the Hub's own cache (HF_HOME)."},
+    )
+    llm_type: str = field(
+        default="auto",
+        metadata={
+            "help": "The language model's family. auto reads it from the checkpoint; a value that "
+            "contradicts the checkpoint is an error.",
+            "choices": list(LLM_TYPES),
+        },
+    )
+    model_max_length: int = field(
+        default=2048,
+        metadata={
+            "help": "Longest row, in tokens, image placeholders included. Longer rows are cut at the end, "
+            "never inside an image."
+        },
+    )
+    max_slice_nums: int | None = field(
+        default=9,
+        metadata={
+            "help": "Most slices an image is cut into, the overview not counted. More slices see finer detail "
+            "and cost 64 to 96 tokens each."
+        },
+    )
+    tune_vision: bool = field(
+        default=True,
+        metadata={"help": "Train the vision tower (vpm)."},
+    )
+    tune_resampler: bool = field(
+        default=True,
+        metadata={"help": "Train the part between vision and language: resampler, or merger in 4.6 and 4.7."},
+    )
+    tune_llm: bool = field(
+        default=True,
+        metadata={"help": "Train all weights of the language model. Not together with --use_lora."},
+    )
+    use_lora: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA adapters instead of the language model's own weights."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Start over in an --output_dir that holds an earlier run: its checkpoints and its model "
+            "are deleted when training starts."
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    """The adapters; read only with ``--use_lora true``."""
+
+    _argument_group_name = "LoRA (with --use_lora true)"
+
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(
+        default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."}
+    )
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout in front of each adapter, from 0 to below 1."}
+    )
+    lora_target_modules: str = field(
+        default=OFFICIAL_LORA_TARGETS,
+        metadata={
+            "help": "Regular expression over whole module names; or all-linear: every linear layer of the "
+            "language model."
+        },
+    )
+    lora_weight_path: str = field(
+        default="", metadata={"help": "Folder of an adapter to continue from. Empty: a new adapter."}
+    )
+    lora_bias: str = field(
+        default="none",
+        metadata={
+            "help": "Which biases train: none, those of the adapted layers (lora_only), or all.",
+            "choices": ["none", "lora_only", "all"],
+        },
+    )
+    q_lora: bool = field(
+        default=False, metadata={"help": "Hold the frozen language model in 4 or 8 bit (QLoRA)."}
+    )
+    quant_bits: int = field(
+        default=4, metadata={"help": "Bits per weight with --q_lora true.", "choices": [4, 8]}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained in full and saved with the adapter, separated by spaces or commas. "
+            "Default: resampler and token embeddings, and the vision tower with --tune_vision true. none: a "
+            "plain adapter, as inference servers want."
+        },
+    )
+    lora_layer_replication: str | None = field(
+        default=None,
+        metadata={"help": "Build a taller model from layer ranges, as JSON: [[0, 16], [8, 24]]."},
+    )
+    lora_layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Adapt only these layers, by number from 0. Default: all."}
+    )
+    lora_layers_pattern: str | None = field(
+        default=None,
+        metadata={"help": "Name of the layer list that --lora_layers_to_transform counts in. Default: layers."},
+    )
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """The list behind ``--lora_modules_to_save``: None is the official default, [] is none.
+
+        Example:
+            >>> LoraArguments(lora_modules_to_save=["resampler,embed_tokens"]).modules_to_save
+            ['resampler', 'embed_tokens']
+            >>> LoraArguments(lora_modules_to_save=["none"]).modules_to_save
+            []
+        """
+        if self.lora_modules_to_save is None:
+            return None
+        names = [name for text in self.lora_modules_to_save for name in text.split(",") if name]
+        return [] if names == ["none"] else names
+
+    @property
+    def layer_replication(self) -> list[tuple[int, int]] | None:
+        """The ranges behind ``--lora_layer_replication``.
+
+        Raises:
+            ValueError: When the text is not a JSON list of [start, end) pairs.
+
+        Example:
+            >>> LoraArguments(lora_layer_replication="[[0, 2], [1, 3]]").layer_replication
+            [(0, 2), (1, 3)]
+        """
+        if self.lora_layer_replication is None:
+            return None
+        try:
+            pairs = [(start, end) for start, end in json.loads(self.lora_layer_replication)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(self._replication_problem()) from error
+        if not pairs or not all(type(x) is int and 0 <= x for pair in pairs for x in pair):
+            raise ValueError(self._replication_problem())
+        return pairs
+
+    def _replication_problem(self) -> str:
+        return (
+            f"--lora_layer_replication is {self.lora_layer_replication!r}, expected a JSON list of layer ranges "
+            "such as [[0, 16], [8, 24]]."
+        )
