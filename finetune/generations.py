@@ -9,10 +9,25 @@ Source: the released config.json, modeling and processing files of each checkpoi
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2")
+
+
+# The parts of a model, in the order in which they are told apart.
+_RELEASED_MODULES = {
+    "vision": ("vpm",),
+    "resampler": ("resampler",),
+    "embeddings": ("llm.model.embed_tokens",),
+    "llm": ("llm",),
+}
+_NATIVE_MODULES = {
+    "vision": ("model.vision_tower",),
+    "resampler": ("model.merger",),
+    "embeddings": ("model.language_model.embed_tokens",),
+    "llm": ("model.language_model", "lm_head"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Generation:
         thinking: True when the template takes ``enable_thinking``.
         video: True when the generation was trained on video frames.
         temporal: True when frames are packed and carry ``temporal_ids``.
+        modules: Part -> names of the modules that hold it. A parameter belongs to the first part
+            one of whose names it starts with.
     """
 
     name: str
@@ -55,6 +72,7 @@ class Generation:
     thinking: bool = False
     video: bool = True
     temporal: bool = False
+    modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
 
 
 GENERATIONS: dict[str, Generation] = {
@@ -78,11 +96,11 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             "v4_6", "MiniCPM-V 4.6", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True,
+            thinking=True, modules=_NATIVE_MODULES,
         ),
         Generation(
             "v4_7", "MiniCPM-V 4.7", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True,
+            thinking=True, modules=_NATIVE_MODULES,
         ),
     )
 }  # fmt: skip

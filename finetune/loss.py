@@ -100,6 +100,8 @@ class LMHead(nn.Linear):
         Returns:
             [..., V] logits in the dtype of ``hidden``, or a ``SupervisedLoss``.
         """
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         if chunk is None:

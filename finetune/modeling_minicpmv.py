@@ -58,6 +58,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # o-2.6's speech parts: not run here, saved unchanged.
+    _keys_to_ignore_on_load_unexpected = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

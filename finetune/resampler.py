@@ -97,9 +97,8 @@ class Resampler(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=1e-6)
         self.proj = nn.Parameter(torch.zeros(width, width))
         if query_positions:
-            side = round(queries**0.5)
-            table = grid_table([(side, side)], width, torch.device("cpu"))
-            self.pos_embed = nn.Parameter(table, requires_grad=False)
+            # Filled by MiniCPMV._init_weights: parameters are made without values while loading.
+            self.pos_embed = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
         else:
             self.pos_embed = None
 

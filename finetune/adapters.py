@@ -1,0 +1,187 @@
+"""LoRA adapters: which modules they go on, and what is trained and saved beside them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from generations import Generation
+from options import LoraArguments
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+
+
+class AdapterError(ValueError):
+    """An adapter that can't be built or doesn't fit; the message says what to change."""
+
+
+def add_adapter(
+    model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
+) -> PeftModel:
+    """Wrap a model with a new LoRA adapter, or with the one to continue from.
+
+    Args:
+        model: The base model, all of it loaded.
+        generation: Its generation.
+        lora: The adapter's arguments.
+        vision: ``--tune_vision``: the vision tower trains in full and is saved with the adapter.
+        resampler: ``--tune_resampler``, likewise.
+
+    Returns:
+        The wrapped model; only the adapter and its ``modules_to_save`` train.
+
+    Raises:
+        AdapterError: When a pattern matches nothing, or the adapter belongs to another model.
+    """
+    if lora.lora_weight_path:
+        return load_adapter(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
+    targets = target_modules(model, generation, lora)
+    saved = lora.modules_to_save
+    if saved is None:
+        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
+    _check_modules_to_save(model, saved)
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.lora_bias,
+        target_modules=targets,
+        modules_to_save=saved or None,
+        layer_replication=lora.layer_replication,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config.name_or_path,
+    )
+    with _layers_reachable(model):
+        wrapped = get_peft_model(model, config)
+    logger.info("LoRA on %d modules: %s", len(adapted_modules(wrapped)), _summary(adapted_modules(wrapped)))
+    return wrapped
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Args:
+        model: The base model.
+        folder: What a LoRA run saved (``adapter_config.json`` and its weights).
+        trainable: True to go on training it.
+
+    Raises:
+        AdapterError: When the folder holds no adapter or its shapes are another model's.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder}: no adapter_config.json. Expected the folder that a LoRA run wrote.")
+    try:
+        with _layers_reachable(model):
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except RuntimeError as error:
+        raise AdapterError(
+            f"{folder}: the adapter's weights don't fit this model ({error}). Give the base model it was trained on."
+        ) from error
+
+
+def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:
+    """The official default: token embeddings, the resampler, and the vision tower when it is tuned."""
+    parts = ["embeddings"] + ["resampler"] * resampler + ["vision"] * vision
+    # The last part of the name: it is what the official adapters say, and PEFT matches by suffix.
+    return [module.rpartition(".")[2] for part in parts for module in generation.modules[part]]
+
+
+def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
+    """Turn ``--lora_target_modules`` and the layer choice into what PEFT is given.
+
+    Patterns are written for the released names (``llm...``); a generation whose LLM has another name
+    gets them translated. ``all-linear`` means the LLM's linear layers, not vision or output layer.
+
+    Returns:
+        A regular expression over whole module names; or the names themselves when layers were chosen,
+        because PEFT refuses a pattern together with layer numbers.
+
+    Raises:
+        AdapterError: When no linear layer matches.
+    """
+    pattern = translated_pattern(lora.lora_target_modules, generation)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(
+            f"--lora_target_modules {lora.lora_target_modules!r} is no regular expression: {error}."
+        ) from error
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched = [name for name in linear if compiled.fullmatch(name)]
+    if lora.lora_layers_to_transform is not None:
+        layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
+        numbers = set(lora.lora_layers_to_transform)
+        matched = [name for name in matched if (found := layer.match(name)) and int(found[1]) in numbers]
+    if not matched:
+        examples = ", ".join([name for name in linear if name.startswith(generation.modules["llm"])][:4])
+        raise AdapterError(
+            f"--lora_target_modules {lora.lora_target_modules!r}"
+            + (f" with layers {lora.lora_layers_to_transform}" if lora.lora_layers_to_transform else "")
+            + f" matches no linear layer of {generation.title}. Its layers are named like {examples}."
+        )
+    return matched if lora.lora_layers_to_transform is not None else pattern
+
+
+def translated_pattern(pattern: str, generation: Generation) -> str:
+    """Write a pattern over released names for a generation's own.
+
+    Example:
+        >>> from generations import GENERATIONS
+        >>> translated_pattern(r"llm\\..*layers\\.\\d+\\.self_attn\\.q_proj", GENERATIONS["v4_6"])
+        'model\\\\.language_model\\\\..*layers\\\\.\\\\d+\\\\.self_attn\\\\.q_proj'
+    """
+    llm = re.escape(generation.modules["llm"][0])
+    if pattern == ALL_LINEAR:
+        return rf"{llm}\.(model\.)?layers\.\d+\..+"
+    if generation.native:
+        translated = re.sub(r"^llm\\?\.", lambda _: rf"{llm}\.", pattern)
+        return re.sub(r"^vpm\\?\.", lambda _: rf"{re.escape(generation.modules['vision'][0])}\.", translated)
+    return pattern
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that carry LoRA weights."""
+    return [name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def _summary(names: list[str]) -> str:
+    """Module names with their layer numbers folded: ``llm.model.layers.{0-27}.self_attn.q_proj``."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"\.(\d+)\.", name)
+        layers.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(int(found[1]) if found else 0)
+    return ", ".join(f"{name} ({len(numbers)})" for name, numbers in layers.items())
+
+
+def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    for name in names:
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise AdapterError(
+                f"--lora_modules_to_save {name}: the model has no module of that name. Names are like resampler, "
+                "embed_tokens, vpm, lm_head; none for a plain adapter."
+            )
+
+
+@contextmanager
+def _layers_reachable(model: nn.Module) -> Iterator[None]:
+    """Let PEFT find the LLM's layers for layer replication, which it looks for under ``.model``."""
+    inner = getattr(getattr(model, "llm", None), "model", None)
+    if inner is None or hasattr(model, "model"):
+        yield
+        return
+    kind = type(model)
+    kind.model = property(lambda self: self.llm.model)
+    try:
+        yield
+    finally:
+        del kind.model

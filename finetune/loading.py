@@ -1,0 +1,102 @@
+"""From a folder or a hub id to a model with its weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from configuration_minicpmv import MiniCPMVConfig
+from generations import Generation
+from modeling_minicpmv import MiniCPMV
+from weights import WeightFileError, weight_files
+
+logger = logging.getLogger(__name__)
+
+# What a training or an export can need of a hub repository; pictures and other formats stay there.
+_HUB_PATTERNS = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_HUB_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def resolve_model_folder(name_or_path: str, *, cache_dir: str | None = None, weights: bool = True) -> Path:
+    """Give the folder of a checkpoint, downloading it first when it is a hub id.
+
+    Downloads follow huggingface_hub's own settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN).
+    Of several weight formats only safetensors are fetched, where the repository has them.
+
+    Args:
+        name_or_path: A folder, or ``owner/name`` on the hub.
+        cache_dir: Where downloads go; huggingface_hub's default when None.
+        weights: False fetches the configuration and tokenizer files alone.
+
+    Raises:
+        ValueError: When it is neither; the message says which of the two was tried.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"--model_name_or_path {name_or_path}: the folder has no config.json. Expected a MiniCPM-V checkpoint."
+            )
+        return folder.resolve()
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise ValueError(
+            f"--model_name_or_path {name_or_path}: no such folder. Give a checkpoint's folder, or a hub id "
+            "like openbmb/MiniCPM-V-2_6."
+        )
+    return _download(name_or_path, cache_dir=cache_dir, weights=weights)
+
+
+def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
+    try:
+        folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=list(_HUB_PATTERNS)))
+        if weights:
+            has_safetensors = (folder / "model.safetensors.index.json").is_file() or not (
+                folder / "pytorch_model.bin.index.json"
+            ).is_file()
+            patterns = [*_HUB_PATTERNS, _HUB_WEIGHTS[0] if has_safetensors else _HUB_WEIGHTS[1]]
+            folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model_name_or_path {hub_id}: no such folder here, and the hub did not give it ({error}). Check the "
+            "name; without a network, download the checkpoint elsewhere and give its folder."
+        ) from error
+    return folder
+
+
+def load_model(
+    folder: Path, generation: Generation, *, dtype: torch.dtype, attention: str = "sdpa", **kwargs: object
+) -> PreTrainedModel:
+    """Load the weights of a checkpoint into the class of its generation.
+
+    Args:
+        folder: The checkpoint.
+        generation: Its generation.
+        dtype: What the weights are cast to while loading.
+        attention: transformers' ``attn_implementation`` for the LLM.
+        **kwargs: Handed to ``from_pretrained`` (``quantization_config``, ``device_map``).
+
+    Raises:
+        WeightFileError: When weight files are missing or lack parameters of the model.
+    """
+    weight_files(folder)
+    kwargs |= {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    if generation.native:
+        from native import native_class
+
+        model, report = native_class(generation).from_pretrained(folder, **kwargs)
+    else:
+        config = MiniCPMVConfig.from_folder(folder)
+        model, report = MiniCPMV.from_pretrained(folder, config=config, **kwargs)
+    missing = sorted(report["missing_keys"])
+    # V-2's query positions are a fixed table; a checkpoint may leave it out.
+    missing = [key for key in missing if key != "resampler.pos_embed"]
+    if missing:
+        raise WeightFileError(
+            f"{folder}: the weights lack {len(missing)} of the model's parameters, the first is {missing[0]}. Expected "
+            f"a complete {generation.title} checkpoint; an adapter folder goes to --lora_weight_path."
+        )
+    return model
