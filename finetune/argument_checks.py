@@ -136,8 +136,9 @@ def _model_folder(model: ModelArguments) -> Iterator[str]:
 
 
 def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
-    if training.do_train is not False and not data.data_path:
-        yield "--data_path is missing: give the file with the training rows (or --do_train false --do_eval)."
+    wants_to_train = training.do_train or (training.do_train is None and not training.do_eval)
+    if wants_to_train and not data.data_path:
+        yield "--data_path is missing: give the file with the training rows."
     if training.do_train is False and not training.do_eval:
         yield "--do_train false without --do_eval leaves nothing to do. Give one of them."
     for flag in ("data_path", "eval_data_path"):

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import transformers
@@ -18,7 +18,7 @@ from argument_checks import UsageError, check_arguments, raise_problems
 from deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
 from hardware import has_accelerator, process_rank
 from legacy_flags import LegacyFlagError, translate
-from options import DataArguments, LoraArguments, ModelArguments, TuningOptions
+from options import DataArguments, LoraArguments, ModelArguments, RunOptions, TuningOptions
 
 __all__ = [
     "DataArguments",
@@ -33,42 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TrainingArguments(TuningOptions, transformers.TrainingArguments):
-    """Everything of ``transformers.TrainingArguments``, and what trains.
+class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArguments):
+    """Everything of ``transformers.TrainingArguments``, with what trains and how the run is started.
 
-    Defaults that differ from transformers: ``optim`` (adamw_torch, as in the official script),
-    ``remove_unused_columns`` (false: the collator needs every column), ``label_names`` (labels) and
-    ``do_train`` (true when there is training data). Without an accelerator ``use_cpu`` is set.
-    ``resume_from_checkpoint`` takes ``true`` for the last checkpoint in ``output_dir``.
+    Differs from transformers: the defaults named in ``RunOptions``; ``use_cpu`` is set without an accelerator.
     """
-
-    optim: str = field(
-        default="adamw_torch",
-        metadata={"help": "The optimizer, by transformers' name for it: adamw_torch, adamw_8bit, adafactor, ..."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: rows hold more than text."}
-    )
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"help": "The name of a batch's labels; always labels."}
-    )
-    do_train: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to train. Default: true when --data_path is given.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; or "
-            "the path of a checkpoint folder.",
-            "nargs": "?",
-            "const": "true",
-        },
-    )
 
     def __post_init__(self) -> None:
         """Settle the hardware, DeepSpeed's file and the checkpoint to continue, then let transformers join in."""
@@ -148,7 +117,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     for note in translation.notes:
         _note(note)
     if values.do_train is None:
-        values.do_train = True
+        values.do_train = bool(data.data_path)
     return model, data, _pick(TrainingArguments, values), lora
 
 

@@ -84,6 +84,7 @@ def start_on_cpu() -> None:
     Left to itself DeepSpeed would look for MPI when torchrun's variables are missing, and would compile a
     shared-memory helper for half a minute (deepspeed 0.19); neither is needed here.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, it warns that it found no GPU
     import deepspeed
 
     for name, value in {

@@ -1,7 +1,8 @@
 """What the machine has, for the command line and the launchers.
 
-Run as a script it answers a launcher: ``python hardware.py 6001`` prints the number of processes to
-start, the precision to train in, and a port that is free (6001 itself, if it is).
+Run as a script it answers a launcher: ``python hardware.py 6001`` prints the kind of device (cpu or gpu),
+the number of processes to start, the precision to train in, the number of CPU cores, and a port that is
+free (6001 itself, if it is).
 """
 
 from __future__ import annotations
@@ -55,10 +56,16 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def cpu_cores() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
-    """Print processes, precision and port on one line."""
-    processes = max(1, accelerator_count())
-    sys.stdout.write(f"{processes} {best_precision()} {free_port(int(sys.argv[1]))}\n")
+    """Print device, processes, precision, cores and port on one line."""
+    count = accelerator_count()
+    device = "gpu" if count else "cpu"
+    sys.stdout.write(f"{device} {max(1, count)} {best_precision()} {cpu_cores()} {free_port(int(sys.argv[1]))}\n")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def translate(argv: list[str]) -> Translation:
         elif flag.name in RENAMED:
             _rename(flag, RENAMED[flag.name], result)
         else:
-            _REWRITTEN[flag.name](flag, given, result)
+            REWRITTEN[flag.name](flag, given, result)
     return result
 
 
@@ -125,7 +125,7 @@ def _flag(words: list[str]) -> _Flag | None:
 def _is_old(flag: _Flag) -> bool:
     if flag.name == "optim":
         return flag.values == ("adamw_hf",)
-    return flag.name in RENAMED or flag.name in DROPPED or flag.name in _REWRITTEN
+    return flag.name in RENAMED or flag.name in DROPPED or flag.name in REWRITTEN
 
 
 def _rename(flag: _Flag, name: str, result: Translation) -> None:
@@ -205,7 +205,7 @@ def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None
     result.notes.append(f"{flag.text} is what transformers always does now.")
 
 
-_REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
+REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "batch_size": _batch_size,
     "warmup_ratio": _warmup_ratio,
     "logging_dir": _logging_dir,

@@ -123,12 +123,49 @@ class TuningOptions:
         default=False,
         metadata={"help": "Train LoRA adapters instead of the language model's own weights."},
     )
+
+
+@dataclass
+class RunOptions:
+    """Arguments of ``transformers.TrainingArguments`` that mean something else, or more, here.
+
+    Differs from transformers: ``optim`` is adamw_torch, as in the official script (transformers: the fused
+    form); ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
+    ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``; ``overwrite_output_dir`` is
+    gone from transformers 5.
+    """
+
+    _argument_group_name = "The run"
+
+    do_train: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to train. Default: true when --data_path is given.", "nargs": "?", "const": True},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; or "
+            "the path of a checkpoint folder.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
             "help": "Start over in an --output_dir that holds an earlier run: its checkpoints and its model "
             "are deleted when training starts."
         },
+    )
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ..."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: a row holds more than the model's text."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "The name of a batch's labels; always labels."}
     )
 
 

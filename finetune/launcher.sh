@@ -1,0 +1,82 @@
+# Sourced by finetune_lora.sh and finetune_ds.sh, after their variables: finds python, looks at the
+# hardware, and settles what was left open. Works under any POSIX shell.
+
+HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+
+say() { printf '%s\n' "$*" >&2; }
+
+# The environment whose bin folder is on PATH, or the one that demo.sh and run_tests.sh made.
+if ! command -v torchrun >/dev/null && [ -x "$HERE/../.venv/bin/torchrun" ]; then
+    PATH=$HERE/../.venv/bin:$PATH
+    export PATH
+fi
+TORCHRUN=$(command -v torchrun || true)
+if [ -n "$TORCHRUN" ] && [ -x "$(dirname -- "$TORCHRUN")/python" ]; then
+    PYTHON=$(dirname -- "$TORCHRUN")/python
+else
+    PYTHON=$(command -v python3 || command -v python || true)
+fi
+if [ -z "$PYTHON" ]; then
+    say "No python on PATH. Activate the environment in which finetune/requirements.txt is installed."
+    exit 1
+fi
+
+# exec, so that a signal sent to the launcher reaches torchrun.
+torchrun() {
+    if [ -n "$TORCHRUN" ]; then exec "$TORCHRUN" "$@"; fi
+    exec "$PYTHON" -m torch.distributed.run "$@"
+}
+
+if ! found=$("$PYTHON" "$HERE/hardware.py" "$MASTER_PORT"); then
+    say "$PYTHON can't look at the hardware (message above)."
+    say "Is everything installed there? $PYTHON -m pip install -r $HERE/requirements.txt"
+    exit 1
+fi
+read -r device processes best_precision cores free_port <<END
+$found
+END
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-$processes}
+case $GPUS_PER_NODE in
+    *[!0-9]* | 0*)
+        say "GPUS_PER_NODE is '$GPUS_PER_NODE', expected a number from 1 (or unset, to use what is there)."
+        exit 1
+        ;;
+esac
+if [ "$NNODES" = 1 ] && [ "$free_port" != "$MASTER_PORT" ]; then
+    say "Port $MASTER_PORT is taken on this machine; using $free_port. Set MASTER_PORT to choose another."
+    MASTER_PORT=$free_port
+fi
+
+# A flag on the command line comes after ours and wins. Ours must not contradict it: the other precision,
+# or a number of steps that would overrule the epochs asked for.
+for word in "$@"; do
+    case $word in
+        --bf16 | --bf16=* | --fp16 | --fp16=*) PRECISION=fp32 ;;
+        --num_train_epochs | --num_train_epochs=*) MAX_STEPS=-1 ;;
+    esac
+done
+PRECISION=${PRECISION:-$best_precision}
+BF16=false
+FP16=false
+case $PRECISION in
+    bf16) BF16=true ;;
+    fp16) FP16=true ;;
+    fp32) ;;
+    *)
+        say "PRECISION is '$PRECISION', expected bf16, fp16 or fp32 (or unset, to choose by the hardware)."
+        exit 1
+        ;;
+esac
+
+if [ "$device" = cpu ]; then
+    # Without these torchrun gives each process one thread, and DeepSpeed warns about a missing GPU.
+    threads=$((cores / GPUS_PER_NODE))
+    if [ "$threads" -lt 1 ]; then threads=1; fi
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    export OMP_NUM_THREADS DS_ACCELERATOR
+fi
+
+EVAL_STRATEGY=${EVAL_DATA:+steps}
+EVAL_STRATEGY=${EVAL_STRATEGY:-no}
