@@ -102,8 +102,8 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
     gets them translated. ``all-linear`` means the LLM's linear layers, not vision or output layer.
 
     Returns:
-        A regular expression over whole module names; or the names themselves when layers were chosen,
-        because PEFT refuses a pattern together with layer numbers.
+        A regular expression over whole module names; or the names themselves where the pattern alone
+        would not do, because PEFT refuses a pattern together with layer numbers.
 
     Raises:
         AdapterError: When no linear layer matches.
@@ -117,6 +117,10 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
         ) from error
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if compiled.fullmatch(name)]
+    # Given the pattern, PEFT would also try, and refuse, what matches without being a linear layer.
+    as_names = lora.lora_layers_to_transform is not None or len(matched) < len(
+        [name for name, _ in model.named_modules() if compiled.fullmatch(name)]
+    )
     if lora.lora_layers_to_transform is not None:
         layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
         numbers = set(lora.lora_layers_to_transform)
@@ -128,7 +132,7 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
             + (f" with layers {lora.lora_layers_to_transform}" if lora.lora_layers_to_transform else "")
             + f" matches no linear layer of {generation.title}. Its layers are named like {examples}."
         )
-    return matched if lora.lora_layers_to_transform is not None else pattern
+    return matched if as_names else pattern
 
 
 def translated_pattern(pattern: str, generation: Generation) -> str:

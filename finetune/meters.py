@@ -1,0 +1,67 @@
+"""What a run measures about itself between two log lines: speed, token shares, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+_KIB = 1024
+
+
+class ThroughputMeter:
+    """Counts what went through the model; read once per log line.
+
+    Sums stay on the device until they are read, so that counting never makes a step wait.
+    """
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._slots = self._samples = 0
+        self._since = time.perf_counter()
+
+    def add(self, batch: dict[str, Any], *, samples: int) -> None:
+        """Count one batch.
+
+        Args:
+            batch: ``attention_mask`` and ``labels`` [B, T].
+            samples: Rows of the data set in it; padding samples are none.
+        """
+        found = torch.stack([batch["attention_mask"].sum(), (batch["labels"] != -100).sum()])
+        self._sums = found if self._sums is None else self._sums + found
+        self._slots += batch["labels"].numel()
+        self._samples += samples
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Give the rates since the last call, over all processes, and start anew.
+
+        Every process must call it: it sums over them.
+
+        Returns:
+            tokens_per_second and samples_per_second (real tokens, padding not counted),
+            supervised_share and padding_share from 0 to 1, peak_memory_gib of this process.
+        """
+        if self._sums is None:
+            return {}
+        counts = torch.tensor([self._slots, self._samples], device=self._sums.device)
+        counts = accelerator.reduce(torch.cat([self._sums, counts]), reduction="sum")
+        tokens, supervised, slots, samples = counts.tolist()
+        seconds = time.perf_counter() - self._since
+        self.__init__()
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "samples_per_second": round(samples / seconds, 2),
+            "supervised_share": round(supervised / max(tokens, 1), 4),
+            "padding_share": round(1 - tokens / max(slots, 1), 4),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Most memory in use so far: allocated on the GPU, or resident in the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _KIB**3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB**2

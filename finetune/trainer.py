@@ -1,0 +1,118 @@
+"""CPMTrainer: what differs from transformers.Trainer, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from generations import Generation
+from meters import ThroughputMeter
+from parts import count_parts
+from sampling import EpochSampler, PaddedRows
+
+
+class CPMTrainer(Trainer):
+    """Trains a MiniCPM-V model.
+
+    - The loss is the sum over supervised tokens divided by their number in the whole optimizer
+      step, over all micro-batches and processes; the model's forward divides, see ``loss.py``.
+    - Every process runs the same number of steps on an order without repeated rows.
+    - Evaluation adds up counts; logits are never kept.
+
+    Args:
+        generation: The model's generation.
+        padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
+        **kwargs: As for ``transformers.Trainer``.
+    """
+
+    def __init__(self, *, generation: Generation, padding_sample: dict[str, Any], **kwargs: Any) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = PaddedRows(kwargs[name], padding_sample)
+        super().__init__(**kwargs)
+        self.generation = generation
+        # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._meter = ThroughputMeter()
+        self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
+        self._eval_sums: Tensor | None = None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._sampler(train_dataset or self.train_dataset, self._train_batch_size, shuffle=True, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return self._sampler(eval_dataset, self.args.eval_batch_size, shuffle=False, seed=0)
+
+    def _sampler(self, rows: Dataset, batch_size: int, *, shuffle: bool, seed: int) -> EpochSampler:
+        multiple = batch_size * self.args.world_size
+        return EpochSampler(len(rows), multiple=multiple, seed=seed, shuffle=shuffle)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Count the batch, and leave the rest to Trainer and the model's forward."""
+        inputs = dict(inputs)
+        self._meter.add(inputs, samples=_take_rows(inputs))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed, shares and memory to every line that reports a training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._meter.read(self.accelerator)}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x tokens x parameters; Trainer's own counts the parameters anew in every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate from summed counts.
+
+        Trainer averages the losses of batches, which is wrong when they hold different numbers of
+        supervised tokens.
+
+        Returns:
+            Metrics ``<prefix>_loss`` (mean over supervised tokens, nats), ``<prefix>_token_accuracy``
+            and ``<prefix>_supervised_tokens``.
+        """
+        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        kwargs["prediction_loss_only"] = True
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss_sum, tokens, correct = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / max(tokens, 1)
+        output.metrics[f"{metric_key_prefix}_token_accuracy"] = correct / max(tokens, 1)
+        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(tokens)
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Add one batch to the sums of the evaluation."""
+        inputs = self._prepare_inputs(dict(inputs))
+        _take_rows(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs)
+        found = (output["loss_sum"], output["token_count"], output["correct_count"])
+        self._eval_sums += torch.stack([value.to(torch.float64) for value in found])
+        return output["loss"].detach(), None, None
+
+
+def _take_rows(inputs: dict[str, Any]) -> int:
+    """Remove the bookkeeping that is not for the model; give the number of real samples."""
+    rows = inputs.pop("rows", None)
+    return len(inputs["labels"]) if rows is None else sum(row is not None for row in rows)
