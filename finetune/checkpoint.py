@@ -1,0 +1,112 @@
+"""Reading a checkpoint folder: its config.json and its tokenizer.
+
+Nothing here runs code from the checkpoint. The tokenizers are loaded as plain fast tokenizers from
+``tokenizer.json``, because the released remote classes lose their pre-tokenizer (2.6 and later) or
+rebuild their normaliser (Llama-based ones) on transformers 5. MiniCPM-V 2.0 has no ``tokenizer.json``;
+``sentencepiece_tokenizer.py`` builds its tokenizer from ``tokenizer.model``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from generations import Generation
+from sentencepiece_tokenizer import build_tokenizer
+
+# What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not get.
+_CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json.
+
+    Args:
+        folder: The checkpoint folder.
+
+    Returns:
+        The parsed JSON object.
+
+    Raises:
+        ValueError: If there is no config.json, or it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: found no config.json, expected a MiniCPM-V checkpoint. "
+            "Give --model_name_or_path the folder that holds config.json, or a hub id."
+        )
+    config = _read_json(path)
+    if "model_type" not in config:
+        raise ValueError(
+            f"{path}: found no model_type, expected the config of a MiniCPM-V checkpoint. "
+            "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
+        )
+    return config
+
+
+def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's tokenizer as a plain fast tokenizer.
+
+    Args:
+        folder: The checkpoint folder.
+        generation: The checkpoint's generation; V-2 is built from ``tokenizer.model``.
+
+    Returns:
+        The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
+
+    Raises:
+        ValueError: If the tokenizer's files are missing.
+    """
+    folder = Path(folder)
+    config_path = folder / "tokenizer_config.json"
+    settings = _read_json(config_path) if config_path.is_file() else {}
+    decoder = settings.get("added_tokens_decoder", {})
+    settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
+    settings["chat_template"] = _chat_template(folder, settings)
+    if generation.prompt == "minicpm":
+        special = [entry["content"] for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        backend = build_tokenizer(
+            _existing(folder / "tokenizer.model"),
+            special_tokens=special,
+            add_bos=settings.get("add_bos_token", True),
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_existing(folder / "tokenizer.json")), **settings)
+    vocabulary = tokenizer.get_vocab()
+    missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
+            "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer files again."
+        )
+    return tokenizer
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return settings.get("chat_template")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent}: found no {path.name}, expected the checkpoint's own tokenizer. "
+            "Copy the tokenizer files into the folder, or download the checkpoint again."
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again.")
+    return value

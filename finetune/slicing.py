@@ -1,0 +1,225 @@
+"""An image -> slices -> patches: integers, Pillow and numpy.
+
+A large image is seen twice: whole and small (the *overview*), and cut into a grid of *slices*, each about
+as large as the square the vision encoder was trained on. Every slice is a whole number of *patches*
+(14 x 14 pixels). Shapes: H and W are pixels, h and w are patches, L = h * w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an image is cut: ``columns`` x ``rows`` slices."""
+
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height, in pixels."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes an image is given, before any pixel is touched.
+
+    Attributes:
+        overview: Size of the whole image as the encoder sees it.
+        grid: The arrangement of the slices, or ``None`` when the image is used whole only.
+        refined: Size of the image that the slices are cut from; ``None`` without a grid.
+        patch_size: Side of a patch, in pixels.
+    """
+
+    overview: Size
+    grid: Grid | None
+    refined: Size | None
+    patch_size: int
+
+    @property
+    def tgt_sizes(self) -> list[tuple[int, int]]:
+        """(rows, columns) in patches of the overview and then of every slice, row by row of the grid."""
+        side = self.patch_size
+        sizes = [(self.overview.height // side, self.overview.width // side)]
+        if self.grid is not None and self.refined is not None:
+            slice_rows = self.refined.height // self.grid.rows // side
+            slice_columns = self.refined.width // self.grid.columns // side
+            sizes += [(slice_rows, slice_columns)] * (self.grid.rows * self.grid.columns)
+        return sizes
+
+
+class Rules(Protocol):
+    """What turns an image's size into a layout; ``SliceRules`` here, ``NativeSliceRules`` for 4.6 and 4.7."""
+
+    max_slice_nums: int
+    patch_size: int
+
+    def layout(self, width: int, height: int) -> Layout:
+        """Decide the layout of an image of this size, in pixels."""
+        ...
+
+
+@dataclass(frozen=True)
+class SliceRules:
+    """The slicing rules of MiniCPM-V 2.0 to 4.5.
+
+    Source: "MiniCPM-V: A GPT-4V Level MLLM on Your Phone" (arXiv:2408.01800), adaptive visual encoding.
+    Held against the released code's sizes and pixels by ``tests/test_slicing.py``.
+
+    Attributes:
+        max_slice_nums: Most slices an image is cut into, the overview not counted; 1 means never cut.
+        scale_resolution: Side of the square the encoder was trained on, in pixels.
+        patch_size: Side of a patch, in pixels.
+
+    Example:
+        >>> SliceRules().layout(1200, 500).tgt_sizes
+        [(21, 50), (29, 35), (29, 35)]
+    """
+
+    max_slice_nums: int = 9
+    scale_resolution: int = 448
+    patch_size: int = 14
+
+    def layout(self, width: int, height: int) -> Layout:
+        """Decide how an image is resized and cut.
+
+        Args:
+            width: Image width, in pixels; at least 1.
+            height: Image height, in pixels; at least 1.
+
+        Returns:
+            The sizes of the overview and of the slices.
+
+        Raises:
+            ValueError: If a side is below 1.
+        """
+        grid = choose_grid(
+            width, height, max_slice_nums=self.max_slice_nums, scale_resolution=self.scale_resolution
+        )
+        overview = self._best_size(width, height, upscale=grid is None)
+        refined = None
+        if grid is not None:
+            cell = self._best_size(
+                _nearest_multiple(width, grid.columns) / grid.columns,
+                _nearest_multiple(height, grid.rows) / grid.rows,
+                upscale=True,
+            )
+            refined = Size(cell.width * grid.columns, cell.height * grid.rows)
+        return Layout(overview, grid, refined, self.patch_size)
+
+    def _best_size(self, width: float, height: float, *, upscale: bool) -> Size:
+        side = self.scale_resolution
+        if upscale or width * height > side * side:
+            ratio = width / height
+            height = int(side / math.sqrt(ratio))
+            width = int(height * ratio)
+        return Size(_nearest_multiple(width, self.patch_size), _nearest_multiple(height, self.patch_size))
+
+
+def choose_grid(width: int, height: int, *, max_slice_nums: int, scale_resolution: int) -> Grid | None:
+    """Choose how many slices an image is cut into, and in which arrangement.
+
+    The ideal count is the image's area divided by the area the encoder was trained on. Among the
+    arrangements with that count, one fewer, or one more, the one whose shape is closest to the image's
+    (in log aspect ratio) wins; the earliest candidate wins a tie.
+
+    Source: "MiniCPM-V: A GPT-4V Level MLLM on Your Phone" (arXiv:2408.01800), adaptive visual encoding.
+
+    Args:
+        width: Image width, in pixels; at least 1.
+        height: Image height, in pixels; at least 1.
+        max_slice_nums: Most slices allowed, the overview not counted.
+        scale_resolution: Side of the square the encoder was trained on, in pixels.
+
+    Returns:
+        The grid, or ``None`` when the image is small enough to be used whole.
+
+    Raises:
+        ValueError: If a side is below 1.
+
+    Example:
+        >>> choose_grid(1344, 896, max_slice_nums=9, scale_resolution=448)
+        Grid(columns=3, rows=2)
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"image size: found {width} x {height}, expected at least 1 x 1 pixel. Replace the image.")
+    ideal = min(math.ceil(width * height / scale_resolution**2), max_slice_nums)
+    if ideal <= 1:
+        return None
+    shape = math.log(width / height)
+    best, best_error = None, math.inf
+    for grid in _candidates(ideal, max_slice_nums):
+        error = abs(shape - math.log(grid.columns / grid.rows))
+        if error < best_error:
+            best, best_error = grid, error
+    return best
+
+
+def _candidates(ideal: int, max_slice_nums: int) -> Iterator[Grid]:
+    for count in (ideal - 1, ideal, ideal + 1):
+        if count == 1 or count > max_slice_nums:
+            continue
+        for columns in range(1, count + 1):
+            if count % columns == 0:
+                yield Grid(columns, count // columns)
+
+
+def _nearest_multiple(length: float, divisor: int) -> int:
+    # Python's round goes half to even; the released code relies on it.
+    return max(round(length / divisor) * divisor, divisor)
+
+
+def patch_columns(layout: Layout) -> int:
+    """Width of the patch strip of all slices of an image: 14 * sum(L), in pixels."""
+    return layout.patch_size * sum(rows * columns for rows, columns in layout.tgt_sizes)
+
+
+def cut_into_patches(image: Image.Image, layout: Layout, out: np.ndarray) -> None:
+    """Resize and cut an image, and write its patches side by side.
+
+    The overview comes first, then the slices row by row of the grid; inside a slice, patches are
+    row-major. Values are the resized image's own 0..255.
+
+    Args:
+        image: The image, in mode RGB.
+        layout: What ``Rules.layout`` gave for this image's size.
+        out: Where the patches go: ``[3, 14, 14 * sum(L)]``, uint8.
+    """
+    assert image.mode == "RGB", image.mode
+    side = layout.patch_size
+    start = _write_patches(_resized(image, layout.overview), side, out, 0)
+    if layout.grid is None or layout.refined is None:
+        return
+    refined = _resized(image, layout.refined)
+    cell_height = layout.refined.height // layout.grid.rows
+    cell_width = layout.refined.width // layout.grid.columns
+    for top in range(0, layout.refined.height, cell_height):
+        for left in range(0, layout.refined.width, cell_width):
+            cell = refined[top : top + cell_height, left : left + cell_width]
+            start = _write_patches(cell, side, out, start)
+
+
+def _resized(image: Image.Image, size: Size) -> np.ndarray:
+    return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
+
+
+def _write_patches(pixels: np.ndarray, side: int, out: np.ndarray, start: int) -> int:
+    """Write one slice ``[H, W, 3]`` as patches into ``out`` from column ``start``; give the next column."""
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    end = start + rows * columns * side
+    target = out[:, :, start:end].reshape(3, side, rows, columns, side)
+    assert np.shares_memory(target, out)
+    np.copyto(target, pixels.reshape(rows, side, columns, side, 3).transpose(4, 1, 0, 2, 3))
+    return end
