@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from loss import IGNORE_INDEX
+
 PADDING = -1
 
 
@@ -62,3 +64,24 @@ class PaddedRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.padding if index == PADDING else self.rows[index]
+
+
+def padding_sample(pad_token_id: int, *, token_types: bool) -> dict[str, Any]:
+    """A sample of two tokens without images and without supervised tokens.
+
+    Args:
+        pad_token_id: Its tokens.
+        token_types: Whether samples of this generation have ``mm_token_type_ids``.
+    """
+    sample = {
+        "input_ids": torch.full((2,), pad_token_id),
+        "labels": torch.full((2,), IGNORE_INDEX),
+        "pixel_values": torch.zeros(3, 14, 0, dtype=torch.uint8),
+        "tgt_sizes": torch.zeros(0, 2, dtype=torch.int32),
+        "image_bound": torch.zeros(0, 2, dtype=torch.int64),
+        "source": 0,
+        "row": PADDING,
+    }
+    if token_types:
+        sample["mm_token_type_ids"] = torch.zeros(2, dtype=torch.int64)
+    return sample

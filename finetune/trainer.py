@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from generations import Generation
 from meters import ThroughputMeter
 from parts import count_parts
-from sampling import EpochSampler, PaddedRows
+from sampling import PADDING, EpochSampler, PaddedRows
 
 
 class CPMTrainer(Trainer):
@@ -114,5 +114,5 @@ class CPMTrainer(Trainer):
 
 def _take_rows(inputs: dict[str, Any]) -> int:
     """Remove the bookkeeping that is not for the model; give the number of real samples."""
-    rows = inputs.pop("rows", None)
-    return len(inputs["labels"]) if rows is None else sum(row is not None for row in rows)
+    rows = inputs.pop("rows")
+    return sum(row != PADDING for _, row in rows)

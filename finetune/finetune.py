@@ -1,0 +1,82 @@
+"""Fine-tune a MiniCPM-V model: arguments -> model folder -> data -> model -> trainer -> save.
+
+Started by ``finetune_ds.sh`` and ``finetune_lora.sh`` through torchrun, or by itself on one device:
+
+    python finetune.py --model_name_or_path ... --data_path ... --output_dir ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from help_page import show_help_when_asked
+
+
+def main(argv: list[str]) -> int:
+    """Run one fine-tuning, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
+    show_help_when_asked(argv)
+    # Imported here: torch and transformers take seconds that --help need not wait for.
+    from run_control import end_process, user_errors_as_messages
+
+    with user_errors_as_messages() as outcome:
+        run(argv)
+    return end_process(outcome.exit_code)
+
+
+def run(argv: list[str]) -> None:
+    """The steps of a fine-tuning, in their order."""
+    from transformers import set_seed
+
+    from adapters import add_adapter
+    from arguments import parse_arguments
+    from generations import check_llm_type
+    from loading import load_model, resolve_model_folder
+    from parts import freeze
+    from preparation import load_datasets, load_dtype, log_what_trains, make_trainer, settle_training_arguments
+    from processing import load_processing
+    from run_control import set_up_logging
+
+    set_up_logging()
+    model_args, data_args, training, lora = parse_arguments(argv)
+    set_seed(training.seed)
+
+    with training.main_process_first(desc="checkpoint files"):
+        folder = resolve_model_folder(model_args.model_name_or_path, cache_dir=training.cache_dir)
+    processing = load_processing(
+        folder, max_slice_nums=training.max_slice_nums, enable_thinking=data_args.enable_thinking
+    )
+    generation = processing.generation
+    check_llm_type(generation, training.llm_type)
+    train_rows, eval_rows = load_datasets(data_args, training, processing)
+    settle_training_arguments(training)
+
+    model = load_model(
+        folder, generation, dtype=load_dtype(training), attention=model_args.attn_implementation
+    )
+    if training.use_lora:
+        model = add_adapter(
+            model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
+        )
+    else:
+        freeze(
+            model,
+            generation,
+            vision=training.tune_vision,
+            resampler=training.tune_resampler,
+            llm=training.tune_llm,
+        )
+    log_what_trains(model, generation, training)
+
+    trainer = make_trainer(model, training, processing, train_rows=train_rows, eval_rows=eval_rows)
+    if training.do_train:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_state()
+        trainer.save_model()  # on every process: under ZeRO-3 it gathers
+    if training.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

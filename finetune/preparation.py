@@ -1,0 +1,107 @@
+"""The steps of ``finetune.py`` between arguments and training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from arguments import TrainingArguments
+from dataset import DataOptions, SupervisedDataset, data_collator
+from generations import Generation
+from options import DataArguments
+from parts import count_parts, parts_table, raise_precision_of_trained
+from processing import Processing
+from sampling import padding_sample
+from trainer import CPMTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def load_datasets(
+    data: DataArguments, training: TrainingArguments, processing: Processing
+) -> tuple[SupervisedDataset | None, SupervisedDataset | None]:
+    """Read and check the training and the evaluation rows; None for what is not asked for."""
+    options = DataOptions(model_max_length=training.model_max_length, image_folder=data.image_folder)
+
+    def load(path: str) -> SupervisedDataset:
+        rows = SupervisedDataset(path, processing, options)
+        rows.check_rows()
+        return rows
+
+    train = load(data.data_path) if training.do_train else None
+    evaluates = training.do_eval or training.eval_strategy != "no"
+    return train, load(data.eval_data_path) if evaluates else None
+
+
+def settle_training_arguments(training: TrainingArguments) -> None:
+    """Set what follows from how this model trains, where the user left it open."""
+    if training.ddp_find_unused_parameters is None:
+        # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
+        training.ddp_find_unused_parameters = False
+    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
+        # Reentrant checkpointing drops the gradients of layers whose inputs need none.
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
+def load_dtype(training: TrainingArguments) -> torch.dtype:
+    """The dtype in which weights are loaded: that of the asked-for precision."""
+    if training.bf16:
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else torch.float32
+
+
+def log_what_trains(model: PreTrainedModel, generation: Generation, training: TrainingArguments) -> None:
+    """Log the table of parts, and the totals as the official script prints them."""
+    if not training.deepspeed:
+        raise_precision_of_trained(model)
+    counts = count_parts(model, generation)
+    total = sum(count.total for count in counts.values())
+    trainable = sum(count.trainable for count in counts.values())
+    logger.info("%s", parts_table(counts))
+    logger.info("%s", {"Total": total, "Trainable": trainable})
+    logger.info("llm_type=%s", generation.llm_type)
+
+
+class BatchMaker:
+    """The collator with what the model wants besides: sizes that stay on the CPU.
+
+    The model reads the sizes and bounds of slices as Python numbers. As numpy arrays they are not
+    moved to the GPU with the rest, and reading them makes no step wait.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = data_collator(samples, pad_token_id=self.pad_token_id)
+        for name in ("tgt_sizes", "image_bound", "temporal_ids"):
+            if name in batch:
+                batch[name] = batch[name].numpy()
+        # Positions of unpacked rows are what the LLM counts by itself, without a mask per row.
+        del batch["position_ids"]
+        return batch
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    processing: Processing,
+    *,
+    train_rows: SupervisedDataset | None,
+    eval_rows: SupervisedDataset | None,
+) -> CPMTrainer:
+    """Put everything together."""
+    pad_token_id = processing.tokenizer.pad_token_id
+    return CPMTrainer(
+        generation=processing.generation,
+        padding_sample=padding_sample(pad_token_id, token_types=processing.generation.name == "v4_7"),
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=BatchMaker(pad_token_id),
+    )
