@@ -155,7 +155,7 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
 
 
 def _data_source(value: str) -> Path:
-    """The file behind a data argument; a count or weight (``rows.json#500``, ``rows.json:0.3``) may follow."""
+    """The file behind a data argument, which may end in a count (``#500``) or a weight (``:0.3``)."""
     path = Path(value).expanduser()
     return path if path.exists() else Path(re.sub(r"(#\d+|:[\d.]+)$", "", value)).expanduser()
 
@@ -170,7 +170,7 @@ def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:
         )
     for flag in ("fp16", "fp16_full_eval"):
         if getattr(training, flag) and not accelerators:
-            yield f"--{flag} true needs a GPU, and none is used here. Use --{flag} false (bf16 runs on a CPU)."
+            yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false (a CPU can do bf16)."
     if training.bf16 and training.fp16:
         yield "--bf16 true and --fp16 true contradict each other. Keep one."
     if model.attn_implementation == "flash_attention_2":
@@ -215,8 +215,8 @@ def _output_folder(training: Namespace) -> Iterator[str]:
     if resume and resume.lower() not in ("true", "false"):
         if not output_folder.is_checkpoint(Path(resume).expanduser()):
             yield (
-                f"--resume_from_checkpoint: {resume!r} is no complete checkpoint (no trainer_state.json). Give "
-                "a checkpoint-<step> folder, or true for the last one in --output_dir."
+                f"--resume_from_checkpoint: {resume!r} is no complete checkpoint (no trainer_state.json). "
+                "Give a checkpoint-<step> folder, or true for the last one in --output_dir."
             )
         return
     earlier = output_folder.look(folder)

@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArguments):
     """Everything of ``transformers.TrainingArguments``, with what trains and how the run is started.
 
-    Differs from transformers: the defaults named in ``RunOptions``; ``use_cpu`` is set without an accelerator.
+    Differs from transformers: what ``RunOptions`` names; ``use_cpu`` is set on a machine without GPUs.
     """
 
     def __post_init__(self) -> None:
-        """Settle the hardware, DeepSpeed's file and the checkpoint to continue, then let transformers join in."""
+        """Settle the device, DeepSpeed's file and the checkpoint to continue before transformers does."""
         if not has_accelerator():
             # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
             self.use_cpu = True
@@ -52,8 +52,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             # nn.DataParallel would split the batch's packed pixels in the wrong places.
             self._n_gpu = 1
             logger.warning(
-                "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., or the "
-                "launchers finetune_ds.sh and finetune_lora.sh."
+                "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., "
+                "or the launchers finetune_ds.sh and finetune_lora.sh."
             )
 
     def _checkpoint_to_continue(self) -> str | None:

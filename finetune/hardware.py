@@ -65,7 +65,8 @@ def main() -> None:
     """Print device, processes, precision, cores and port on one line."""
     count = accelerator_count()
     device = "gpu" if count else "cpu"
-    sys.stdout.write(f"{device} {max(1, count)} {best_precision()} {cpu_cores()} {free_port(int(sys.argv[1]))}\n")
+    port = free_port(int(sys.argv[1]))
+    sys.stdout.write(f"{device} {max(1, count)} {best_precision()} {cpu_cores()} {port}\n")
 
 
 if __name__ == "__main__":

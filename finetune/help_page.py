@@ -30,7 +30,7 @@ class Entry:
     name: str
     help: str
     default: Any
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
 
 
 def show_help_when_asked(argv: list[str]) -> None:
@@ -55,7 +55,7 @@ def render_help(width: int = 100) -> str:
 def own_entries(group: type) -> list[Entry]:
     """The arguments of one of our dataclasses."""
     return [
-        Entry(item.name, item.metadata["help"], item.default, tuple(map(str, item.metadata.get("choices", ()))))
+        Entry(item.name, item.metadata["help"], item.default, tuple(item.metadata.get("choices", ())))
         for item in dataclasses.fields(group)
     ]
 
@@ -63,7 +63,7 @@ def own_entries(group: type) -> list[Entry]:
 def inherited_groups() -> list[tuple[str, list[Entry]]]:
     """The arguments of ``transformers.TrainingArguments``, under the headings of its source."""
     source = _training_arguments_file().read_text(encoding="utf-8")
-    headings = {
+    headings = {0: "General"} | {
         number: match[1]
         for number, line in enumerate(source.splitlines(), start=1)
         if (match := re.fullmatch(r"\s+# --- (.+) ---\s*", line))
@@ -74,13 +74,13 @@ def inherited_groups() -> list[tuple[str, list[Entry]]]:
         entry = _entry_of(node)
         if entry.name in own | _HIDDEN:
             continue
-        title = max((line, text) for line, text in [(0, "General"), *headings.items()] if line < node.lineno)[1]
+        title = headings[max(line for line in headings if line < node.lineno)]
         groups.setdefault(title, []).append(entry)
     return list(groups.items())
 
 
 _OWN_GROUPS = (ModelArguments, DataArguments, TuningOptions, LoraArguments, RunOptions)
-_USAGE = """usage: torchrun [--nproc_per_node N] finetune.py --model_name_or_path MODEL --data_path ROWS [arguments]
+_USAGE = """usage: torchrun [--nproc_per_node N] finetune.py --model_name_or_path MODEL --data_path ROWS ...
 
 Fine-tunes a MiniCPM-V model. finetune_lora.sh and finetune_ds.sh start it with sensible values.
 A switch takes true or false, and is true when it stands alone.
@@ -126,7 +126,7 @@ def _render_group(title: str, entries: list[Entry], width: int) -> str:
     for entry in entries:
         text = entry.help.replace("%%", "%").strip()
         if entry.choices:
-            text += f" One of: {', '.join(entry.choices)}."
+            text += f" One of: {', '.join(map(str, entry.choices))}."
         if entry.default not in (None, "", dataclasses.MISSING):
             shown = str(entry.default).lower() if isinstance(entry.default, bool) else entry.default
             text += f" (default: {shown})"
@@ -138,8 +138,7 @@ def _render_group(title: str, entries: list[Entry], width: int) -> str:
 def _old_names(width: int) -> str:
     renamed = [f"--{old} (now --{new})" for old, new in RENAMED.items()]
     others = [f"--{name}" for name in REWRITTEN if name != "optim"]
-    text = ", ".join(renamed + others) + ". Without effect: " + ", ".join(f"--{name}" for name in DROPPED) + "."
-    indent = " " * 6
-    return "Old names that still work:\n" + textwrap.fill(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    ) + "\n"
+    dropped = [f"--{name}" for name in DROPPED]
+    text = f"{', '.join(renamed + others)}. Without effect: {', '.join(dropped)}."
+    lines = textwrap.wrap(text, width - 6, break_on_hyphens=False)
+    return "Old names that still work:\n" + textwrap.indent("\n".join(lines), " " * 6) + "\n"

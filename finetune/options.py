@@ -25,15 +25,15 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="openbmb/MiniCPM-V-2",
         metadata={
-            "help": "The checkpoint to start from: a folder in the released layout, or a Hugging Face Hub id. "
+            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id (owner/name). "
             "Every generation from MiniCPM-V 2.0 to 4.7 works."
         },
     )
     attn_implementation: str = field(
         default="sdpa",
         metadata={
-            "help": "How the language model computes attention. flash_attention_2 needs the flash-attn package "
-            "and a GPU; eager is the slow reference.",
+            "help": "How the language model computes attention. flash_attention_2 needs the flash-attn "
+            "package and a GPU; eager is the slow reference.",
             "choices": ["sdpa", "eager", "flash_attention_2"],
         },
     )
@@ -103,8 +103,8 @@ class TuningOptions:
     max_slice_nums: int | None = field(
         default=9,
         metadata={
-            "help": "Most slices an image is cut into, the overview not counted. More slices see finer detail "
-            "and cost 64 to 96 tokens each."
+            "help": "Most slices an image is cut into, the overview not counted. More slices see finer "
+            "detail and cost 64 to 96 tokens each."
         },
     )
     tune_vision: bool = field(
@@ -139,13 +139,17 @@ class RunOptions:
 
     do_train: bool | None = field(
         default=None,
-        metadata={"help": "Whether to train. Default: true when --data_path is given.", "nargs": "?", "const": True},
+        metadata={
+            "help": "Whether to train. Default: true when --data_path is given.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; or "
-            "the path of a checkpoint folder.",
+            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; "
+            "or the path of a checkpoint folder.",
             "nargs": "?",
             "const": "true",
         },
@@ -176,9 +180,7 @@ class LoraArguments:
     _argument_group_name = "LoRA (with --use_lora true)"
 
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(
-        default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."}
-    )
+    lora_alpha: int = field(default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(
         default=0.05, metadata={"help": "Dropout in front of each adapter, from 0 to below 1."}
     )
@@ -222,7 +224,7 @@ class LoraArguments:
     )
     lora_layers_pattern: str | None = field(
         default=None,
-        metadata={"help": "Name of the layer list that --lora_layers_to_transform counts in. Default: layers."},
+        metadata={"help": "Name of the module list that --lora_layers_to_transform counts in (layers)."},
     )
 
     @property
@@ -263,6 +265,6 @@ class LoraArguments:
 
     def _replication_problem(self) -> str:
         return (
-            f"--lora_layer_replication is {self.lora_layer_replication!r}, expected a JSON list of layer ranges "
-            "such as [[0, 16], [8, 24]]."
+            f"--lora_layer_replication is {self.lora_layer_replication!r}, expected a JSON list of layer "
+            "ranges such as [[0, 16], [8, 24]]."
         )
