@@ -21,6 +21,10 @@ from sentencepiece_tokenizer import build_tokenizer
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
 
 
+class CheckpointError(ValueError):
+    """A checkpoint folder that lacks something, or holds something that can't be used."""
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read a checkpoint's config.json.
 
@@ -31,17 +35,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         The parsed JSON object.
 
     Raises:
-        ValueError: If there is no config.json, or it is not a JSON object.
+        CheckpointError: If there is no config.json, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"{folder}: found no config.json, expected a MiniCPM-V checkpoint. "
             "Give --model_name_or_path the folder that holds config.json, or a hub id."
         )
     config = _read_json(path)
     if "model_type" not in config:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: found no model_type, expected the config of a MiniCPM-V checkpoint. "
             "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
         )
@@ -59,7 +63,7 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
         The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
 
     Raises:
-        ValueError: If the tokenizer's files are missing.
+        CheckpointError: If the tokenizer's files are missing.
     """
     folder = Path(folder)
     config_path = folder / "tokenizer_config.json"
@@ -79,7 +83,7 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     vocabulary = tokenizer.get_vocab()
     missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
     if missing:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
             "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer files again."
         )
@@ -95,7 +99,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"{path.parent}: found no {path.name}, expected the checkpoint's own tokenizer. "
             "Copy the tokenizer files into the folder, or download the checkpoint again."
         )
@@ -106,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again.")
+        raise CheckpointError(f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again.")
     return value

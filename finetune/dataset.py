@@ -114,23 +114,40 @@ class SupervisedDataset(Dataset):
         return f"{self.rows.path}: row {index}{name}: {error}"
 
 
+def padding_sample(processing: Processing) -> Sample:
+    """A sample that contributes nothing: one token, not supervised, no image."""
+    ids = torch.tensor([processing.tokenizer.convert_tokens_to_ids(processing.generation.turn_end)])
+    sample: Sample = {
+        "input_ids": ids,
+        "labels": torch.full_like(ids, IGNORE_INDEX),
+        "pixel_values": torch.zeros((3, processing.rules.patch_size, 0), dtype=torch.uint8),
+        "tgt_sizes": torch.zeros((0, 2), dtype=torch.int32),
+        "image_bound": torch.zeros((0, 2), dtype=torch.int64),
+        "row": None,
+        "source": None,
+    }
+    if processing.generation.name == "v4_7":
+        sample["mm_token_type_ids"] = torch.zeros_like(ids)
+    return sample
+
+
 def _summary(problems: Sequence[str], total: int) -> str:
     shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])
     more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     return f"{len(problems)} of {total} rows can't be used:\n{shown}{more}"
 
 
-def data_collator(samples: Sequence[Sample], *, pad_token_id: int) -> dict[str, Any]:
+def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[str, Any]:
     """Join samples into a batch.
 
     Args:
         samples: What ``SupervisedDataset`` gives.
-        pad_token_id: What ``input_ids`` are padded with.
+        pad_token_id: What ``input_ids`` are padded with; any valid id, since padding is never attended.
 
     Returns:
         ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` [B, T], padded on the right;
         ``pixel_values`` uint8 [3, 14, 14 * sum(L)], ``tgt_sizes`` [S, 2], ``image_bound`` [P, 3] = (row,
-        start, end), of the whole batch; ``rows``, the (source, row) of every sample.
+        start, end), of the whole batch; ``rows``, the (source, row) of every sample, ``None`` for one that contributes nothing.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     batch: dict[str, Any] = {
@@ -152,7 +169,7 @@ def data_collator(samples: Sequence[Sample], *, pad_token_id: int) -> dict[str, 
     batch["image_bound"] = torch.cat(bounds)
     if "mm_token_type_ids" in samples[0]:
         batch["mm_token_type_ids"] = _padded(samples, "mm_token_type_ids", length, 0)
-    batch["rows"] = [(sample.get("source", 0), sample.get("row", -1)) for sample in samples]
+    batch["rows"] = [None if sample.get("row") is None else (sample["source"], sample["row"]) for sample in samples]
     return batch
 
 

@@ -35,8 +35,11 @@ def is_remote(value: Any) -> bool:
 
 
 def find_file(value: str, folder: Path) -> Path:
-    """The file that a path in a row means: absolute, or relative to ``folder``."""
-    return folder / os.path.expanduser(value.removeprefix("file://"))
+    """The file that a path in a row means: absolute, relative to ``folder``, or to the current folder."""
+    path = Path(os.path.expanduser(value.removeprefix("file://")))
+    if path.is_absolute() or (folder / path).exists() or not path.exists():
+        return folder / path
+    return path
 
 
 def check_source(value: Any, folder: Path, *, allow_remote: bool = False) -> None:

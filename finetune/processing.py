@@ -24,6 +24,10 @@ from turns import Turn, media_of
 Sample = dict[str, Any]
 
 
+class ProcessingError(ValueError):
+    """An option of the data side that this checkpoint can't be given."""
+
+
 @dataclass(frozen=True)
 class Processing:
     """What turns conversations of one checkpoint into samples.
@@ -185,7 +189,7 @@ def _slice_limit(wish: int | None, settings: dict[str, Any], config: dict[str, A
     """The most slices: the user's wish, else the released processor's, else the model config's."""
     if wish is not None:
         if wish < 1:
-            raise ValueError(f"--max_slice_nums: found {wish}, expected at least 1. Use 1 to never cut images.")
+            raise ProcessingError(f"--max_slice_nums: found {wish}, expected at least 1. Use 1 to never cut images.")
         return wish
     if not settings.get("slice_mode", config.get("slice_mode", True)):
         return 1

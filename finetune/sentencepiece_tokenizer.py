@@ -24,6 +24,10 @@ _USER_DEFINED = 4  # ModelProto.SentencePiece.Type
 _UNUSED = 5
 
 
+class TokenizerError(ValueError):
+    """A tokenizer file that can't be used."""
+
+
 def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> Tokenizer:
     """Build a fast tokenizer that gives the ids of SentencePiece in LlamaTokenizer's legacy mode.
 
@@ -39,12 +43,12 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
         The tokenizer.
 
     Raises:
-        ValueError: If the file holds no byte-pair model.
+        TokenizerError: If the file holds no byte-pair model.
     """
     model = import_protobuf().ModelProto()
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != _BPE_MODEL:
-        raise ValueError(
+        raise TokenizerError(
             f"{path}: SentencePiece model type {model.trainer_spec.model_type}, expected {_BPE_MODEL} "
             "(byte-pair encoding). Use the tokenizer.model of the MiniCPM-V 2.0 checkpoint."
         )
