@@ -89,8 +89,11 @@ class LMHead(nn.Linear):
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
-    ) -> Tensor | SupervisedLoss:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Give logits, or the loss of the tokens in ``labels``.
+
+        With labels it gives a plain tuple: DeepSpeed hooks its gathering of the weight for the
+        backward to the tensors of a tuple, and looks into no other kind of object.
 
         Args:
             hidden: [N, D] (with labels) or [..., D], float.
@@ -98,7 +101,8 @@ class LMHead(nn.Linear):
             chunk: Tokens per chunk; by default as many as fill ``CHUNK_ELEMENTS`` logits.
 
         Returns:
-            [..., V] logits in the dtype of ``hidden``, or a ``SupervisedLoss``.
+            [..., V] logits in the dtype of ``hidden``; or the fp32 sum of the tokens' cross entropies in
+            nats, and the int64 number of tokens predicted right.
         """
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
@@ -106,9 +110,7 @@ class LMHead(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         if chunk is None:
             chunk = max(1, CHUNK_ELEMENTS // self.out_features)
-        loss_sum, correct = _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk)
-        count = torch.tensor(labels.numel(), device=hidden.device)
-        return SupervisedLoss(loss_sum, count, correct)
+        return _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk)
 
 
 def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> SupervisedLoss:
@@ -124,7 +126,9 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Supervis
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    return head(hidden[:, :-1][supervised], labels=targets[supervised])
+    chosen = targets[supervised]
+    loss_sum, correct = head(hidden[:, :-1][supervised], labels=chosen)
+    return SupervisedLoss(loss_sum, torch.tensor(chosen.numel(), device=hidden.device), correct)
 
 
 def as_lm_head(linear: nn.Linear) -> LMHead:
