@@ -212,6 +212,9 @@ def _output_folder(training: Namespace) -> Iterator[str]:
         yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that is free."
         return
     resume = training.resume_from_checkpoint
+    if resume and resume.lower() != "false" and training.overwrite_output_dir:
+        yield "--overwrite_output_dir true and --resume_from_checkpoint contradict each other. Keep one."
+        return
     if resume and resume.lower() not in ("true", "false"):
         if not output_folder.is_checkpoint(Path(resume).expanduser()):
             yield (

@@ -25,8 +25,8 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="openbmb/MiniCPM-V-2",
         metadata={
-            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id (owner/name). "
-            "Every generation from MiniCPM-V 2.0 to 4.7 works."
+            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id (owner/name): "
+            "any generation from 2.0 to 4.7."
         },
     )
     attn_implementation: str = field(

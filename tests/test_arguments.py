@@ -189,6 +189,7 @@ PROBLEMS = [
     ("--deepspeed broken.json", "broken.json, line 1"),
     ("--output_dir rows.json", "is a file"),
     ("--resume_from_checkpoint model", "'model' is no complete checkpoint"),
+    ("--overwrite_output_dir --resume_from_checkpoint", "contradict each other. Keep one."),
     ("--learning_rat 1", "unknown argument --learning_rat. Did you mean --learning_rate?"),
     ("--lerning-rate 1", "unknown argument --lerning-rate. Did you mean --learning_rate?"),
     ("--qwertzuiop", "unknown argument --qwertzuiop. finetune.py --help lists"),

@@ -1,0 +1,296 @@
+"""Makes a small checkpoint of any generation, in the layout of the released one.
+
+    python make_checkpoint.py FOLDER [--generation v2_6] [--size demo] [--seed 0]
+
+The configuration keys, key names, tokenizer attributes and file names are the released ones; the sizes
+are small and the weights random. ``layouts/<generation>/`` holds what is copied, the sizes are set here.
+The *.py files of a released checkpoint are stood in for by files that raise when they are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "finetune")]
+
+import torch  # noqa: E402
+
+from draw_pictures import sentences  # noqa: E402
+from generations import GENERATIONS, Generation  # noqa: E402
+from small_tokenizers import byte_fallback, byte_level, sentencepiece_model  # noqa: E402
+
+Json = dict[str, Any]
+
+# The special tokens of the released tokenizers, in the order of their ids.
+_IMAGE = ["<image>", "</image>"]
+_MARKS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>"]
+_SLICE = ["<slice>", "</slice>"]
+_IMAGE_ID = ["<image_id>", "</image_id>"]
+_CHATML = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_SPEECH = ["audio_start", "audio", "audio_end", "spk_bos", "spk", "spk_eos", "tts_bos", "tts_eos"]
+_NATIVE = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"), *_IMAGE, *_SLICE, *_IMAGE_ID,
+    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<tool_call>", "</tool_call>"),
+]  # fmt: skip
+_THINK = ["<think>", "</think>"]
+_V4_WORDS = ["\n", "assistant", "user", "system"]
+SPECIAL_TOKENS = {
+    "v2": [*_IMAGE, *_MARKS, *_SLICE],
+    "v2_5": [
+        *("<|begin_of_text|>", "<|end_of_text|>", "<unk>"), *(f"<|reserved_special_token_{i}|>" for i in (1, 2, 3)),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+        *_IMAGE, *_MARKS, *_SLICE,
+    ],
+    "v2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|reserved_special_token_{i}|>" for i in range(6))],
+    "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|{name}|>" for name in _SPEECH)],
+    "v4": [
+        *("<unk>", "<s>", "</s>"), *_IMAGE_ID, *_IMAGE, *_MARKS, *_SLICE, *_V4_WORDS,
+        *("<|im_end|>", "<|im_start|>"),
+    ],
+    "v4_5": [*_CHATML, *_THINK, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID],
+    "v4_6": _NATIVE,
+    "v4_7": _NATIVE,
+}  # fmt: skip
+_PLAIN_TOKENS = (*_V4_WORDS, *_THINK)  # listed in the released files, but no special tokens there
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a small model.
+
+    Attributes:
+        width: Of the LLM; a multiple of 128, because the resampler has one head for each 128.
+        layers: Of the LLM.
+        heads: Attention heads of the LLM.
+        kv_heads: Key and value heads of the LLM.
+        ffn: Inner width of the LLM's MLPs.
+        vision_width: Of the vision tower (V-2's is fixed at 64).
+        vision_layers: Of the vision tower.
+        queries: Tokens per slice, a square number (4.6 and 4.7 have one per 16 patches).
+        scale_resolution: Side of the square that a slice is resized towards, in pixels.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vision_width: int
+    vision_layers: int
+    queries: int
+    scale_resolution: int
+
+
+SIZES = {
+    "tiny": Size(128, 2, 4, 2, 192, 64, 2, 16, 112),
+    "demo": Size(256, 4, 4, 2, 704, 128, 3, 16, 112),
+}
+
+
+def make_checkpoint(
+    folder: Path, generation: str = "v2_6", *, size: str = "demo", seed: int = 0, max_shard_size: str = "5GB"
+) -> Path:
+    """Write a checkpoint with random weights.
+
+    Args:
+        folder: Where to; made when it is not there.
+        generation: A name of ``generations.GENERATIONS``.
+        size: ``demo`` (a few million parameters) or ``tiny`` (for tests).
+        seed: The same seed makes the same weights.
+        max_shard_size: Weights above it are spread over several files, as transformers writes it.
+
+    Returns:
+        The folder.
+    """
+    row = GENERATIONS[generation]
+    layout = HERE / "layouts" / generation
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = _write_tokenizer(folder, layout, row)
+    config = _config(_read(layout / "config.json"), SIZES[size], ids)
+    _write(folder / "config.json", config)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (layout / name).is_file():
+            _write(folder / name, _processor(_read(layout / name), SIZES[size]))
+    stops = sorted({ids[token] for token in (row.turn_end, "<|endoftext|>", "<|end_of_text|>") if token in ids})
+    _write(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": ids["<pad>"]})
+    _write_stand_ins(folder, config)
+    _write_weights(folder, row, seed=seed, max_shard_size=max_shard_size)
+    return folder
+
+
+def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, int]:
+    """Train and write the tokenizer; give the ids of its tokens, ``<pad>`` being the one it pads with."""
+    special = SPECIAL_TOKENS[row.name]
+    text = list(sentences())
+    settings = _read(layout / "tokenizer_config.json")
+    if row.prompt == "minicpm":
+        content = sentencepiece_model(text, special)
+        (folder / "tokenizer.model").write_bytes(content)
+        pieces = _pieces(content)
+        ids = {piece: index for index, piece in enumerate(pieces)}
+        special = ["<unk>", "<s>", "</s>", *special]
+    else:
+        tokenizer = _train(row, text, special)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        ids = tokenizer.get_vocab()
+    template = layout / "chat_template.jinja"
+    if row.native:
+        shutil.copy(template, folder)
+    else:
+        if template.is_file():
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["added_tokens_decoder"] = {str(ids[token]): _added(token) for token in special}
+        names = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
+        _write(folder / "special_tokens_map.json", names)
+    _write(folder / "tokenizer_config.json", settings)
+    return ids | {"<pad>": ids[settings["pad_token"]]}
+
+
+def _train(row: Generation, text: list[str], special: list[str]) -> Any:
+    plain = [token for token in special if token in _PLAIN_TOKENS]
+    if row.name == "v4":
+        return byte_fallback(text, special, plain=plain)
+    if row.name == "v2_5":
+        return byte_level(text, special, digits="{1,3}", bos="<|begin_of_text|>")
+    return byte_level(text, special, first=row.native, plain=[] if row.native else plain)
+
+
+def _pieces(model: bytes) -> list[str]:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+
+
+def _added(token: str) -> Json:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": token, **flags, "special": token not in _PLAIN_TOKENS}
+
+
+def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:
+    """The released configuration with small sizes, and the ids of this tokenizer."""
+    text = config.get("text_config", config)
+    layers = max(size.layers, 4) if "layer_types" in text else size.layers
+    text |= {
+        "hidden_size": size.width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": text["num_attention_heads"] if "scale_emb" in text else size.kv_heads,
+        "intermediate_size": size.ffn,
+        "vocab_size": max(ids.values()) + 1,
+    }
+    if "layer_types" in text:
+        text["layer_types"] = ["full_attention" if n % 4 == 3 else "linear_attention" for n in range(layers)]
+    if "head_dim" in text:
+        text["head_dim"] = size.width // size.heads
+    if "scale_resolution" in config:
+        config["scale_resolution"] = size.scale_resolution
+    if "slice_config" in config:
+        config["slice_config"]["scale_resolution"] = size.scale_resolution
+    if "query_num" in config:
+        config["query_num"] = size.queries
+    if "vision_config" in config:
+        vision = {"hidden_size": size.vision_width, "intermediate_size": 2 * size.vision_width}
+        config["vision_config"] |= {**vision, "num_hidden_layers": size.vision_layers, "num_attention_heads": 4}
+    return _with_ids(config, text, ids)
+
+
+def _with_ids(config: Json, text: Json, ids: dict[str, int]) -> Json:
+    named = {
+        "bos_token_id": ("<|begin_of_text|>", "<s>", "<|im_start|>"),
+        "eos_token_id": ("<|end_of_text|>", "<|im_end|>", "</s>"),
+        "pad_token_id": ("<pad>",),
+    }
+    for key, tokens in named.items():
+        if text.get(key) is not None:
+            text[key] = next(ids[token] for token in tokens if token in ids)
+    native = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "image_start_id": "<image>",
+        "image_end_id": "</image>",
+        "slice_start_id": "<slice>",
+        "slice_end_id": "</slice>",
+        "newline_id": "\u010a",  # how byte-level tokenizers write a line break
+    }
+    return config | {key: ids[token] for key, token in native.items() if key in config}
+
+
+def _processor(settings: Json, size: Size) -> Json:
+    for part in (settings, settings.get("image_processor", {}), settings.get("video_processor", {})):
+        if "scale_resolution" in part:
+            part["scale_resolution"] = size.scale_resolution
+        if "image_feature_size" in part:
+            part["image_feature_size"] = size.queries
+    return settings
+
+
+def _write_stand_ins(folder: Path, config: Json) -> None:
+    """Files for the names in ``auto_map``, which a released checkpoint has and this project never runs."""
+    named = [*config.get("auto_map", {}).values(), *_auto_map_of(folder)]
+    for module in sorted({name.partition(".")[0] for name in named}):
+        text = '"""Stands in for the released model code."""\n\nraise ImportError("This small checkpoint has no code.")\n'
+        (folder / f"{module}.py").write_text(text, encoding="utf-8")
+
+
+def _auto_map_of(folder: Path) -> list[str]:
+    names: list[str] = []
+    for path in folder.glob("*_config.json"):
+        for value in _read(path).get("auto_map", {}).values():
+            names += [name for name in (value if isinstance(value, list) else [value]) if name]
+    return names
+
+
+def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: str) -> None:
+    torch.manual_seed(seed)
+    if row.native:
+        from transformers import AutoConfig
+
+        from native import native_class
+
+        model = native_class(row)(AutoConfig.from_pretrained(folder))
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    from configuration_minicpmv import MiniCPMVConfig
+    from modeling_minicpmv import MiniCPMV
+
+    model = MiniCPMV(MiniCPMVConfig.from_folder(folder))
+    model.config.name_or_path = ""
+    tensors = model.state_dict()
+    if row.name == "o2_6":
+        speech = ("apm.conv1.weight", "audio_projection_layer.linear1.weight", "tts.emb_text.weight")
+        tensors |= {name: torch.randn(4, 8) for name in speech}
+    model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
+
+
+def _read(path: Path) -> Json:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: Json) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Make a checkpoint, as the command line says."""
+    parser = argparse.ArgumentParser(description="Make a small checkpoint with random weights.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--generation", default="v2_6", choices=list(GENERATIONS))
+    parser.add_argument("--size", default="demo", choices=list(SIZES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_shard_size", default="5GB", help="spread larger weights over several files")
+    given = parser.parse_args()
+    make_checkpoint(
+        given.folder, given.generation, size=given.size, seed=given.seed, max_shard_size=given.max_shard_size
+    )
+
+
+if __name__ == "__main__":
+    main()

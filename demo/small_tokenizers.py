@@ -1,0 +1,129 @@
+"""Small tokenizers, trained on the spot, with the special tokens of the released ones.
+
+Three kinds: byte-level BPE (2.5, 2.6, o-2.6, 4.5 and later), BPE with byte fallback in a tokenizer.json
+(V-4), and a SentencePiece tokenizer.model (V-2). Any text can be encoded: what was not in the training
+sentences becomes bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+_SPACE = "\u2581"  # SentencePiece's visible space
+_GPT_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_V2_MARKERS = ("<用户>", "<AI>", "\n")
+
+
+def byte_level(
+    sentences: Sequence[str],
+    special: Sequence[str],
+    *,
+    digits: str = "{1}",
+    first: bool = False,
+    bos: str | None = None,
+    plain: Sequence[str] = (),
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer, as GPT-2, Llama 3 and Qwen have.
+
+    Args:
+        sentences: What to train on.
+        special: The special tokens, in the order of their ids.
+        digits: How many digits make one word, as the end of a regular expression.
+        first: Special tokens get the first ids (4.6, 4.7), not the last.
+        bos: A token that is put in front of every text.
+        plain: Those of ``special`` that decoding does not leave out.
+
+    Returns:
+        The tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_GPT_SPLIT.replace("{DIGITS}", digits)), behavior="isolated")
+    whole_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole_words])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(special) if first else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    _add_special_tokens(tokenizer, special, plain)
+    if bos is not None:
+        bos_id = tokenizer.token_to_id(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    return tokenizer
+
+
+def byte_fallback(sentences: Sequence[str], special: Sequence[str], *, plain: Sequence[str] = ()) -> Tokenizer:
+    """Train a BPE tokenizer in Llama's manner: spaces made visible, unknown characters as bytes.
+
+    Args:
+        sentences: What to train on.
+        special: The special tokens; those that start with ``<|`` get the last ids, the others the first.
+        plain: Those of ``special`` that decoding does not leave out.
+
+    Returns:
+        The tokenizer, which puts ``<s>`` in front of every text.
+    """
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", _SPACE)
+    trained.pre_tokenizer = pre_tokenizers.Split(_SPACE, behavior="merged_with_next")
+    trained.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=1000, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    last = [token for token in special if token.startswith("<|")]
+    begin = [token for token in special if token not in last]
+    names = dict.fromkeys([*begin, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]])
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    _add_special_tokens(tokenizer, [*begin, *last], plain)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def sentencepiece_model(sentences: Sequence[str], special: Sequence[str]) -> bytes:
+    """Train the tokenizer.model of V-2: ``<unk> <s> </s>``, then its own markers, then pieces.
+
+    Args:
+        sentences: What to train on.
+        special: The special tokens behind the first three.
+
+    Returns:
+        The content of the file.
+    """
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=content,
+        model_type="bpe",
+        vocab_size=420,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        byte_fallback=True,
+        user_defined_symbols=[*special, *_V2_MARKERS],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return content.getvalue()
+
+
+def _add_special_tokens(tokenizer: Tokenizer, special: Sequence[str], plain: Sequence[str]) -> None:
+    for token in special:
+        added = AddedToken(token, normalized=False, special=token not in plain)
+        (tokenizer.add_tokens if token in plain else tokenizer.add_special_tokens)([added])
