@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from weights import copy_carried_files, untouched_tensors
+from answering import ChatMixin, GenerateMixin
 from configuration_minicpmv import MiniCPMVConfig
 from loss import as_lm_head, supervised_loss
 from resampler import FramePacks, Resampler, grid_table
 from slice_attention import SliceLayout
 from vision import NaViTTower, TimmTower
+from weights import copy_carried_files, untouched_tensors
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
@@ -46,7 +47,7 @@ class MiniCPMVOutput(ModelOutput):
     correct_count: Tensor | None = None
 
 
-class MiniCPMV(PreTrainedModel, GenerationMixin):
+class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
     """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
 
     Args:
@@ -270,9 +271,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state.view(shape)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.llm.prepare_inputs_for_generation(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any

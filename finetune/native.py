@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
+from answering import ChatMixin
 from generations import Generation
 from loss import IGNORE_INDEX, as_lm_head, supervised_loss
 from modeling_minicpmv import MiniCPMVOutput
@@ -34,7 +35,7 @@ from slice_attention import SliceLayout
 from weights import copy_carried_files
 
 
-class _NativeMiniCPMV:
+class _NativeMiniCPMV(ChatMixin):
     """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True

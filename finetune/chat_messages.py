@@ -1,0 +1,141 @@
+"""The released chat's ``msgs`` and ``image`` -> turns and images.
+
+Source: ``chat`` in the released modeling_minicpmv.py of V-2 to V-4.5. A message is ``{"role", "content"}``; the
+content is a text, or a list of PIL images and texts, which are joined by newlines, as in the official data format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from prompts import PromptWriter
+from turns import ROLES, Media, Part, Turn
+
+
+class MessageError(ValueError):
+    """Messages that can't be put to a model; the message says what to change."""
+
+
+def read_messages(
+    msgs: str | Sequence[Mapping[str, Any]], *, image: Image.Image | None = None, system_prompt: str = ""
+) -> tuple[list[Turn], list[Image.Image]]:
+    """Read a conversation whose last message is the user's.
+
+    Args:
+        msgs: The messages, or their JSON.
+        image: Stands in front of the first user message; None when the images are in the messages.
+        system_prompt: Stands before all messages; empty for none.
+
+    Returns:
+        The turns, and the images in the order of the text, mode RGB.
+
+    Raises:
+        MessageError: When a message is not in the released form.
+
+    Example:
+        >>> read_messages([{"role": "user", "content": "Who are you?"}])
+        ([Turn(role='user', parts=('Who are you?',), learn=True)], [])
+    """
+    if isinstance(msgs, str):
+        msgs = _parsed(msgs)
+    if not isinstance(msgs, Sequence) or not msgs:
+        raise MessageError(f"msgs: found {msgs!r:.80}, expected a list with at least one message. Add the question.")
+    images: list[Image.Image] = []
+    turns = [Turn("system", (system_prompt,))] if system_prompt else []
+    for number, message in enumerate(msgs):
+        role, content = _checked(message, number)
+        if role == "system" and turns:
+            raise MessageError(f"msgs[{number}]: found a system message, expected it first and only once. Remove it.")
+        if image is not None and role == "user":
+            content, image = _with_image(content, image, number), None
+        turns.append(Turn(role, tuple(_parts(content, images, number))))
+    _check_order(turns)
+    return turns, images
+
+
+def check_texts(turns: Sequence[Turn], writer: PromptWriter) -> None:
+    """Refuse texts that hold a token which the model would read as structure.
+
+    Raises:
+        MessageError: With the token found.
+    """
+    for turn in turns:
+        token = writer.find_control_token(turn.text)
+        if token:
+            raise MessageError(
+                f"a {turn.role} message contains {token!r}, which the model reads as structure, expected text. "
+                "Images go into the content list as PIL images; leave the mark out."
+            )
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MessageError(f"msgs: a text that is no JSON ({error}). Give a list of messages.") from error
+
+
+def _checked(message: Any, number: int) -> tuple[str, Any]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise MessageError(f"msgs[{number}]: found {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
+    if message["role"] not in ROLES:
+        raise MessageError(
+            f"msgs[{number}]: found role {message['role']!r}, expected one of {', '.join(ROLES)}. Rename the role."
+        )
+    return message["role"], message["content"]
+
+
+def _with_image(content: Any, image: Image.Image, number: int) -> list[Any]:
+    content = list(content) if isinstance(content, (list, tuple)) else [content]
+    if any(isinstance(part, Image.Image) for part in content):
+        raise MessageError(
+            f"image is given and msgs[{number}] holds images too, expected one of the two: leave image out and put "
+            "all images into the content list, in the order in which the model is to see them."
+        )
+    return [image, *content]
+
+
+def _parts(content: Any, images: list[Image.Image], number: int) -> list[Part]:
+    parts: list[Part] = []
+    for item in content if isinstance(content, (list, tuple)) else [content]:
+        if parts:
+            parts.append("\n")
+        if isinstance(item, str):
+            parts.append(item)
+        elif isinstance(item, Image.Image):
+            parts.append(Media("image", len(images)))
+            images.append(item.convert("RGB"))
+        else:
+            raise MessageError(
+                f"msgs[{number}]: found a {type(item).__name__} in the content, expected texts and PIL images. "
+                "Open files with PIL.Image.open first."
+            )
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Join texts that touch."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    spoken = [turn for turn in turns if turn.role != "system"]
+    for number, turn in enumerate(spoken):
+        expected = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            raise MessageError(
+                f"message {number} of the conversation has role {turn.role!r}, expected {expected!r}: user and "
+                "assistant alternate, starting with the user. Join or remove the extra message."
+            )
+    if len(spoken) % 2 == 0:
+        raise MessageError("the last message is the assistant's, expected the user's. Add the question to answer.")
