@@ -91,8 +91,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
 def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:
     """The official default: token embeddings, the resampler, and the vision tower when it is tuned."""
     parts = ["embeddings"] + ["resampler"] * resampler + ["vision"] * vision
-    # The last part of the name: it is what the official adapters say, and PEFT matches by suffix.
-    return [module.rpartition(".")[2] for part in parts for module in generation.modules[part]]
+    # The last part of the name: it is what the official adapters say, and PEFT matches by suffix. "merger"
+    # alone would also match the vit_merger inside 4.6's and 4.7's vision tower, so those keep two parts.
+    kept = 2 if generation.native else 1
+    return [".".join(module.split(".")[-kept:]) for part in parts for module in generation.modules[part]]
 
 
 def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
