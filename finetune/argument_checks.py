@@ -21,6 +21,7 @@ from options import DataArguments, LoraArguments, ModelArguments
 _AT_LEAST_ONE = (
     "model_max_length",
     "max_slice_nums",
+    "packing_window",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

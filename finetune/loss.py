@@ -6,6 +6,7 @@ Letters: N supervised tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,22 +114,28 @@ class LMHead(nn.Linear):
         return _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk)
 
 
-def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> SupervisedLoss:
+def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any = None) -> SupervisedLoss:
     """Select the positions that predict a supervised token, and give their loss.
 
     Args:
         head: The output layer, an ``LMHead`` possibly wrapped by an adapter.
         hidden: [B, T, D] last hidden states.
         labels: [B, T] int64, token id or -100; position t is predicted from position t - 1.
+        places: [N] numpy int64, the flattened positions whose next token is supervised, as
+            ``batching.supervised_places`` gives them. Without it they are looked for, and on a GPU the
+            program waits for the answer.
 
     Returns:
         The sums over the batch.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    chosen = targets[supervised]
-    loss_sum, correct = head(hidden[:, :-1][supervised], labels=chosen)
-    return SupervisedLoss(loss_sum, torch.tensor(chosen.numel(), device=hidden.device), correct)
+    if places is None:
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        chosen, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]
+    else:
+        index = torch.from_numpy(places).to(hidden.device, non_blocking=True)
+        chosen, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]
+    loss_sum, correct = head(chosen, labels=targets)
+    return SupervisedLoss(loss_sum, torch.full_like(correct, targets.numel()), correct)
 
 
 def as_lm_head(linear: nn.Linear) -> LMHead:

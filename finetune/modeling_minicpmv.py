@@ -218,6 +218,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         temporal_ids: Any = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        supervised: Any = None,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
         """Give the loss (with labels) or the logits (without).
@@ -235,6 +236,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             temporal_ids: See ``embed``.
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            supervised: See ``places`` of ``loss.supervised_loss``.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
 
         Returns:
@@ -251,7 +253,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         hidden = self._run_llm(embeddings, mask, position_ids) * self.output_scale
         if labels is None:
             return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
-        found = supervised_loss(self.llm.lm_head, hidden, labels)
+        found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
         count = found.token_count if num_items_in_batch is None else num_items_in_batch
         return MiniCPMVOutput(
             loss=found.loss_sum / torch.as_tensor(count, device=hidden.device).clamp(min=1),

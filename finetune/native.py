@@ -58,6 +58,7 @@ class _NativeMiniCPMV(ChatMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         mm_token_type_ids: Tensor | None = None,
+        supervised: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Give the loss (with labels) or the logits (without) of a batch of this project's form.
@@ -75,6 +76,7 @@ class _NativeMiniCPMV(ChatMixin):
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             mm_token_type_ids: Not needed here: the token ids tell text, image and video.
+            supervised: See ``places`` of ``loss.supervised_loss``.
             **kwargs: transformers' own arguments; here they must be None or False.
 
         Returns:
@@ -101,7 +103,7 @@ class _NativeMiniCPMV(ChatMixin):
         if position_ids is not None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
-        found = supervised_loss(self.lm_head, hidden, labels)
+        found = supervised_loss(self.lm_head, hidden, labels, supervised)
         count = found.token_count if num_items_in_batch is None else num_items_in_batch
         return MiniCPMVOutput(
             loss=found.loss_sum / torch.as_tensor(count, device=hidden.device).clamp(min=1),

@@ -107,6 +107,20 @@ class TuningOptions:
             "detail and cost 64 to 96 tokens each."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several samples into one row of --model_max_length tokens, without letting them see each "
+            "other. --per_device_train_batch_size then counts such rows. Evaluation is never packed."
+        },
+    )
+    packing_window: int = field(
+        default=10_000,
+        metadata={
+            "help": "How many samples of the shuffled order are put together at a time with --packing true. "
+            "More fill the rows better, fewer mix the lengths better."
+        },
+    )
     tune_vision: bool = field(
         default=True,
         metadata={"help": "Train the vision tower (vpm)."},

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from arguments import TrainingArguments
-from dataset import DataOptions, SupervisedDataset, data_collator
+from batching import BatchMaker
+from dataset import DataOptions, SupervisedDataset, padding_sample
 from generations import Generation
 from options import DataArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
 from processing import Processing
-from sampling import padding_sample
 from trainer import CPMTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,26 +64,6 @@ def log_what_trains(model: PreTrainedModel, generation: Generation, training: Tr
     logger.info("llm_type=%s", generation.llm_type)
 
 
-class BatchMaker:
-    """The collator with what the model wants besides: sizes that stay on the CPU.
-
-    The model reads the sizes and bounds of slices as Python numbers. As numpy arrays they are not
-    moved to the GPU with the rest, and reading them makes no step wait.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = data_collator(samples, pad_token_id=self.pad_token_id)
-        for name in ("tgt_sizes", "image_bound", "temporal_ids"):
-            if name in batch:
-                batch[name] = batch[name].numpy()
-        # Positions of unpacked rows are what the LLM counts by itself, without a mask per row.
-        del batch["position_ids"]
-        return batch
-
-
 def make_trainer(
     model: PreTrainedModel,
     training: TrainingArguments,
@@ -95,13 +73,15 @@ def make_trainer(
     eval_rows: SupervisedDataset | None,
 ) -> CPMTrainer:
     """Put everything together."""
-    pad_token_id = processing.tokenizer.pad_token_id
+    needs_lengths = training.do_train and (training.packing or training.train_sampling_strategy == "group_by_length")
+    padding = padding_sample(processing)
     return CPMTrainer(
         generation=processing.generation,
-        padding_sample=padding_sample(pad_token_id, token_types=processing.generation.name == "v4_7"),
+        padding_sample=padding,
+        lengths=train_rows.lengths() if needs_lengths else None,
         model=model,
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=BatchMaker(pad_token_id),
+        data_collator=BatchMaker(int(padding["input_ids"][0]), packing=training.packing),
     )

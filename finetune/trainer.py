@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from generations import Generation
 from meters import ThroughputMeter
 from parts import count_parts
-from sampling import PADDING, EpochSampler, PaddedRows
+from sampling import EpochSampler, PackingSampler, PaddedRows, grouped_by_length, shuffled
 
 
 class CPMTrainer(Trainer):
@@ -27,15 +28,24 @@ class CPMTrainer(Trainer):
     Args:
         generation: The model's generation.
         padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
+        lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
         **kwargs: As for ``transformers.Trainer``.
     """
 
-    def __init__(self, *, generation: Generation, padding_sample: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        generation: Generation,
+        padding_sample: dict[str, Any],
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
                 kwargs[name] = PaddedRows(kwargs[name], padding_sample)
         super().__init__(**kwargs)
         self.generation = generation
+        self.lengths = lengths
         # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -44,15 +54,27 @@ class CPMTrainer(Trainer):
         self._eval_sums: Tensor | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return self._sampler(train_dataset or self.train_dataset, self._train_batch_size, shuffle=True, seed=seed)
+        args, rows = self.args, train_dataset or self.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        multiple = self._train_batch_size * args.world_size
+        if args.train_sampling_strategy == "group_by_length":
+            order = grouped_by_length(self.lengths, batch_size=multiple, seed=seed)
+        else:
+            order = shuffled(len(rows), seed=seed)
+        if not args.packing:
+            return EpochSampler(order, multiple=multiple)
+        return PackingSampler(
+            order,
+            multiple=multiple,
+            lengths=self.lengths,
+            capacity=args.model_max_length,
+            window=args.packing_window,
+            seed=seed,
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        return self._sampler(eval_dataset, self.args.eval_batch_size, shuffle=False, seed=0)
-
-    def _sampler(self, rows: Dataset, batch_size: int, *, shuffle: bool, seed: int) -> EpochSampler:
-        multiple = batch_size * self.args.world_size
-        return EpochSampler(len(rows), multiple=multiple, seed=seed, shuffle=shuffle)
+        count = len(eval_dataset)
+        return EpochSampler(lambda _: list(range(count)), multiple=self.args.eval_batch_size * self.args.world_size)
 
     def compute_loss(
         self,
@@ -114,5 +136,4 @@ class CPMTrainer(Trainer):
 
 def _take_rows(inputs: dict[str, Any]) -> int:
     """Remove the bookkeeping that is not for the model; give the number of real samples."""
-    rows = inputs.pop("rows")
-    return sum(row != PADDING for _, row in rows)
+    return sum(row is not None for row in inputs.pop("rows"))

@@ -1,0 +1,110 @@
+"""Packing: several samples share one row, so that few places of a row are padding.
+
+Samples are put together by their lengths, longest first, each into the fullest row it still fits
+(best fit), within a window of the shuffled order. Attention, recurrent state and positions stay
+within a sample; the model tells samples apart by ``position_ids`` that restart at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loss import IGNORE_INDEX
+
+Sample = dict[str, Any]
+
+
+def best_fit(indices: Sequence[int], lengths: Sequence[int], *, capacity: int) -> list[tuple[int, ...]]:
+    """Put samples into as few rows as best fit, longest first, finds.
+
+    Args:
+        indices: The samples' numbers.
+        lengths: Length of every sample of the data set, by number, in tokens.
+        capacity: Longest row, in tokens. A longer sample gets a row of its own.
+
+    Returns:
+        Rows, each the numbers of its samples; every index is in exactly one.
+
+    Example:
+        >>> best_fit([0, 1, 2, 3], [60, 50, 40, 50], capacity=100)
+        [(0, 2), (1, 3)]
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free tokens -> rows that have so many
+    occupied = 0  # bit n is set while with_room[n] has a row; its lowest bits are found in one step
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        length = min(lengths[index], capacity)
+        fitting = occupied >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                occupied &= ~(1 << room)
+            rows[row].append(index)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([index])
+        left = room - length
+        if left:
+            with_room.setdefault(left, []).append(row)
+            occupied |= 1 << left
+    return [tuple(row) for row in rows]
+
+
+def pack_in_windows(
+    order: Sequence[int], lengths: Sequence[int], *, capacity: int, window: int
+) -> list[tuple[int, ...]]:
+    """Pack a shuffled order, window by window.
+
+    Args:
+        order: Numbers of the samples, shuffled.
+        lengths: See ``best_fit``.
+        capacity: See ``best_fit``.
+        window: Samples that are put together at a time.
+    """
+    starts = range(0, len(order), window)
+    return [row for start in starts for row in best_fit(order[start : start + window], lengths, capacity=capacity)]
+
+
+def join(samples: Sequence[Sample]) -> Sample:
+    """Join the samples of a packed row to one.
+
+    Args:
+        samples: As ``SupervisedDataset`` gives them.
+
+    Returns:
+        A sample whose ``position_ids`` [T] restart at 0 with each of its parts, and whose ``parts`` are
+        the (source, row) of each, None for one that contributes nothing.
+    """
+    joined: Sample = {}
+    for key in ("input_ids", "labels", "mm_token_type_ids"):
+        if key in samples[0]:
+            joined[key] = torch.cat([sample[key] for sample in samples])
+    joined["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples], dim=2)
+    joined["tgt_sizes"] = torch.cat([sample["tgt_sizes"] for sample in samples])
+    joined["position_ids"] = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
+    bounds, times, start, placeholders = [], [], 0, 0
+    for sample in samples:
+        # Nothing predicts the first token of a sample; the token before it belongs to another.
+        joined["labels"][start] = IGNORE_INDEX
+        bounds.append(sample["image_bound"] + start)
+        times.append(_frame_times(sample, placeholders))
+        start += len(sample["input_ids"])
+        placeholders += len(sample["image_bound"])
+    joined["image_bound"] = torch.cat(bounds)
+    if any("temporal_ids" in sample for sample in samples):
+        joined["temporal_ids"] = torch.cat(times)
+    joined["parts"] = [None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples]
+    joined |= {"row": samples[0]["row"], "source": samples[0]["source"]}
+    return joined
+
+
+def _frame_times(sample: Sample, placeholders: int) -> torch.Tensor:
+    """[S, 2] (placeholder, time or -1) of a sample, counted on from ``placeholders``."""
+    if "temporal_ids" in sample:
+        return sample["temporal_ids"] + torch.tensor([placeholders, 0])
+    count = len(sample["tgt_sizes"])
+    return torch.stack([torch.arange(count) + placeholders, torch.full((count,), -1)], dim=1)
