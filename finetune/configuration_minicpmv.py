@@ -67,8 +67,13 @@ class MiniCPMVConfig(PreTrainedConfig):
         return getattr(self, "text_config", self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The released keys, with ``torch_dtype`` saying what is stored now."""
+        """The released keys, with ``torch_dtype`` and ``quantization_config`` saying what is stored now."""
         content = copy.deepcopy(self.released)
+        quantization = getattr(self, "quantization_config", None)
+        if quantization is None:
+            content.pop("quantization_config", None)
+        elif "quantization_config" not in content:
+            content["quantization_config"] = quantization.to_dict()
         dtype = getattr(self, "dtype", None)
         if dtype is not None:
             content["torch_dtype"] = str(dtype).removeprefix("torch.")

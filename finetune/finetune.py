@@ -34,6 +34,7 @@ def run(argv: list[str]) -> None:
     from parts import freeze
     from preparation import load_datasets, load_dtype, log_what_trains, make_trainer, settle_training_arguments
     from processing import load_processing
+    from quantized_checkpoints import check_training, stored_quantization
     from run_control import set_up_logging
 
     set_up_logging()
@@ -47,11 +48,23 @@ def run(argv: list[str]) -> None:
     )
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
+    quant_bits = lora.quant_bits if lora.q_lora else None
+    check_training(
+        stored_quantization(folder),
+        generation,
+        quant_bits=quant_bits,
+        vision=training.tune_vision,
+        resampler=training.tune_resampler,
+    )
     train_rows, eval_rows = load_datasets(data_args, training, processing)
     settle_training_arguments(training)
 
     model = load_model(
-        folder, generation, dtype=load_dtype(training), attention=model_args.attn_implementation
+        folder,
+        generation,
+        dtype=load_dtype(training),
+        attention=model_args.attn_implementation,
+        quant_bits=quant_bits,
     )
     if training.use_lora:
         model = add_adapter(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from configuration_minicpmv import MiniCPMVConfig
 from generations import Generation
 from modeling_minicpmv import MiniCPMV
+from quantization import finish_loading, loading_arguments, loading_quantization
 from weights import WeightFileError, weight_files
 
 logger = logging.getLogger(__name__)
@@ -68,29 +70,41 @@ def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
 
 
 def load_model(
-    folder: Path, generation: Generation, *, dtype: torch.dtype, attention: str = "sdpa", **kwargs: object
+    folder: Path,
+    generation: Generation,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    quant_bits: int | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the weights of a checkpoint into the class of its generation.
+
+    Weights that the files hold in 4 or 8 bit stay so.
 
     Args:
         folder: The checkpoint.
         generation: Its generation.
         dtype: What the weights are cast to while loading.
         attention: transformers' ``attn_implementation`` for the LLM.
-        **kwargs: Handed to ``from_pretrained`` (``quantization_config``, ``device_map``).
+        quant_bits: 4 or 8: the LLM's linear layers are quantised while loading. They compute in ``dtype``.
+        **kwargs: Handed to ``from_pretrained`` (``device_map``).
 
     Raises:
         WeightFileError: When weight files are missing or lack parameters of the model.
+        QuantizationError: When they are quantised in a way that does not fit.
     """
     weight_files(folder)
+    quantization = loading_quantization(folder, generation, bits=quant_bits, compute_dtype=dtype)
     kwargs |= {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     if generation.native:
         from native import native_class
 
-        model, report = native_class(generation).from_pretrained(folder, **kwargs)
+        kind, config = native_class(generation), AutoConfig.from_pretrained(folder)
     else:
-        config = MiniCPMVConfig.from_folder(folder)
-        model, report = MiniCPMV.from_pretrained(folder, config=config, **kwargs)
+        kind, config = MiniCPMV, MiniCPMVConfig.from_folder(folder)
+    kwargs |= loading_arguments(quantization, config)
+    model, report = kind.from_pretrained(folder, config=config, **kwargs)
     missing = sorted(report["missing_keys"])
     # V-2's query positions are a fixed table; a checkpoint may leave it out.
     missing = [key for key in missing if key != "resampler.pos_embed"]
@@ -99,4 +113,6 @@ def load_model(
             f"{folder}: the weights lack {len(missing)} of the model's parameters, the first is {missing[0]}. Expected "
             f"a complete {generation.title} checkpoint; an adapter folder goes to --lora_weight_path."
         )
+    if quantization is not None:
+        finish_loading(model, generation, dtype)
     return model

@@ -98,10 +98,10 @@ def count_parts(model: nn.Module, generation: Generation) -> dict[str, PartCount
 
 def parameter_count(parameter: nn.Parameter) -> int:
     """Numbers in a parameter, also when ZeRO-3 holds only a share here or 4-bit weights are packed."""
-    if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
     if getattr(parameter, "quant_state", None) is not None:
         return parameter.quant_state.shape.numel()
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
     return parameter.numel()
 
 

@@ -65,6 +65,22 @@ def _check_not_pointer(path: Path) -> None:
             )
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors of a checkpoint, from the files' headers.
+
+    Raises:
+        WeightFileError: As ``weight_files``.
+    """
+    names: set[str] = set()
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        else:
+            names.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return names
+
+
 def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[str, Tensor]:
     """Tensors of the source checkpoint that the model has no place for, to be saved unchanged.
 

@@ -1,0 +1,95 @@
+"""Write a 4-bit or 8-bit copy of a checkpoint, in the form of the released int4 ones (bitsandbytes).
+
+    python finetune/quantize.py --model_name_or_path openbmb/MiniCPM-V-2_6 --output_dir MiniCPM-V-2_6-int4
+
+The copy loads wherever the released int4 checkpoints do, needs a quarter of the disk and of the loading
+time, and trains with ``finetune.py --use_lora true --q_lora true``. The LLM's linear layers are
+quantised, everything else is copied exactly; vision can therefore be tuned on it, which the released
+int4 checkpoints do not allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from checkpoint import added_tokens, read_config
+from configuration_minicpmv import storage_dtype
+from generations import detect_generation
+from loading import load_model, resolve_model_folder
+from quantization import quantized_modules
+from quantized_checkpoints import QuantizationError, stored_quantization
+from run_control import set_up_logging, user_errors_as_messages
+from weights import INDEX_FILES, SINGLE_FILES, weight_files
+
+logger = logging.getLogger(__name__)
+
+_GIBIBYTE = 2**30
+
+
+def main(argv: list[str]) -> int:
+    """Quantise one checkpoint, and give the exit code."""
+    options = _parse(argv)
+    set_up_logging()
+    logger.setLevel(logging.INFO)
+    with user_errors_as_messages() as outcome:
+        folder = resolve_model_folder(options.model_name_or_path, cache_dir=options.cache_dir)
+        quantize_checkpoint(
+            folder,
+            Path(options.output_dir).expanduser(),
+            bits=options.quant_bits,
+            max_shard_size=options.max_shard_size,
+        )
+    return outcome.exit_code
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quantize.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Checkpoint in full precision: a folder or a hub id.")
+    add("--output_dir", required=True, help="Folder of the copy; it must not hold a model yet.")
+    add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight. Default: 4.")
+    add("--max_shard_size", default="5GB", help="Largest weight file. Default: 5GB.")
+    add("--cache_dir", help="Where downloads are kept. Default: the Hub's own cache (HF_HOME).")
+    return parser.parse_args(argv)
+
+
+def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_size: str = "5GB") -> None:
+    """Load a checkpoint quantised, and save it with its configuration, tokenizer and *.py files.
+
+    Args:
+        folder: A checkpoint in full precision.
+        output: Where the copy goes.
+        bits: 4 (NormalFloat, double quantisation) or 8.
+        max_shard_size: As transformers writes sizes, ``5GB``.
+
+    Raises:
+        QuantizationError: When the checkpoint is quantised already, or ``output`` holds a model.
+    """
+    if stored_quantization(folder) is not None:
+        raise QuantizationError(
+            f"{folder}: the weights are quantised already, expected full precision. Give the original "
+            "checkpoint."
+        )
+    if any((output / name).exists() for name in (*SINGLE_FILES, *INDEX_FILES)):
+        raise QuantizationError(f"--output_dir {output}: it holds a model already. Give another folder.")
+    config = read_config(folder)
+    generation = detect_generation(config, added_tokens(folder))
+    dtype = storage_dtype(config.get("torch_dtype") or config.get("dtype"))
+    model = load_model(folder, generation, dtype=dtype, quant_bits=bits)
+    model.save_pretrained(output, max_shard_size=max_shard_size)
+    logger.info(
+        "%s: %d layers in %d bit, %.3f GiB of weights instead of %.3f. Train on it with --use_lora true "
+        "--tune_llm false --q_lora true --quant_bits %d.",
+        output, len(quantized_modules(model)), bits, _size(output), _size(folder), bits,
+    )  # fmt: skip
+
+
+def _size(folder: Path) -> float:
+    return sum(path.stat().st_size for path in weight_files(folder)) / _GIBIBYTE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
