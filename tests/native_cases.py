@@ -76,7 +76,7 @@ def golden_sample(name, case, mode="16x"):
 def made_sample(seed, *, images=((4, 8),), before=5, after=9, per_token=16):
     """A sample with random text and pixels.
 
-    ``images``: one (rows, columns) in patches, or a list of them (overview and a row of slices), each.
+    ``images``: one (rows, columns) in patches each, or a list of them: the overview, then slices in rows of two.
     """
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(20, 200, (before,), generator=rng).tolist()
@@ -84,6 +84,8 @@ def made_sample(seed, *, images=((4, 8),), before=5, after=9, per_token=16):
     for image in images:
         parts = [image] if isinstance(image[0], int) else list(image)
         for number, (rows, columns) in enumerate(parts):
+            if number > 1 and number % 2:
+                ids.append(NEWLINE)
             tags = (IMAGE, IMAGE_END) if number == 0 else (SLICE, SLICE_END)
             ids += [tags[0], *[PAD_IMAGE] * (rows * columns // per_token), tags[1]]
             grids.append((rows, columns))
@@ -122,8 +124,11 @@ def gradients(model):
 
 
 def worst_gradient_error(found, expected):
-    """Largest norm of a difference, relative to the expected norm (or 1e-4 of the largest one)."""
-    floor = 1e-4 * max(gradient.norm() for gradient in expected.values())
+    """Largest norm of a difference, relative to the expected norm, or to 1/1000 of the largest one.
+
+    The floor is for the bias of a key projection, whose gradient is zero but for rounding.
+    """
+    floor = 1e-3 * max(gradient.norm() for gradient in expected.values())
     return max(
         float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=floor)) for name in expected
     )

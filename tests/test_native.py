@@ -20,18 +20,23 @@ from native_cases import (
 )
 
 import native_delta_net
-from adapters import target_modules
+from adapters import default_modules_to_save, target_modules
 from generations import GENERATIONS
 from options import LoraArguments
 from parts import freeze
 
-# Worst values measured, fp32 on the CPU, all cases of this file (logits are up to 24):
-LOGITS_TOLERANCE = 1e-4  # 0 unpacked, 3.1e-5 packed
-LOSS_TOLERANCE = 1e-5  # 2.1e-6
-GRADIENT_TOLERANCE = 1e-4  # 8.1e-6 relative, A_log of a delta-net layer
+# Worst values measured on the CPU over all cases of this file, beside each tolerance; logits are up to 24.
+# In fp32 against transformers, equal batches:
+LOGITS_TOLERANCE = 1e-5  # 0, to the bit
+LOSS_TOLERANCE = 1e-5  # 2.9e-6
+GRADIENT_TOLERANCE = 2e-4  # 5e-5, dt_bias of a delta-net layer
+# In fp64, where other shapes of a batch round alike; loss and delta rule compute in fp32 even so:
+EXACT_LOGITS_TOLERANCE = 1e-10  # 5.3e-15
+EXACT_GRADIENT_TOLERANCE = 2e-5  # 3.5e-6, dt_bias of a delta-net layer
+EAGER_LOGITS_TOLERANCE = 2e-5  # 1.4e-6: eager attention has its softmax in fp32
 
-CASES = ("one_small", "one_tall", "two_images", "text_only")
-SLICED = ((8, 8), (4, 8), (4, 8))
+CASES = ("one_wide", "text_only")
+SLICED = ((8, 8), (4, 8), (4, 8), (4, 8), (4, 8))
 
 
 @pytest.fixture(params=NATIVE)
@@ -53,8 +58,10 @@ def normalised(sample):
     return ((sample["pixel_values"].float() / 255 - 0.5) / 0.5)[None] if len(sample["tgt_sizes"]) else None
 
 
-def check_against_transformers(name, sample, pixels, *, mode="16x"):
+def check_against_transformers(name, sample, pixels, *, mode="16x", exact=False):
     reference, model = transformers_model(name, mode=mode), our_model(name, mode=mode)
+    if exact:
+        reference, model = reference.double(), model.double()
     expected = reference(**released_inputs(name, sample, pixels))
     expected.loss.backward()
     # A text-only batch leaves transformers' vision parameters without a gradient; ours get zeros.
@@ -63,11 +70,12 @@ def check_against_transformers(name, sample, pixels, *, mode="16x"):
     }
     batch = batch_of([[sample]], packed=False)
     output, found = loss_and_gradients(model, batch)
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    logits = model(**without_labels(batch)).logits
     assert output.logits is None
-    assert float((logits - expected.logits).abs().max()) <= LOGITS_TOLERANCE
-    assert float((output.loss - expected.loss).abs()) <= LOSS_TOLERANCE
-    assert worst_gradient_error(found, expected_gradients) <= GRADIENT_TOLERANCE
+    assert (logits - expected.logits).abs().max().item() <= (EXACT_LOGITS_TOLERANCE if exact else LOGITS_TOLERANCE)
+    assert (output.loss - expected.loss).abs().item() <= LOSS_TOLERANCE
+    tolerance = EXACT_GRADIENT_TOLERANCE if exact else GRADIENT_TOLERANCE
+    assert worst_gradient_error(found, expected_gradients) <= tolerance
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,10 +84,15 @@ def test_loss_logits_and_gradients_equal_transformers(name, case):
     check_against_transformers(name, sample, pixels)
 
 
+def test_two_images_one_of_them_sliced_equal_transformers(name):
+    sample = made_sample(1, images=[SLICED, (4, 12)])
+    check_against_transformers(name, sample, normalised(sample), exact=True)
+
+
 def test_mode_4x_equals_transformers_and_leaves_zeros_on_the_skipped_merger(name):
-    sample = made_sample(1, images=[((4, 6), (2, 4))], per_token=4)
-    assert (sample["input_ids"] == PAD_IMAGE).sum() == 8  # 24 / 4 + 8 / 4 tokens; 16x would need 2
-    check_against_transformers(name, sample, normalised(sample), mode="4x")
+    sample = made_sample(1, images=[((4, 6), (2, 4), (2, 4))], per_token=4)
+    assert (sample["input_ids"] == PAD_IMAGE).sum() == 10  # (4 * 6 + 2 * 4 + 2 * 4) / 4
+    check_against_transformers(name, sample, normalised(sample), mode="4x", exact=True)
     model = our_model(name, mode="4x")
     _, found = loss_and_gradients(model, batch_of([[sample]]))
     skipped = {key for key in found if ".vit_merger." in key}
@@ -121,33 +134,38 @@ def packed_rows(samples):
 
 def logits_by_sample(model, rows):
     """Logits of every sample of a batch, cut out of the rows."""
-    batch = batch_of(rows)
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    logits = model(**without_labels(batch_of(rows))).logits
     found = []
     for row, samples in zip(logits, rows, strict=True):
-        found += row.split([len(sample["input_ids"]) for sample in samples] + [len(row) - sum(len(s["input_ids"]) for s in samples)])[:-1]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        found += row[: sum(lengths)].split(lengths)
     return found
+
+
+def without_labels(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "one row"])
 def test_packed_rows_give_the_logits_and_gradients_of_samples_alone(name, attention, monkeypatch):
-    model = our_model(name, attention="sdpa" if attention == "one row" else attention)
+    model = our_model(name, attention="sdpa" if attention == "one row" else attention).double()
     if attention == "one row":  # the form that variable-length kernels get
         monkeypatch.setattr(type(model), "_one_row", lambda self: True)
     samples = packing_samples()
     expected_logits = [logits_by_sample(model, [[sample]])[0] for sample in samples]
-    expected_loss, total = 0.0, 54 + 60 - 9 + 23 - 9
+    expected_loss, total = 0.0, 9 + 9 + 60 + 23 + 9
     model.zero_grad()
     for sample in samples:
         output = model(**batch_of([[sample]], packed=False), num_items_in_batch=total)
         output.loss.backward()
         expected_loss += output.loss.item()
     expected_gradients = gradients(model)
+    tolerance = EAGER_LOGITS_TOLERANCE if attention == "eager" else EXACT_LOGITS_TOLERANCE
     for found, expected in zip(logits_by_sample(model, packed_rows(samples)), expected_logits, strict=True):
-        torch.testing.assert_close(found, expected, atol=LOGITS_TOLERANCE, rtol=0)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
     output, found = loss_and_gradients(model, batch_of(packed_rows(samples)), num_items_in_batch=total)
     assert abs(output.loss.item() - expected_loss) <= LOSS_TOLERANCE
-    assert worst_gradient_error(found, expected_gradients) <= GRADIENT_TOLERANCE
+    assert worst_gradient_error(found, expected_gradients) <= EXACT_GRADIENT_TOLERANCE
 
 
 @pytest.mark.parametrize("changed", range(5))
@@ -166,13 +184,13 @@ def test_changing_one_sample_never_moves_the_logits_of_another(name, changed):
 
 
 def test_rows_of_a_batch_equal_the_rows_alone(name):
-    model = our_model(name).eval()
+    model = our_model(name).double().eval()
     samples = [made_sample(1, images=[SLICED], after=30), made_sample(2, images=()), made_sample(3)]
     with torch.no_grad():
         together = logits_by_sample(model, [[sample] for sample in samples])
         alone = [logits_by_sample(model, [[sample]])[0] for sample in samples]
         for found, expected in zip(together, alone, strict=True):
-            torch.testing.assert_close(found, expected, atol=LOGITS_TOLERANCE, rtol=0)
+            torch.testing.assert_close(found, expected, atol=EXACT_LOGITS_TOLERANCE, rtol=0)
 
 
 def test_the_first_token_of_a_packed_sample_is_never_supervised(name):
@@ -225,7 +243,7 @@ def prompts(samples):
     }
 
 
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def test_generation_with_and_without_cache_equals_transformers(name):
@@ -242,8 +260,8 @@ def test_generation_with_and_without_cache_equals_transformers(name):
 def test_a_batch_of_prompts_generates_what_each_does_alone(name):
     model = our_model(name).eval()
     samples = [made_sample(1, images=[SLICED]), made_sample(2, images=()), made_sample(3)]
-    together = model.generate(**prompts(samples), **GREEDY)[:, -8:]
-    alone = [model.generate(**prompts([sample]), **GREEDY)[0, -8:] for sample in samples]
+    together = model.generate(**prompts(samples), **GREEDY)[:, -5:]
+    alone = [model.generate(**prompts([sample]), **GREEDY)[0, -5:] for sample in samples]
     assert together.tolist() == [row.tolist() for row in alone]
 
 
@@ -251,8 +269,8 @@ def test_a_greedy_step_is_the_training_forward_s_best_token(name):
     model, sample = our_model(name).eval(), made_sample(1, images=[SLICED])
     batch = batch_of([[sample]])
     with torch.no_grad():
-        expected = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[0, -1].argmax()
-    assert model.generate(**prompts([sample]), **GREEDY)[0, -8] == expected
+        expected = model(**without_labels(batch)).logits[0, -1].argmax()
+    assert model.generate(**prompts([sample]), **GREEDY)[0, -5] == expected
 
 
 def test_a_prompt_padded_on_the_right_is_refused(name):
@@ -270,8 +288,7 @@ def test_what_is_saved_is_what_transformers_saves_and_loads(name, tmp_path):
     theirs = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "ours")
     assert again.state_dict().keys() == theirs.state_dict().keys()
     assert again.lm_head.weight is again.get_input_embeddings().weight
-    batch = batch_of([[made_sample(1, images=[SLICED])]])
-    del batch["labels"]
+    batch = without_labels(batch_of([[made_sample(1, images=[SLICED])]]))
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=0, rtol=0)
 
@@ -309,13 +326,14 @@ def adapted(wrapped):
 def test_an_adapter_beside_whole_modules_trains_packed_rows(name):
     model = our_model(name)
     expected = model(**batch_of(packed_rows(packing_samples()))).loss
-    parts = ["embed_tokens", "merger", "vision_tower"]
+    parts = default_modules_to_save(GENERATIONS[name], vision=True, resampler=True)
+    assert parts == ["language_model.embed_tokens", "model.merger", "model.vision_tower"]
     wrapped = peft_model(model, target_modules=r".*in_proj_[abz]|.*self_attn\.q_proj", modules_to_save=parts)
     output, found = loss_and_gradients(wrapped, batch_of(packed_rows(packing_samples())))
     torch.testing.assert_close(output.loss, expected, atol=LOSS_TOLERANCE, rtol=0)
     assert set(found) == {key for key, value in wrapped.named_parameters() if value.requires_grad}
     tokens = wrapped.generate(**prompts([made_sample(1)]), **GREEDY)
-    assert tokens.shape[1] == len(made_sample(1)["input_ids"]) + 8
+    assert tokens.shape[1] == len(made_sample(1)["input_ids"]) + 5
 
 
 def test_samples_and_slices_must_fit(name):
@@ -332,7 +350,7 @@ def test_samples_and_slices_must_fit(name):
 
 
 def test_video_frames_are_scattered_and_placed_like_images_of_their_kind(name):
-    reference, model = transformers_model(name).eval(), our_model(name).eval()
+    reference, model = transformers_model(name).double().eval(), our_model(name).double().eval()
     sample = made_sample(1, images=[(4, 8), (4, 4)])
     ids = sample["input_ids"]
     second = (ids == PAD_IMAGE).nonzero()[-1]
@@ -342,11 +360,10 @@ def test_video_frames_are_scattered_and_placed_like_images_of_their_kind(name):
     inputs |= {"pixel_values_videos": pixels[..., 14 * 32 :], "target_sizes_videos": sizes[1:]}
     if name == "v4_7":
         inputs["mm_token_type_ids"] = (ids == PAD_IMAGE).int()[None] + 2 * (ids == 13).int()[None]
-    batch = batch_of([[sample]])
-    del batch["labels"]
+    batch = without_labels(batch_of([[sample]]))
     with torch.no_grad():
         expected = reference(**inputs).logits
-        torch.testing.assert_close(model(**batch).logits, expected, atol=LOGITS_TOLERANCE, rtol=0)
+        torch.testing.assert_close(model(**batch).logits, expected, atol=EXACT_LOGITS_TOLERANCE, rtol=0)
 
 
 def delta_net(seed=0):
@@ -360,7 +377,7 @@ def delta_net(seed=0):
     return layer, packed
 
 
-LENGTHS = [(1,), (64, 1, 63), (59, 60, 61, 62), (65, 128, 3), (2, 2, 2, 130, 1)]
+LENGTHS = [(3,), (64, 1, 63), (59, 60, 61, 62), (65, 128, 3), (2, 2, 2, 130, 1)]
 
 
 def layout_of(lengths):
