@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from generations import Generation
+from initial_adapter import remember_start
 from options import LoraArguments
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,15 @@ def add_adapter(
         target_modules=targets,
         modules_to_save=saved or None,
         layer_replication=lora.layer_replication,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights={"true": True}.get(lora.init_lora_weights, lora.init_lora_weights),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
     )
     with _layers_reachable(model):
         wrapped = get_peft_model(model, config)
+    remember_start(wrapped)
     logger.info("LoRA on %d modules: %s", len(adapted_modules(wrapped)), _summary(adapted_modules(wrapped)))
     return wrapped
 

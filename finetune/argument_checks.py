@@ -88,10 +88,44 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
         yield "--q_lora true needs --use_lora true: weights in 4 bit can only be trained through adapters."
     if lora.lora_weight_path:
         yield from _lora_weight_path(training, lora)
+    yield from _rates(training)
+    yield from _adapter_start(training, lora)
     try:
         lora.layer_replication  # noqa: B018  (reading it parses it)
     except ValueError as error:
         yield str(error)
+
+
+def _rates(training: Namespace) -> Iterator[str]:
+    """Learning rates of parts that don't train would have no effect."""
+    switches = {
+        "vision_lr": training.tune_vision,
+        "resampler_lr": training.tune_resampler,
+        "llm_lr": training.tune_llm,
+        "lora_lr_ratio": training.use_lora,
+    }
+    for flag, trains in switches.items():
+        value = getattr(training, flag)
+        if value is not None and not trains:
+            switch = "use_lora" if flag == "lora_lr_ratio" else f"tune_{flag.removesuffix('_lr')}"
+            yield f"--{flag} is given, but --{switch} is false: set it to true, or leave --{flag} out."
+    if training.embed_lr is not None and not (training.tune_llm or training.use_lora):
+        yield "--embed_lr is given, but the token embeddings don't train: they do with --tune_llm or --use_lora."
+    for flag in (*switches, "embed_lr"):
+        value = getattr(training, flag)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            yield f"--{flag} is {value}, expected 0 or more."
+
+
+def _adapter_start(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    start = lora.init_lora_weights
+    if not re.fullmatch(r"true|gaussian|pissa|pissa_niter_\d+|olora", start):
+        yield f"--init_lora_weights is {start!r}, expected true, gaussian, pissa, pissa_niter_<n> or olora."
+    elif start.startswith(("pissa", "olora")):
+        if lora.q_lora:
+            yield f"--init_lora_weights {start} needs the exact weights: use true with --q_lora true."
+        if lora.lora_weight_path:
+            yield f"--init_lora_weights {start} is for a new adapter: leave it out with --lora_weight_path."
 
 
 def _lora_weight_path(training: Namespace, lora: LoraArguments) -> Iterator[str]:

@@ -17,6 +17,7 @@ import output_folder
 from argument_checks import UsageError, check_arguments, raise_problems
 from deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
 from hardware import has_accelerator, process_rank
+from learning_rates import LearningRates
 from legacy_flags import LegacyFlagError, translate
 from options import DataArguments, LoraArguments, ModelArguments, RunOptions, TuningOptions
 
@@ -55,6 +56,17 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
                 "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., "
                 "or the launchers finetune_ds.sh and finetune_lora.sh."
             )
+
+    @property
+    def learning_rates(self) -> LearningRates:
+        """``--learning_rate`` and the parts' own."""
+        parts = {
+            "vision": self.vision_lr,
+            "resampler": self.resampler_lr,
+            "llm": self.llm_lr,
+            "embeddings": self.embed_lr,
+        }
+        return LearningRates(self.learning_rate, parts, self.lora_lr_ratio)
 
     def _checkpoint_to_continue(self) -> str | None:
         value = self.resume_from_checkpoint

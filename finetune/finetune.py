@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
     from generations import check_llm_type
     from loading import load_model, resolve_model_folder
     from parts import freeze
-    from preparation import load_datasets, load_dtype, log_what_trains, make_trainer, settle_training_arguments
+    from preparation import finish_adapter, load_datasets, load_dtype, log_what_trains, make_trainer, settle_training_arguments
     from processing import load_processing
     from quantized_checkpoints import check_training, stored_quantization
     from run_control import set_up_logging
@@ -85,6 +85,7 @@ def run(argv: list[str]) -> None:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         trainer.save_state()
         trainer.save_model()  # on every process: under ZeRO-3 it gathers
+        finish_adapter(trainer)
     if training.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -133,6 +133,26 @@ class TuningOptions:
         default=True,
         metadata={"help": "Train all weights of the language model. Not together with --use_lora."},
     )
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
+    )
+    resampler_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the resampler or merger. Default: --learning_rate."}
+    )
+    llm_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the language model's own weights. Default: --learning_rate."},
+    )
+    embed_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the token embeddings. Default: --learning_rate."}
+    )
+    lora_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+: the B matrices train with --learning_rate times this (16 is usual), the A matrices "
+            "with --learning_rate. Default: both alike."
+        },
+    )
     use_lora: bool = field(
         default=False,
         metadata={"help": "Train LoRA adapters instead of the language model's own weights."},
@@ -213,6 +233,20 @@ class LoraArguments:
         metadata={
             "help": "Which biases train: none, those of the adapted layers (lora_only), or all.",
             "choices": ["none", "lora_only", "all"],
+        },
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."}
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "Train the magnitude of each weight beside its direction (DoRA); slower, often better."},
+    )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "How adapters start: true (B is zero), gaussian, pissa, pissa_niter_<n>, olora. From pissa and "
+            "olora the saved adapter is converted, at twice the rank, so that it fits the unchanged base."
         },
     )
     q_lora: bool = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from arguments import TrainingArguments
 from batching import BatchMaker
 from dataset import DataOptions, SupervisedDataset, padding_sample
 from generations import Generation
+from initial_adapter import convert_saved_adapter
 from options import DataArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
 from processing import Processing
@@ -85,3 +87,10 @@ def make_trainer(
         eval_dataset=eval_rows,
         data_collator=BatchMaker(int(padding["input_ids"][0]), packing=training.packing),
     )
+
+
+def finish_adapter(trainer: CPMTrainer) -> None:
+    """Convert a saved adapter that started from the weights (PiSSA, OLoRA); see ``initial_adapter``."""
+    initial = getattr(trainer.model, "initial_lora", None)
+    if initial is not None and trainer.args.should_save:
+        convert_saved_adapter(Path(trainer.args.output_dir), initial)

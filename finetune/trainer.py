@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from generations import Generation
+from learning_rates import split_by_rate
 from meters import ThroughputMeter
 from parts import count_parts
 from sampling import EpochSampler, PackingSampler, PaddedRows, grouped_by_length, shuffled
@@ -75,6 +76,14 @@ class CPMTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         count = len(eval_dataset)
         return EpochSampler(lambda _: list(range(count)), multiple=self.args.eval_batch_size * self.args.world_size)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make Trainer's optimizer, with the parts' own learning rates in it."""
+        optimizer = super().create_optimizer(model)
+        rates = self.args.learning_rates
+        if rates.differ:
+            split_by_rate(optimizer, self.model if model is None else model, self.generation, rates)
+        return optimizer
 
     def compute_loss(
         self,

@@ -1,0 +1,83 @@
+"""rsLoRA, DoRA, LoRA+, starts from the weights, and learning rates of their own."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from test_goldens_forward import full_batch, golden_model
+
+from adapters import add_adapter
+from generations import GENERATIONS
+from initial_adapter import convert_saved_adapter
+from learning_rates import LearningRates, split_by_rate
+from options import LoraArguments
+from parts import part_of
+
+ROW = GENERATIONS["v2_6"]
+LOGIT_TOLERANCE = 2e-4  # 2.1e-5 (olora), on logits up to 9
+
+
+def wrapped_model(**options):
+    model, about = golden_model("v2_6", attention="sdpa")
+    lora = LoraArguments(lora_r=4, lora_alpha=8, lora_dropout=0.0, **options)
+    return add_adapter(model, ROW, lora, vision=False, resampler=True), about
+
+
+def logits(model, about):
+    batch, _ = full_batch("v2_6", "single", about)
+    del batch["labels"]
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def train_a_little(model, about):
+    batch, _ = full_batch("v2_6", "single", about)
+    model.train()
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("start", ["true", "gaussian", "pissa", "pissa_niter_4", "olora"])
+def test_a_saved_adapter_fits_the_unchanged_base_whatever_its_start(tmp_path, start):
+    model, about = wrapped_model(init_lora_weights=start)
+    before = logits(model, about)
+    train_a_little(model, about)
+    expected = logits(model, about)
+    assert (expected - before).abs().max() > 0.05
+    model.save_pretrained(tmp_path)
+    if hasattr(model, "initial_lora"):
+        convert_saved_adapter(tmp_path, model.initial_lora)
+    assert hasattr(model, "initial_lora") == start.startswith(("pissa", "olora"))
+    base, _ = golden_model("v2_6", attention="sdpa")
+    found = logits(PeftModel.from_pretrained(base, tmp_path), about)
+    assert (found - expected).abs().max() < LOGIT_TOLERANCE
+
+
+def test_rank_stabilised_adapters_and_dora_are_what_peft_is_given(tmp_path):
+    model, _ = wrapped_model(use_rslora=True, use_dora=True)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True
+    assert config["use_dora"] is True
+    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+
+
+def test_every_parameter_is_in_the_group_of_its_rate():
+    model, _ = wrapped_model()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(trained.values())[:5], "weight_decay": 0.1}, {"params": list(trained.values())[5:]}], lr=1e-4
+    )
+    rates = LearningRates(1e-4, {"resampler": 1e-5, "embeddings": 1e-6, "vision": None}, lora_ratio=16)
+    split_by_rate(optimizer, model, ROW, rates)
+    rate_of = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    expected = {"resampler": 1e-5, "embeddings": 1e-6, "lora": 1e-4}
+    for name, value in trained.items():
+        assert rate_of[id(value)] == pytest.approx(expected[part_of(name, ROW)] * (16 if "lora_B" in name else 1))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.01}
