@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from generations import Generation
 from sentencepiece_tokenizer import build_tokenizer
 
-# What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not get.
+# What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not
+# get.
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
 
 
@@ -52,6 +53,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
+    """Read one of a checkpoint's smaller JSON files; empty when there is none."""
+    path = Path(folder) / name
+    return _read_json(path) if path.is_file() else {}
+
+
+def added_tokens(folder: str | Path) -> list[str]:
+    """The tokens that tokenizer_config.json adds, which tell generations apart."""
+    decoder = read_settings(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+    return [entry["content"] for entry in decoder.values()]
+
+
 def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
     """Load a checkpoint's tokenizer as a plain fast tokenizer.
 
@@ -66,8 +79,7 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
         CheckpointError: If the tokenizer's files are missing.
     """
     folder = Path(folder)
-    config_path = folder / "tokenizer_config.json"
-    settings = _read_json(config_path) if config_path.is_file() else {}
+    settings = read_settings(folder, "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder", {})
     settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
     settings["chat_template"] = _chat_template(folder, settings)
@@ -85,7 +97,8 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     if missing:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
-            "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer files again."
+            "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer "
+            "files again."
         )
     return tokenizer
 
@@ -112,5 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again.")
+        raise CheckpointError(
+            f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again."
+        )
     return value

@@ -78,7 +78,7 @@ def encode_pieces(
 
 
 def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
-    """Join the pieces; give the text and, in its characters, what is learned, the runs, media, and the cut."""
+    """Join the pieces: the text, and in its characters what is learned, the runs, the media and the cut."""
     parts: list[str] = []
     learned: list[tuple[int, int]] = []
     runs: list[tuple[int, int, int]] = []
@@ -118,7 +118,9 @@ def _encode_text(
     return prompt["input_ids"] + ids, prompt["offset_mapping"] + shifted
 
 
-def _encode_continuation(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_continuation(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Encode a text that does not start a sequence: behind a letter that is then taken off."""
     guard = "a"
     encoding = tokenizer(guard + text, add_special_tokens=False, return_offsets_mapping=True)

@@ -1,26 +1,42 @@
-"""Rows -> samples -> batches: ``SupervisedDataset`` and ``data_collator``.
+"""Rows -> samples: ``SupervisedDataset``. A row is used exactly as written, or reported.
 
-Shapes: T is a sample's length in tokens, B the samples of a batch, S all its slices, P those with a
-placeholder, L a slice's patches.
+Shapes as in ``processing.py``; batches are made in ``collating.py``.
 """
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from bad_rows import BadRow, BadRowLog
+from collating import data_collator
 from conversation import IGNORE_INDEX
-from image_files import check_source, open_image
-from processing import Processing, Sample
-from records import Conversation, RowError, parse_row
-from row_files import DataError, Rows, open_rows
+from image_files import DEFAULT_MAX_PIXELS, ImageOptions, open_image
+from mixtures import epoch_order, read_data_path
+from pictures import Picture
+from processing import OVERLENGTH, Plan, Processing, Sample
+from records import Conversation, Source, parse_row
+from row_errors import DataError, DroppedRowError, RowError
+from row_files import Rows, open_rows
+from video_frames import open_video
 
-SHOWN_PROBLEMS = 20
+__all__ = ["DataOptions", "SupervisedDataset", "data_collator", "padding_sample"]
+
+logger = logging.getLogger(__name__)
+
+EXIF_ORIENTATION = ("auto", "apply", "ignore")
+ON_BAD_ROW = ("error", "skip")
+# Problems of files, which may arise after the check; all others can be seen before training.
+_FILE_PROBLEMS = ("image", "video", "missing image", "missing video")
 
 
 @dataclass(frozen=True)
@@ -28,90 +44,224 @@ class DataOptions:
     """How rows become samples; the names are those of the command line.
 
     Attributes:
-        model_max_length: Longest sequence, in tokens, image placeholders included.
-        image_folder: What relative image paths are relative to; ``None`` means the data file's folder.
+        model_max_length: Longest sequence, in tokens, image placeholders included; ``None`` for no limit.
+        overlength: What happens to longer rows, one of ``OVERLENGTH``.
+        on_bad_row: ``error`` stops at a bad row, ``skip`` leaves it out; images that become unreadable
+            while training are left out either way.
+        image_folder: What relative paths are relative to; ``None`` means the data file's folder.
         allow_remote_images: Whether http(s) images are fetched.
+        max_image_pixels: Most pixels an image may have; 0 for no limit.
+        exif_orientation: ``auto`` as the generation's inference does, ``apply`` or ``ignore``.
     """
 
-    model_max_length: int = 2048
+    model_max_length: int | None = 2048
+    overlength: str = "truncate"
+    on_bad_row: str = "error"
     image_folder: str | None = None
     allow_remote_images: bool = False
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
+    exif_orientation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("overlength", self.overlength, OVERLENGTH),
+            ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
+            ("exif_orientation", self.exif_orientation, EXIF_ORIENTATION),
+        ):
+            if value not in choices:
+                raise DataError(
+                    f"--{name}: found {value!r}, expected one of {', '.join(choices)}. Choose one."
+                )
+
+
+@dataclass(frozen=True)
+class _DataSource:
+    """A data file of the mixture, with how its images are opened."""
+
+    rows: Rows
+    samples: int
+    images: ImageOptions = field(repr=False)
 
 
 class SupervisedDataset(Dataset):
-    """The rows of a data file as training samples.
+    """The rows of one or several data files as training samples.
+
+    Rows are numbered through all files: ``dataset[i]`` is row i, ``epoch_order`` says which rows an epoch
+    holds, and ``len(dataset)`` how many those are.
 
     Args:
-        data_path: The data file.
+        data_path: What ``--data_path`` takes, see ``mixtures.py``.
         processing: The checkpoint's ``Processing``.
-        options: Length limit and where images are.
+        options: Limits, and what happens to rows that can't be used.
+
+    Raises:
+        DataError: When a file can't be read.
     """
 
-    def __init__(self, data_path: str | Path, processing: Processing, options: DataOptions | None = None) -> None:
-        self.rows: Rows = open_rows(data_path)
+    def __init__(
+        self, data_path: str | Path, processing: Processing, options: DataOptions | None = None
+    ) -> None:
         self.processing = processing
         self.options = options or DataOptions()
-        self.folder = Path(self.options.image_folder or self.rows.path.parent)
+        self.sources: list[_DataSource] = []
+        for source in read_data_path(str(data_path)):
+            rows = open_rows(source.path)
+            samples = source.samples(len(rows))
+            if not samples:
+                raise DataError(
+                    f"--data_path {source.path}: its share of {len(rows)} rows is none, expected at least "
+                    "one. Raise "
+                    "its weight, or remove it."
+                )
+            self.sources.append(_DataSource(rows, samples, self._image_options(rows)))
+        self._ends = list(accumulate(len(source.rows) for source in self.sources))
+        self.bad_rows = BadRowLog()
+        self._left_out: set[int] = set()
+        self._lengths: np.ndarray | None = None
+
+    def _image_options(self, rows: Rows) -> ImageOptions:
+        options = self.options
+        upright = options.exif_orientation == "apply" or (
+            options.exif_orientation == "auto" and self.processing.generation.native
+        )
+        return ImageOptions(
+            folder=Path(options.image_folder).expanduser() if options.image_folder else rows.path.parent,
+            upright=upright,
+            allow_remote=options.allow_remote_images,
+            max_pixels=options.max_image_pixels or None,
+        )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return sum(source.samples for source in self.sources)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows in all files; an epoch may hold more or fewer samples."""
+        return self._ends[-1]
+
+    @property
+    def source_names(self) -> list[str]:
+        """The data files, by the source number that samples carry."""
+        return [str(source.rows.path) for source in self.sources]
+
+    def epoch_order(self, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+        """The rows of one epoch, the same on every rank; see ``mixtures.epoch_order``."""
+        sizes = [len(source.rows) for source in self.sources]
+        counts = [source.samples for source in self.sources]
+        return epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle).tolist()
 
     def __getitem__(self, index: int) -> Sample:
+        if index in self._left_out:
+            return padding_sample(self.processing)
+        source, row = self.place(index)
         try:
-            return self._sample(index)
-        except RowError as error:
-            raise DataError(self._place(index, error)) from error
-
-    def _sample(self, index: int) -> Sample:
-        conversation = self._conversation(index)
-        images = [
-            open_image(source.value, self.folder, allow_remote=self.options.allow_remote_images)
-            for source in conversation.sources
-        ]
-        sample = self.processing.encode(conversation.turns, images, limit=self.options.model_max_length)
-        if not (sample["labels"][1:] != IGNORE_INDEX).any():
-            raise RowError(
-                "nothing to learn",
-                f"none of its {self.options.model_max_length} tokens is supervised, expected an answer. "
-                "Shorten the row, or raise --model_max_length.",
+            conversation = self.conversation(index)
+            pictures = self.pictures(index, conversation.sources)
+            sample = self.processing.encode(
+                conversation.turns,
+                pictures,
+                limit=self.options.model_max_length,
+                overlength=self.options.overlength,
             )
-        return {**sample, "row": index, "source": 0}
+        except RowError as error:
+            return self._without(index, error)
+        return {**sample, "row": row, "source": source}
 
-    def _conversation(self, index: int) -> Conversation:
-        conversation = parse_row(self.rows[index])
-        for number, turn in enumerate(conversation.turns):
-            token = self.processing.writer.find_control_token(turn.text)
-            if token:
-                raise RowError(
-                    "control token",
-                    f"turn {number} contains {token!r}, which the model reads as structure, expected text. "
-                    "Remove it or write it in another way.",
-                )
-        return conversation
+    def _without(self, index: int, error: RowError) -> Sample:
+        """A sample that contributes nothing, where the options let a bad row pass; ranks stay in step."""
+        bad = self.describe(index, error)
+        skipped = (
+            self.options.on_bad_row == "skip"
+            or isinstance(error, DroppedRowError)
+            or error.kind in _FILE_PROBLEMS
+        )
+        if not skipped:
+            raise DataError(f"{bad}\n(--on_bad_row skip leaves such rows out.)") from error
+        logger.warning("left out: %s", bad)
+        self.bad_rows.add(bad)
+        return padding_sample(self.processing)
 
-    def check_rows(self) -> None:
-        """See that every row can be used, before a model is loaded; images are looked for, not read.
+    def place(self, index: int) -> tuple[int, int]:
+        """The source and the row in its file that a row number means."""
+        source = bisect_right(self._ends, index)
+        return source, index - (self._ends[source - 1] if source else 0)
+
+    def conversation(self, index: int) -> Conversation:
+        """Read a row.
 
         Raises:
-            DataError: With the first twenty problems and their number.
+            RowError: When it is in no accepted form.
         """
-        problems: list[str] = []
-        for index in range(len(self.rows)):
-            try:
-                for source in self._conversation(index).sources:
-                    check_source(source.value, self.folder, allow_remote=self.options.allow_remote_images)
-            except RowError as error:
-                problems.append(self._place(index, error))
-            except DataError as error:
-                problems.append(str(error))
-        if problems:
-            raise DataError(_summary(problems, len(self.rows)))
+        source, row = self.place(index)
+        return parse_row(self.sources[source].rows[row])
 
-    def _place(self, index: int, error: RowError) -> str:
-        row = self.rows[index]
-        row_id = row.get("id") if isinstance(row, dict) else None
-        name = f" (id {row_id!r})" if row_id is not None else ""
-        return f"{self.rows.path}: row {index}{name}: {error}"
+    def pictures(self, index: int, sources: Sequence[Source]) -> list[Picture]:
+        """Open a row's images and videos; decoding comes later.
+
+        Raises:
+            RowError: When one can't be opened.
+        """
+        images = self.sources[self.place(index)[0]].images
+        return [self._picture(source, images) for source in sources]
+
+    def _picture(self, source: Source, images: ImageOptions) -> Picture:
+        if source.kind == "image":
+            return open_image(source.value, images)
+        video = self.processing.video
+        if video is None:
+            raise RowError(
+                "video",
+                f"the row has a video, expected images: {self.processing.generation.title} was not trained "
+                "on video. "
+                "Remove the row, or give single frames as images.",
+            )
+        return open_video(source.value, images, video)
+
+    def plan(self, index: int) -> Plan:
+        """Everything of a row's sample but its pixels.
+
+        Raises:
+            RowError: When the row can't be used, as far as can be told without decoding images.
+        """
+        conversation = self.conversation(index)
+        return self.processing.plan(
+            conversation.turns,
+            self.pictures(index, conversation.sources),
+            limit=self.options.model_max_length,
+            overlength=self.options.overlength,
+        )
+
+    def describe(self, index: int, error: RowError) -> BadRow:
+        """A bad row with its place."""
+        source, row = self.place(index)
+        rows = self.sources[source].rows
+        try:
+            value: Any = rows[row]
+        except RowError:
+            value = None
+        row_id = value.get("id") if isinstance(value, dict) else None
+        return BadRow(str(rows.path), row, row_id, error.kind, str(error))
+
+    def leave_out(self, index: int) -> None:
+        """Have a row contribute nothing from now on."""
+        self._left_out.add(index)
+
+    def check_rows(self) -> None:
+        """See that every row can be used, before a model is loaded; see ``data_check.check_rows``.
+
+        Raises:
+            DataError: With the first twenty problems and their number, unless ``on_bad_row`` is ``skip``.
+        """
+        from data_check import check_rows  # it reads this module
+
+        self._lengths = check_rows(self)
+
+    def lengths(self) -> np.ndarray:
+        """Every row's length in tokens, by row number; found by the check of the rows."""
+        if self._lengths is None:
+            self.check_rows()
+        assert self._lengths is not None
+        return self._lengths
 
 
 def padding_sample(processing: Processing) -> Sample:
@@ -129,52 +279,3 @@ def padding_sample(processing: Processing) -> Sample:
     if processing.generation.name == "v4_7":
         sample["mm_token_type_ids"] = torch.zeros_like(ids)
     return sample
-
-
-def _summary(problems: Sequence[str], total: int) -> str:
-    shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])
-    more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return f"{len(problems)} of {total} rows can't be used:\n{shown}{more}"
-
-
-def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[str, Any]:
-    """Join samples into a batch.
-
-    Args:
-        samples: What ``SupervisedDataset`` gives.
-        pad_token_id: What ``input_ids`` are padded with; any valid id, since padding is never attended.
-
-    Returns:
-        ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` [B, T], padded on the right;
-        ``pixel_values`` uint8 [3, 14, 14 * sum(L)], ``tgt_sizes`` [S, 2], ``image_bound`` [P, 3] = (row,
-        start, end), of the whole batch; ``rows``, the (source, row) of every sample, ``None`` for one that contributes nothing.
-    """
-    length = max(len(sample["input_ids"]) for sample in samples)
-    batch: dict[str, Any] = {
-        "input_ids": _padded(samples, "input_ids", length, pad_token_id),
-        "labels": _padded(samples, "labels", length, IGNORE_INDEX),
-        "attention_mask": torch.zeros(len(samples), length, dtype=torch.int64),
-        "position_ids": torch.zeros(len(samples), length, dtype=torch.int64),
-    }
-    bounds = []
-    for row, sample in enumerate(samples):
-        count = len(sample["input_ids"])
-        batch["attention_mask"][row, :count] = 1
-        batch["position_ids"][row, :count] = torch.arange(count)
-        batch["position_ids"][row, count:] = torch.arange(length - count)
-        bound = sample["image_bound"]
-        bounds.append(torch.cat([torch.full((len(bound), 1), row, dtype=torch.int64), bound], dim=1))
-    batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples], dim=2)
-    batch["tgt_sizes"] = torch.cat([sample["tgt_sizes"] for sample in samples])
-    batch["image_bound"] = torch.cat(bounds)
-    if "mm_token_type_ids" in samples[0]:
-        batch["mm_token_type_ids"] = _padded(samples, "mm_token_type_ids", length, 0)
-    batch["rows"] = [None if sample.get("row") is None else (sample["source"], sample["row"]) for sample in samples]
-    return batch
-
-
-def _padded(samples: Sequence[Sample], key: str, length: int, value: int) -> torch.Tensor:
-    padded = torch.full((len(samples), length), value, dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        padded[row, : len(sample[key])] = sample[key]
-    return padded

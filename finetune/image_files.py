@@ -1,183 +1,132 @@
 """Opening images as the released inference does.
 
 The released code of every generation opens a file with ``Image.open(path).convert("RGB")``: the first frame
-of an animation, an alpha channel dropped, a palette and CMYK converted by Pillow, 16-bit grey clipped. The one
-difference is the EXIF orientation: MiniCPM-V 2.0 to 4.5 ignore it, transformers (4.6, 4.7) turns the image
-upright (``transformers.image_utils.load_image``). ``exif`` says which.
+of an animation, an alpha channel dropped, a palette and CMYK converted by Pillow, 16-bit grey clipped. The
+one difference is the EXIF orientation: MiniCPM-V 2.0 to 4.5 ignore it, transformers (4.6, 4.7) turns the
+image upright (``transformers.image_utils.load_image``). ``ImageOptions.upright`` says which.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import os
 import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from records import RowError
+from image_sources import check_source, describe, open_bytes
+from pictures import Picture
+from row_errors import RowError
 
-# What Pillow raises on damaged files: its own errors, and those its decoders let through.
+# Pillow's own limit is a module-wide variable; ours is an option and names the image.
+Image.MAX_IMAGE_PIXELS = None
+# Twice Pillow's default warning limit, where Pillow itself would refuse.
+DEFAULT_MAX_PIXELS = 178_956_970
+# What Pillow and its decoders raise on damaged files (found by tests/test_data_fuzz.py).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, IndexError, TypeError, ZeroDivisionError, EOFError,
                   OverflowError, MemoryError, KeyError, AttributeError)  # fmt: skip
-_REMOTE_TIMEOUT_S = 20
-_REMOTE_LIMIT_BYTES = 64 * 2**20
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
-def is_remote(value: Any) -> bool:
-    """Whether an image's source is an http(s) address."""
-    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are found and opened.
 
-
-def find_file(value: str, folder: Path) -> Path:
-    """The file that a path in a row means: absolute, relative to ``folder``, or to the current folder."""
-    path = Path(os.path.expanduser(value.removeprefix("file://")))
-    if path.is_absolute() or (folder / path).exists() or not path.exists():
-        return folder / path
-    return path
-
-
-def check_source(value: Any, folder: Path, *, allow_remote: bool = False) -> None:
-    """See that an image's source can exist, without reading it.
-
-    Args:
-        value: The source, as the row has it.
-        folder: What relative paths are relative to.
-        allow_remote: Whether http(s) addresses are allowed.
-
-    Raises:
-        RowError: When it is not a file, not an accepted form, or a refused address.
-    """
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)):
-        if not value:
-            raise RowError("image", "an image has 0 bytes, expected an encoded image. Remove the row or add the image.")
-        return
-    if not isinstance(value, str) or not value:
-        raise RowError("media", f"an image is {value!r:.80}, expected a path, data URI or bytes. Fix the row.")
-    if is_remote(value):
-        if not allow_remote:
-            raise RowError(
-                "remote",
-                f"image {value!r:.120} is a web address, expected a file. Download it, or pass "
-                "--allow_remote_images true.",
-            )
-        return
-    if value.startswith("data:"):
-        return
-    path = find_file(value, folder)
-    try:
-        size = path.stat().st_size
-        found = path.is_file()
-    except (OSError, ValueError):
-        size, found = 0, False
-    if not found:
-        raise RowError(
-            "missing image",
-            f"image {value!r:.200} not found (looked at {str(path)!r:.300}), expected a file. Fix the path, or say "
-            "what it is relative to with --image_folder.",
-        )
-    if size == 0:
-        raise RowError("image", f"image {str(path)!r} has 0 bytes, expected an image. Replace the file.")
-
-
-def open_image(
-    value: Any, folder: Path, *, upright: bool = False, allow_remote: bool = False, max_pixels: int | None = None
-) -> Image.Image:
-    """Open and decode an image.
-
-    Args:
-        value: The source, as the row has it: a path, http(s) address, data URI, bytes, or {bytes, path}.
+    Attributes:
         folder: What relative paths are relative to.
         upright: Whether the EXIF orientation is applied.
         allow_remote: Whether http(s) addresses are fetched.
         max_pixels: Most pixels an image may have; ``None`` for no limit.
+    """
 
-    Returns:
-        The decoded image, in mode RGB.
+    folder: Path
+    upright: bool = False
+    allow_remote: bool = False
+    max_pixels: int | None = DEFAULT_MAX_PIXELS
+
+
+class ImageFile:
+    """An image whose header has been read.
+
+    Args:
+        value: The source, as the row has it: a path, http(s) address, data URI, bytes, or {bytes, path}.
+        options: How it is found and opened.
 
     Raises:
-        RowError: When it can't be read; the message names the image.
+        RowError: When it is not there, or no image; the message names it.
     """
-    check_source(value, folder, allow_remote=allow_remote)
-    name = describe(value)
-    data = _data_of(value, folder, name)
+
+    def __init__(self, value: Any, options: ImageOptions) -> None:
+        check_source(value, options.folder, allow_remote=options.allow_remote)
+        self.name = describe(value)
+        self.options = options
+        data = open_bytes(value, options.folder, self.name)
+        self._image = _guarded(self.name, lambda: Image.open(data))
+        width, height = self._image.size
+        if options.max_pixels is not None and width * height > options.max_pixels:
+            self._image.close()
+            raise RowError(
+                "image",
+                f"image {self.name} has {width} x {height} pixels, expected at most {options.max_pixels}. "
+                "Make it "
+                "smaller, or raise --max_image_pixels.",
+            )
+        self.size = (height, width) if options.upright and self._turned() else (width, height)
+
+    def _turned(self) -> bool:
+        exif = _guarded(self.name, self._image.getexif)
+        return exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+
+    def decode(self) -> Image.Image:
+        """Decode the image, in mode RGB; may be called once."""
+        image = _guarded(self.name, self._decode)
+        if image.size != self.size:
+            raise RowError(
+                "image",
+                f"image {self.name} is {image.size} when decoded, expected {self.size} as its header says. "
+                "Save it again.",
+            )
+        return image
+
+    def _decode(self) -> Image.Image:
+        with self._image as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image) if self.options.upright else image
+            return upright.convert("RGB")
+
+
+def open_image(value: Any, options: ImageOptions) -> Picture:
+    """Open an image for a sample; it is decoded when its frames are asked for.
+
+    Args:
+        value: The source, as the row has it.
+        options: How it is found and opened.
+
+    Returns:
+        The picture.
+
+    Raises:
+        RowError: When it is not there, or no image; decoding may raise it, too.
+    """
+    file = ImageFile(value, options)
+    return Picture("image", (file.size,), lambda: [file.decode()])
+
+
+def _guarded(name: str, action: Any) -> Any:
+    """Run one step of Pillow's, and turn its errors into a ``RowError`` that names the image."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's notes on odd but readable files
-            with Image.open(data) as image:
-                _check_pixels(image, name, max_pixels)
-                image.load()
-                if upright:
-                    image = ImageOps.exif_transpose(image)
-                return image.convert("RGB")
-    except RowError:
-        raise
+            warnings.simplefilter("ignore")  # notes on odd but readable files
+            return action()
     except UnidentifiedImageError as error:
         raise RowError(
-            "image", f"image {name} is in no image format that Pillow knows, expected JPEG, PNG or the like. Replace it."
+            "image",
+            f"image {name} is in no format that Pillow knows, expected JPEG, PNG or the like. Replace it.",
         ) from error
     except _DECODE_ERRORS as error:
         raise RowError(
-            "image", f"image {name} can't be decoded ({error or type(error).__name__}), expected a whole image. Replace it."
-        ) from error
-
-
-def _check_pixels(image: Image.Image, name: str, max_pixels: int | None) -> None:
-    width, height = image.size
-    if max_pixels is not None and width * height > max_pixels:
-        raise RowError(
             "image",
-            f"image {name} has {width} x {height} pixels, expected at most {max_pixels}. Make it smaller, or raise "
-            "--max_image_pixels.",
-        )
-
-
-def _data_of(value: Any, folder: Path, name: str) -> Any:
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)):
-        return io.BytesIO(value)
-    if is_remote(value):
-        return io.BytesIO(_fetch(value))
-    if value.startswith("data:"):
-        return io.BytesIO(_data_uri(value, name))
-    return find_file(value, folder)
-
-
-def _data_uri(value: str, name: str) -> bytes:
-    header, _, body = value.partition(",")
-    try:
-        if not header.endswith(";base64"):
-            raise ValueError("it is not marked ';base64,'")
-        return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RowError("image", f"image {name}: {error}, expected 'data:image/...;base64,...'. Encode it again.") from error
-
-
-def _fetch(address: str) -> bytes:
-    request = Request(address, headers={"User-Agent": "minicpm-v-finetune"})
-    try:
-        with urlopen(request, timeout=_REMOTE_TIMEOUT_S) as answer:
-            data = answer.read(_REMOTE_LIMIT_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise RowError("image", f"image {address!r:.120} can't be fetched ({error}). Download it once instead.") from error
-    if len(data) > _REMOTE_LIMIT_BYTES:
-        raise RowError("image", f"image {address!r:.120} is over {_REMOTE_LIMIT_BYTES} bytes. Download it instead.")
-    return data
-
-
-def describe(value: Any) -> str:
-    """A source in a few words, for messages."""
-    if isinstance(value, Mapping):
-        value = value.get("path") or value.get("bytes")
-    if isinstance(value, (bytes, bytearray)):
-        return f"({len(value)} bytes)"
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:100]}... ({len(text)} characters)"
+            f"image {name} can't be decoded ({str(error) or type(error).__name__}), expected a whole image. "
+            "Replace it.",
+        ) from error

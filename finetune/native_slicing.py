@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from row_errors import RowError
 from slicing import Grid, Layout, Size
 
 PATCHES_PER_TOKEN = {"16x": 16, "4x": 4}
@@ -45,8 +46,8 @@ class NativeSliceRules:
     def layout(self, width: int, height: int) -> Layout:
         """Decide how an image of this size, in pixels, is resized and cut."""
         if width < 1 or height < 1:
-            raise ValueError(
-                f"image size: found {width} x {height}, expected at least 1 x 1 pixel. Replace the image."
+            raise RowError(
+                "image", f"an image has {width} x {height} pixels, expected at least 1 x 1. Replace it."
             )
         size = (height, width)
         shared = (self.scale_resolution, self.patch_size, self.downsample_mode)
@@ -58,3 +59,12 @@ class NativeSliceRules:
         refined_height, refined_width = self._processor.get_refine_size(size, cut, *shared, True)
         grid = Grid(columns=cut[1], rows=cut[0])
         return Layout(overview, grid, Size(refined_width, refined_height), self.patch_size)
+
+    def limited(self, max_slice_nums: int) -> NativeSliceRules:
+        """The same rules with another limit of slices."""
+        return NativeSliceRules(
+            max_slice_nums=max_slice_nums,
+            scale_resolution=self.scale_resolution,
+            patch_size=self.patch_size,
+            downsample_mode=self.downsample_mode,
+        )

@@ -7,11 +7,15 @@ a newline only BETWEEN rows of slices:
 - 2.6 to 4.5: ``<image_id>i</image_id><image>U</image>`` and when cut rows of ``<slice>U</slice>``.
 - 4.6, 4.7: as 2.6, with ``<|image_pad|>`` and as many of them as the slice has merged patches.
 
+A video is its frames' placeholders: joined by newlines up to 4.5, where a pack of frames has one placeholder;
+joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7.
+
 Source: the released processors; held token by token by ``tests/test_goldens_data.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicing import Layout
@@ -27,6 +31,8 @@ class PlaceholderStyle:
         query_num: Tokens per slice; 0 when they are counted from the slice's patches.
         patches_per_token: Patches that become one token, when ``query_num`` is 0.
         image_ids: Whether an image starts with its number.
+        video_ids: Whether a video starts with its number.
+        frame_separator: What stands between the frames of a video.
         slice_tag: The tag around a slice: ``image`` inside one ``<slice>`` wrapper, or ``slice``.
     """
 
@@ -35,6 +41,8 @@ class PlaceholderStyle:
     query_num: int = 64
     patches_per_token: int = 1
     image_ids: bool = True
+    video_ids: bool = False
+    frame_separator: str = "\n"
     slice_tag: str = "slice"
 
     def token_count(self, size: tuple[int, int]) -> int:
@@ -69,9 +77,32 @@ def image_placeholder(layout: Layout, style: PlaceholderStyle, *, number: int | 
         The text and the runs in it, one per slice, in the order of ``layout.tgt_sizes``.
     """
     writer = _Writer(style.pad)
-    if style.image_ids and number is not None:
+    if number is not None:
         writer.write(f"<image_id>{number}</image_id>")
     _write_image(writer, layout, style)
+    return writer.placeholder()
+
+
+def video_placeholder(
+    layouts: Sequence[Layout], style: PlaceholderStyle, *, number: int | None
+) -> Placeholder:
+    """Write the placeholder of one video.
+
+    Args:
+        layouts: The layout of each frame, or, where frames are packed, of each pack's first frame.
+        style: The generation's style.
+        number: The video's number in the sample, counted from 0; ``None`` writes none.
+
+    Returns:
+        The text and the runs in it.
+    """
+    writer = _Writer(style.video_pad)
+    if number is not None:
+        writer.write(f"<image_id>{number}</image_id>")
+    for index, layout in enumerate(layouts):
+        if index:
+            writer.write(style.frame_separator)
+        _write_image(writer, layout, style)
     return writer.placeholder()
 
 

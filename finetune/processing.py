@@ -1,10 +1,13 @@
-"""Everything the data side knows of one checkpoint: ``Processing`` turns conversations into samples."""
+"""Everything the data side knows of one checkpoint: ``Processing`` turns conversations into samples.
+
+Shapes: T is a sample's length in tokens, S its slices, P the runs of pad tokens that stand for them (a pack
+of video frames shares one), L a slice's patches.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,29 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from checkpoint import load_tokenizer, read_config
+from checkpoint import added_tokens, load_tokenizer, read_config
+from checkpoint_rules import read_rules
 from conversation import Encoded, encode_pieces, truncate
 from generations import Generation, detect_generation
-from placeholders import Placeholder, PlaceholderStyle, image_placeholder
-from prompts import PromptOptions, PromptWriter
-from slicing import Layout, Rules, SliceRules, cut_into_patches, patch_columns
+from pictures import Picture
+from placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
+from prompts import Piece, PromptOptions, PromptWriter
+from row_errors import OVER_LONG, DroppedRowError, RowError
+from slicing import Layout, Rules, cut_into_patches, patch_columns
 from turns import Turn, media_of
+from video_frames import VideoRules, video_rules
 
 Sample = dict[str, Any]
+OVERLENGTH = ("truncate", "drop", "error", "shrink_slices")
 
 
-class ProcessingError(ValueError):
-    """An option of the data side that this checkpoint can't be given."""
+@dataclass(frozen=True)
+class Plan:
+    """A conversation as tokens, with the layout of every frame of its pictures; no pixel is decoded yet."""
+
+    encoded: Encoded
+    pictures: tuple[Picture, ...]
+    layouts: tuple[tuple[Layout, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,9 @@ class Processing:
         rules: How images are cut.
         style: How images are written into the prompt.
         writer: How conversations are written.
-        downsample_mode: ``16x`` or ``4x`` for 4.6 and 4.7 (what the model's forward must be told), else ``None``.
+        video: How videos are sampled; ``None`` for generations without video.
+        downsample_mode: ``16x`` or ``4x`` for 4.6 and 4.7 (what the model's forward must be told), else
+            ``None``.
     """
 
     generation: Generation
@@ -46,80 +61,185 @@ class Processing:
     rules: Rules
     style: PlaceholderStyle
     writer: PromptWriter
+    video: VideoRules | None = None
     downsample_mode: str | None = None
 
-    def encode(self, turns: Sequence[Turn], images: Sequence[Image.Image], *, limit: int | None = None) -> Sample:
+    def encode(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture | Image.Image],
+        *,
+        limit: int | None = None,
+        overlength: str = "truncate",
+    ) -> Sample:
         """Turn a conversation with its last answer into a training sample.
 
         Args:
             turns: The conversation; media are numbered in the order of the text.
-            images: The images, mode RGB, by ``Media.index``.
-            limit: Longest sequence, in tokens; the rest is cut, never inside an image.
+            pictures: Its pictures, or decoded images in mode RGB, by ``Media.index``.
+            limit: Longest sequence, in tokens.
+            overlength: What happens to a longer one: ``truncate`` cuts it, never inside an image;
+                ``shrink_slices`` first uses fewer slices per image; ``drop`` and ``error`` raise.
 
         Returns:
             The sample: ``input_ids`` [T], ``labels`` [T], ``pixel_values`` uint8 [3, 14, 14 * sum(L)],
-            ``tgt_sizes`` [S, 2], ``image_bound`` [P, 2], and ``mm_token_type_ids`` [T] for 4.7.
+            ``tgt_sizes`` [S, 2], ``image_bound`` [P, 2]; for 4.7 ``mm_token_type_ids`` [T]; with packed
+            video frames ``temporal_ids`` [S, 2].
+
+        Raises:
+            RowError: When the conversation can't be used.
         """
-        layouts = [self.rules.layout(*image.size) for image in images]
-        encoded = self.encode_text(turns, layouts)
-        if limit is not None:
-            encoded = truncate(encoded, limit)
-        return self._sample(encoded, images, layouts)
+        plan = self.plan(turns, pictures, limit=limit, overlength=overlength)
+        return {**self._sample(plan), "labels": torch.tensor(plan.encoded.labels, dtype=torch.int64)}
 
     def encode_prompt(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image], *, thinking: bool = False
+        self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image], *, thinking: bool = False
     ) -> Sample:
         """Turn a conversation into what inference gives the model to answer.
 
         Args:
             turns: The conversation so far; its last turn is the user's.
-            images: The images, mode RGB, by ``Media.index``.
+            pictures: Its pictures, or decoded images in mode RGB, by ``Media.index``.
             thinking: Whether the model is asked to think first (4.5 and later).
 
         Returns:
             A sample as of ``encode``, without labels.
         """
-        layouts = [self.rules.layout(*image.size) for image in images]
+        self.check(turns)
         pieces = self.writer.generation_pieces(turns, thinking=thinking)
-        encoded = encode_pieces(pieces, self._placeholders(turns, layouts), self.tokenizer)
-        sample = self._sample(encoded, images, layouts)
-        del sample["labels"]
-        return sample
+        return self._sample(self._planned(pieces, turns, _as_pictures(pictures), self.rules))
 
-    def encode_text(self, turns: Sequence[Turn], layouts: Sequence[Layout]) -> Encoded:
-        """Encode a conversation with its last answer, from its images' layouts alone."""
-        return encode_pieces(
-            self.writer.training_pieces(turns), self._placeholders(turns, layouts), self.tokenizer
-        )
+    def check(self, turns: Sequence[Turn]) -> None:
+        """See that every text and medium can be given to this checkpoint.
 
-    def _placeholders(self, turns: Sequence[Turn], layouts: Sequence[Layout]) -> list[Placeholder]:
-        return [
-            image_placeholder(layouts[media.index], self.style, number=number)
-            for number, media in enumerate(media_of(turns))
-        ]
+        Raises:
+            RowError: When one can't.
+        """
+        for number, turn in enumerate(turns):
+            token = self.writer.find_control_token(turn.text)
+            if token:
+                raise RowError(
+                    "control token",
+                    f"turn {number} contains {token!r}, which the model reads as structure, expected text. "
+                    "Remove it, or write it in another way.",
+                )
+        if self.video is None and any(media.kind == "video" for media in media_of(turns)):
+            raise RowError(
+                "video",
+                f"the row has a video, expected images: {self.generation.title} was not trained on video. "
+                "Remove "
+                "the row, or give single frames as images.",
+            )
 
-    def _sample(self, encoded: Encoded, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> Sample:
+    def plan(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture | Image.Image],
+        *,
+        limit: int | None = None,
+        overlength: str = "truncate",
+    ) -> Plan:
+        """Decide everything of a training sample but its pixels; arguments and errors as of ``encode``."""
+        self.check(turns)
+        pieces = self.writer.training_pieces(turns)
+        opened = _as_pictures(pictures)
+        plan = self._planned(pieces, turns, opened, self.rules)
+        if limit is not None and len(plan.encoded.input_ids) > limit:
+            plan = self._fitted(plan, pieces, turns, limit=limit, overlength=overlength)
+        if not plan.encoded.supervised:
+            raise RowError(
+                "nothing to learn",
+                f"none of the {len(plan.encoded.input_ids)} tokens"
+                + (f" that --model_max_length {limit} leaves" if limit else "")
+                + " is supervised, expected an answer to learn. Shorten the row, raise --model_max_length, "
+                "or remove it.",
+            )
+        return plan
+
+    def _fitted(
+        self, plan: Plan, pieces: Sequence[Piece], turns: Sequence[Turn], *, limit: int, overlength: str
+    ) -> Plan:
+        length = len(plan.encoded.input_ids)
+        if overlength in ("drop", "error"):
+            error = DroppedRowError if overlength == "drop" else RowError
+            raise error(
+                OVER_LONG,
+                f"the row is {length} tokens long, expected at most --model_max_length {limit}. Shorten it, "
+                "raise the "
+                "limit, or choose another --overlength.",
+            )
+        if overlength == "shrink_slices":
+            for slices in range(self.rules.max_slice_nums - 1, 0, -1):
+                smaller = self._planned(pieces, turns, plan.pictures, self.rules.limited(slices))
+                if len(smaller.encoded.input_ids) <= limit:
+                    return smaller
+            plan = self._planned(pieces, turns, plan.pictures, self.rules.limited(1))
+        return replace(plan, encoded=truncate(plan.encoded, limit))
+
+    def _planned(
+        self, pieces: Sequence[Piece], turns: Sequence[Turn], pictures: tuple[Picture, ...], rules: Rules
+    ) -> Plan:
+        layouts = tuple(self._layouts(picture, rules) for picture in pictures)
+        encoded = encode_pieces(pieces, self._placeholders(pictures, layouts), self.tokenizer)
+        assert len(media_of(turns)) == len(pictures), (len(media_of(turns)), len(pictures))
+        return Plan(encoded, pictures, layouts)
+
+    def _layouts(self, picture: Picture, rules: Rules) -> tuple[Layout, ...]:
+        if picture.kind == "video":
+            assert self.video is not None
+            rules = rules.limited(min(rules.max_slice_nums, self.video.max_slice_nums))
+        return tuple(rules.layout(width, height) for width, height in picture.sizes)
+
+    def _placeholders(
+        self, pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]
+    ) -> list[Placeholder]:
+        # Inference with a video runs without image ids up to 4.5 (released README files).
+        has_video = any(picture.kind == "video" for picture in pictures)
+        numbered = self.style.image_ids and (self.generation.native or not has_video)
+        counts = {"image": 0, "video": 0}
+        placeholders = []
+        for picture, frames in zip(pictures, layouts, strict=True):
+            number = counts[picture.kind]
+            counts[picture.kind] += 1
+            if picture.kind == "image":
+                placeholders.append(
+                    image_placeholder(frames[0], self.style, number=number if numbered else None)
+                )
+                continue
+            shown = [frames[index] for index in picture.pack_starts]
+            placeholders.append(
+                video_placeholder(shown, self.style, number=number if self.style.video_ids else None)
+            )
+        return placeholders
+
+    def _sample(self, plan: Plan) -> Sample:
+        encoded = plan.encoded
         kept = len(encoded.media_spans)
+        pictures, layouts = plan.pictures[:kept], plan.layouts[:kept]
         input_ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
-        sizes = [size for layout in layouts[:kept] for size in layout.tgt_sizes]
+        sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
         sample = {
             "input_ids": input_ids,
-            "labels": torch.tensor(encoded.labels, dtype=torch.int64),
-            "pixel_values": self._pixels(images[:kept], layouts[:kept]),
+            "pixel_values": self._pixels(pictures, layouts),
             "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
             "image_bound": torch.tensor(encoded.image_bound, dtype=torch.int64).reshape(-1, 2),
         }
         if self.generation.name == "v4_7":
             sample["mm_token_type_ids"] = self._token_types(input_ids)
+        if any(picture.packs for picture in pictures):
+            times = list(_temporal_ids(pictures, layouts))
+            sample["temporal_ids"] = torch.tensor(times, dtype=torch.int64).reshape(-1, 2)
         return sample
 
-    def _pixels(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> torch.Tensor:
-        widths = [patch_columns(layout) for layout in layouts]
-        pixels = np.empty((3, self.rules.patch_size, sum(widths)), dtype=np.uint8)
+    def _pixels(self, pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]) -> torch.Tensor:
+        total = sum(patch_columns(layout) for frames in layouts for layout in frames)
+        pixels = np.empty((3, self.rules.patch_size, total), dtype=np.uint8)
         start = 0
-        for image, layout, width in zip(images, layouts, widths, strict=True):
-            cut_into_patches(image, layout, pixels[:, :, start : start + width])
-            start += width
+        for picture, frames in zip(pictures, layouts, strict=True):
+            for image, layout in zip(picture.frames(), frames, strict=True):
+                end = start + patch_columns(layout)
+                cut_into_patches(image, layout, pixels[:, :, start:end])
+                start = end
         return torch.from_numpy(pixels)
 
     def _token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -130,6 +250,30 @@ class Processing:
         return types
 
 
+def _as_pictures(pictures: Sequence[Picture | Image.Image]) -> tuple[Picture, ...]:
+    return tuple(picture if isinstance(picture, Picture) else Picture.of(picture) for picture in pictures)
+
+
+def _temporal_ids(
+    pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]
+) -> Iterator[tuple[int, int]]:
+    """For every slice, the run it belongs to and its time index, -1 for stills.
+
+    Packed frames are never cut (their rules say one slice), so a frame is a slice.
+    """
+    run = 0
+    for picture, frames in zip(pictures, layouts, strict=True):
+        if picture.packs is None:
+            for _ in (size for layout in frames for size in layout.tgt_sizes):
+                yield run, -1
+                run += 1
+            continue
+        for pack in picture.packs:
+            for time in pack:
+                yield run, time
+            run += 1
+
+
 def load_processing(
     folder: str | Path,
     *,
@@ -137,6 +281,8 @@ def load_processing(
     enable_thinking: str = "auto",
     train_on: str = "all_turns",
     downsample_mode: str | None = None,
+    video_fps: float | None = None,
+    max_num_frames: int | None = None,
 ) -> Processing:
     """Read from a checkpoint folder what the data side needs.
 
@@ -146,65 +292,22 @@ def load_processing(
         enable_thinking: ``auto``, ``true`` or ``false``; see ``PromptOptions``.
         train_on: ``all_turns`` or ``last_turn``.
         downsample_mode: ``16x`` or ``4x``, for 4.6 and 4.7; ``None`` takes the checkpoint's own.
+        video_fps: Frames taken per second of video; ``None`` takes the generation's own.
+        max_num_frames: Most frames (4.5: packs of frames) of a video; ``None`` takes the generation's own.
 
     Returns:
         The checkpoint's ``Processing``.
     """
     config = read_config(folder)
-    special = _added_tokens(Path(folder))
-    generation = detect_generation(config, special)
+    generation = detect_generation(config, added_tokens(folder))
     tokenizer = load_tokenizer(folder, generation)
     writer = PromptWriter(
         tokenizer, generation, PromptOptions(enable_thinking=enable_thinking, train_on=train_on)
     )
-    if generation.native:
-        from native_slicing import PATCHES_PER_TOKEN, NativeSliceRules  # imports transformers' model package
-
-        settings = _settings(Path(folder), "processor_config.json").get("image_processor", {})
-        mode = downsample_mode or settings.get("downsample_mode") or config.get("downsample_mode", "16x")
-        native_rules = NativeSliceRules(
-            max_slice_nums=_slice_limit(max_slice_nums, settings, config, default=9),
-            scale_resolution=settings.get("scale_resolution", 448),
-            patch_size=settings.get("patch_size", 14),
-            downsample_mode=mode,
-        )
-        style = PlaceholderStyle(
-            pad="<|image_pad|>", video_pad="<|video_pad|>", query_num=0,
-            patches_per_token=PATCHES_PER_TOKEN[mode], image_ids=settings.get("use_image_id", True),
-        )  # fmt: skip
-        return Processing(generation, tokenizer, native_rules, style, writer, mode)
-    settings = _settings(Path(folder), "preprocessor_config.json")
-    rules = SliceRules(
-        max_slice_nums=_slice_limit(max_slice_nums, settings, config, default=1),
-        scale_resolution=settings.get("scale_resolution", config.get("scale_resolution", 448)),
-        patch_size=config.get("patch_size", 14),
+    image = read_rules(
+        Path(folder), config, generation, max_slice_nums=max_slice_nums, downsample_mode=downsample_mode
     )
-    style = PlaceholderStyle(
-        query_num=config["query_num"], image_ids=generation.image_ids, slice_tag=generation.slice_tag
+    video = video_rules(
+        generation, fps=video_fps, max_num_frames=max_num_frames, settings=image.video_settings
     )
-    return Processing(generation, tokenizer, rules, style, writer)
-
-
-def _slice_limit(wish: int | None, settings: dict[str, Any], config: dict[str, Any], *, default: int) -> int:
-    """The most slices: the user's wish, else the released processor's, else the model config's."""
-    if wish is not None:
-        if wish < 1:
-            raise ProcessingError(f"--max_slice_nums: found {wish}, expected at least 1. Use 1 to never cut images.")
-        return wish
-    if not settings.get("slice_mode", config.get("slice_mode", True)):
-        return 1
-    nested = config.get("slice_config") or {}
-    for source in (settings, nested, config):
-        if "max_slice_nums" in source:
-            return int(source["max_slice_nums"])
-    return default
-
-
-def _settings(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _added_tokens(folder: Path) -> list[str]:
-    decoder = _settings(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-    return [entry["content"] for entry in decoder.values()]
+    return Processing(generation, tokenizer, image.rules, image.style, writer, video, image.downsample_mode)

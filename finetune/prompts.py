@@ -186,7 +186,8 @@ class PromptWriter:
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
             raise CheckpointError(
-                f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many (or one "
+                f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many "
+                "(or one "
                 "more, for a default system turn). The checkpoint's chat template can't be trained with."
             )
         order = iter(media_of(turns))
@@ -234,7 +235,9 @@ class PromptWriter:
         )
         return {"role": turn.role, "content": content}
 
-    def _render(self, messages: list[dict[str, Any]], *, thinking: bool, generation_prompt: bool = True) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], *, thinking: bool, generation_prompt: bool = True
+    ) -> str:
         options = {"enable_thinking": thinking} if self.generation.thinking else {}
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt, **options

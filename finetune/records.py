@@ -2,53 +2,28 @@
 
 Accepted: the official form (``conversations`` with role/content, ``image`` a path or a dictionary of
 ``<image_00>`` placeholders), ``messages`` with strings or lists of typed parts, ShareGPT / LLaVA
-(``from``/``value``), and InternLM-XComposer's ``<ImageHere>``. A row is used exactly as written, or refused with
-a ``RowError`` that says what was found, what was expected and what to do.
+(``from``/``value``), and InternLM-XComposer's ``<ImageHere>``. A row is used exactly as written, or refused
+with a ``RowError`` that says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from row_errors import RowError
+from row_media import MARKS, MediaReader, Source, a, listed
 from turns import Media, Part, Turn
 
 _ROLE_NAMES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system",
 }  # fmt: skip
 _TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
-_MARKS = re.compile(r"<image>|<image_\d+>|<ImageHere>|<video>")
 _PART_SOURCES = {
     "image": ("image", "path", "url", "image_url", "data", "base64"),
     "video": ("video", "path", "url", "video_url"),
 }
-
-
-class RowError(ValueError):
-    """A row that can't be used.
-
-    Attributes:
-        kind: A short name of the problem, the same for all rows with it; reports count by it.
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an image or a video comes from.
-
-    Attributes:
-        kind: ``image`` or ``video``.
-        value: A path, URL, data URI, bytes, or ``{"bytes":, "path":}``; a video may be a list of these.
-    """
-
-    kind: str
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -85,9 +60,11 @@ def parse_row(row: Any) -> Conversation:
         (Media(kind='image', index=0), '\\nWhat is it?')
     """
     if not isinstance(row, Mapping):
-        raise RowError("form", f"the row is {_a(row)}, expected an object with 'conversations'. Fix or remove it.")
+        raise RowError(
+            "form", f"the row is {a(row)}, expected an object with 'conversations'. Fix or remove it."
+        )
     messages = _messages(row)
-    reader = _MediaReader(row)
+    reader = MediaReader(row)
     turns = [_read_turn(message, number, reader) for number, message in enumerate(messages)]
     _check_order(turns)
     turns = reader.put_unmentioned_first(turns)
@@ -102,30 +79,40 @@ def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
     else:
         raise RowError(
             "form",
-            f"the row has the keys {_listed(row)}, expected 'conversations' or 'messages'. Add the conversation.",
+            f"the row has the keys {listed(row)}, expected 'conversations' or 'messages'. Add the "
+            "conversation.",
         )
     if not isinstance(messages, (list, tuple)):
-        raise RowError("form", f"{key!r} is {_a(messages)}, expected a list of messages. Put the messages in a list.")
+        raise RowError(
+            "form", f"{key!r} is {a(messages)}, expected a list of messages. Put the messages in a list."
+        )
     if not messages:
-        raise RowError("form", f"{key!r} is empty, expected at least a question and an answer. Remove the row.")
+        raise RowError(
+            "form", f"{key!r} is empty, expected at least a question and an answer. Remove the row."
+        )
     return messages
 
 
 # --- turns ---
 
 
-def _read_turn(message: Any, number: int, media: _MediaReader) -> Turn:
+def _read_turn(message: Any, number: int, media: MediaReader) -> Turn:
     if not isinstance(message, Mapping):
-        raise RowError("form", f"turn {number} is {_a(message)}, expected an object with 'role' and 'content'. Fix it.")
+        raise RowError(
+            "form", f"turn {number} is {a(message)}, expected an object with 'role' and 'content'. Fix it."
+        )
     role = _role(message, number)
     content = message.get("content", message.get("value"))
     learn = message.get("loss", True)
     if learn not in (True, False, 0, 1, None):
         raise RowError(
-            "form", f"turn {number}: 'loss' is {learn!r}, expected true or false. Say whether the turn is learned."
+            "form",
+            f"turn {number}: 'loss' is {learn!r}, expected true or false. Say whether the turn is learned.",
         )
     if message.get("tool_calls"):
-        raise RowError("role", f"turn {number} has 'tool_calls', expected text only. Tool use can't be trained here.")
+        raise RowError(
+            "role", f"turn {number} has 'tool_calls', expected text only. Tool use can't be trained here."
+        )
     return Turn(role, tuple(_read_content(content, number, media)), learn is None or bool(learn))
 
 
@@ -134,7 +121,8 @@ def _role(message: Mapping[str, Any], number: int) -> str:
     if name in _TOOL_ROLES:
         raise RowError(
             "role",
-            f"turn {number} has role {name!r}, expected 'user' or 'assistant'. Tool turns can't be trained here: "
+            f"turn {number} has role {name!r}, expected 'user' or 'assistant'. Tool turns can't be trained "
+            "here: "
             "write the tool's result into a user turn, or remove the row.",
         )
     if not isinstance(name, str) or name not in _ROLE_NAMES:
@@ -146,12 +134,12 @@ def _role(message: Mapping[str, Any], number: int) -> str:
     return _ROLE_NAMES[name]
 
 
-def _read_content(content: Any, number: int, media: _MediaReader) -> list[Part | Source]:
+def _read_content(content: Any, number: int, media: MediaReader) -> list[Part | Source]:
     if isinstance(content, str):
         return _read_text(content, number, media)
     if not isinstance(content, (list, tuple)):
         raise RowError(
-            "form", f"turn {number}: the content is {_a(content)}, expected a text or a list of parts. Fix it."
+            "form", f"turn {number}: the content is {a(content)}, expected a text or a list of parts. Fix it."
         )
     parts: list[Part | Source] = []
     for part in content:
@@ -159,7 +147,7 @@ def _read_content(content: Any, number: int, media: _MediaReader) -> list[Part |
     return parts
 
 
-def _read_part(part: Any, number: int, media: _MediaReader) -> list[Part | Source]:
+def _read_part(part: Any, number: int, media: MediaReader) -> list[Part | Source]:
     if isinstance(part, str):
         return _read_text(part, number, media)
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -167,10 +155,11 @@ def _read_part(part: Any, number: int, media: _MediaReader) -> list[Part | Sourc
     if kind == "text" and isinstance(part.get("text"), str):
         return _read_text(part["text"], number, media)
     if kind not in _PART_SOURCES:
-        found = repr(kind) if isinstance(part, Mapping) else _a(part)
+        found = repr(kind) if isinstance(part, Mapping) else a(part)
         raise RowError(
             "form",
-            f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its 'type'.",
+            f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its "
+            "'type'.",
         )
     for key in _PART_SOURCES[kind]:
         if part.get(key) is not None:
@@ -179,10 +168,10 @@ def _read_part(part: Any, number: int, media: _MediaReader) -> list[Part | Sourc
     return [media.take(f"<{kind}>", number)]
 
 
-def _read_text(text: str, number: int, media: _MediaReader) -> list[Part | Source]:
+def _read_text(text: str, number: int, media: MediaReader) -> list[Part | Source]:
     parts: list[Part | Source] = []
     position = 0
-    for mark in _MARKS.finditer(text):
+    for mark in MARKS.finditer(text):
         if mark.start() > position:
             parts.append(text[position : mark.start()])
         parts.append(media.take(mark.group(), number))
@@ -200,7 +189,8 @@ def _check_order(turns: Sequence[Turn]) -> None:
             number = offset + len(turns) - len(spoken)
             raise RowError(
                 "role",
-                f"turn {number} has role {turn.role!r}, expected {expected!r}. After an optional system turn, "
+                f"turn {number} has role {turn.role!r}, expected {expected!r}. After an optional system "
+                "turn, "
                 "user and assistant alternate, starting with 'user': join or remove the extra turn.",
             )
     if not spoken or spoken[-1].role != "assistant":
@@ -209,119 +199,6 @@ def _check_order(turns: Sequence[Turn]) -> None:
             f"the last turn (turn {len(turns) - 1}) has role {turns[-1].role!r}, expected 'assistant'. "
             "End the conversation with an answer.",
         )
-
-
-# --- media ---
-
-
-class _MediaReader:
-    """Gives every placeholder of a row its image or video."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.named: dict[str, Any] = {}
-        self.single: Any = None
-        self.listed: dict[str, list[Any]] = {"image": [], "video": []}
-        self.taken: dict[str, int] = {"image": 0, "video": 0}
-        self.mentioned: set[str] = set()
-        for kind in ("image", "video"):
-            value = row.get(kind)
-            several = row.get(f"{kind}s")
-            if value in (None, "", [], {}):
-                value = several
-            elif several not in (None, "", [], {}):
-                raise RowError("media", f"the row has both {kind!r} and '{kind}s', expected one. Remove one of them.")
-            self._add(kind, value)
-
-    def _add(self, kind: str, value: Any) -> None:
-        if value in (None, "", [], {}):
-            return
-        if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
-            if kind == "video":
-                raise RowError("media", "'video' is an object, expected a path or a list of paths. Fix it.")
-            wrong = [key for key in value if not re.fullmatch(r"<image_\d+>|<image>|<ImageHere>", str(key))]
-            if wrong:
-                raise RowError(
-                    "media",
-                    f"'image' has the key {wrong[0]!r}, expected keys like '<image_00>'. Write the placeholder as key.",
-                )
-            self.named = dict(value)
-        elif isinstance(value, (list, tuple)):
-            # a list of frames is one video; a list of lists, or of paths to films, is several
-            self.listed[kind] = [value] if kind == "video" and _are_frames(value) else list(value)
-        elif kind == "image":
-            self.single = value
-        else:
-            self.listed[kind] = [value]
-
-    def take(self, mark: str, number: int) -> Source:
-        """The source that a placeholder in turn ``number`` stands for."""
-        if mark == "<video>":
-            return Source("video", self._next("video", mark, number))
-        if self.named:
-            if mark not in self.named:
-                raise RowError(
-                    "placeholder",
-                    f"turn {number} mentions {mark}, but the row's images are {_listed(self.named)}. "
-                    "Add the image or remove the placeholder.",
-                )
-            self.mentioned.add(mark)
-            return Source("image", self.named[mark])
-        if self.single is not None and mark in ("<image>", "<ImageHere>", "<image_00>", "<image_0>"):
-            self.mentioned.add("single")
-            return Source("image", self.single)
-        if mark.startswith("<image_"):
-            return self._numbered(mark, number)
-        return Source("image", self._next("image", mark, number))
-
-    def _numbered(self, mark: str, number: int) -> Source:
-        index = int(mark[len("<image_") : -1])
-        images = self.listed["image"]
-        if index >= len(images):
-            raise RowError(
-                "placeholder",
-                f"turn {number} mentions {mark}, but the row has {_count(len(images), 'image')}, counted from 0. "
-                "Add the image or remove the placeholder.",
-            )
-        self.mentioned.add(f"#{index}")
-        return Source("image", images[index])
-
-    def _next(self, kind: str, mark: str, number: int) -> Any:
-        index = self.taken[kind]
-        if index >= len(self.listed[kind]):
-            raise RowError(
-                "placeholder",
-                f"turn {number} has a {mark} for {kind} number {index + 1}, but the row has "
-                f"{_count(len(self.listed[kind]), kind)}. Add the {kind} or remove the placeholder.",
-            )
-        self.taken[kind] = index + 1
-        self.mentioned.add(f"{kind}#{index}")
-        return self.listed[kind][index]
-
-    def put_unmentioned_first(self, turns: list[Turn]) -> list[Turn]:
-        """Put images and videos that no placeholder mentions in front of the first user turn."""
-        left = [Source("image", value) for mark, value in self.named.items() if mark not in self.mentioned]
-        if self.single is not None and "single" not in self.mentioned:
-            left.append(Source("image", self.single))
-        for kind, values in self.listed.items():
-            left += [
-                Source(kind, value)
-                for index, value in enumerate(values)
-                if not {f"{kind}#{index}", f"#{index}"} & self.mentioned
-            ]
-        if not left:
-            return turns
-        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        front: list[Any] = [part for source in left for part in (source, "\n")]
-        parts = (*front, *turns[first].parts)
-        turns[first] = Turn("user", parts, turns[first].learn)
-        return turns
-
-
-def _are_frames(value: Sequence[Any]) -> bool:
-    films = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
-    return not any(
-        isinstance(item, (list, tuple)) or (isinstance(item, str) and item.lower().endswith(films)) for item in value
-    )
 
 
 def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ...]]:
@@ -340,20 +217,3 @@ def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ..
                 parts.append(part)
         numbered.append(Turn(turn.role, tuple(parts), turn.learn))
     return tuple(numbered), tuple(sources)
-
-
-# --- words for messages ---
-
-
-def _a(value: Any) -> str:
-    names = {"str": "a text", "int": "a number", "float": "a number", "list": "a list", "dict": "an object",
-             "bool": "true or false", "NoneType": "missing (null)"}  # fmt: skip
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
-
-
-def _listed(keys: Any) -> str:
-    return ", ".join(repr(str(key)) for key in list(keys)[:8]) or "(none)"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"

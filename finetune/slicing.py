@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
+
+from row_errors import RowError
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Rules(Protocol):
         """Decide the layout of an image of this size, in pixels."""
         ...
 
+    def limited(self, max_slice_nums: int) -> Rules:
+        """The same rules with another limit of slices."""
+        ...
+
 
 @dataclass(frozen=True)
 class SliceRules:
@@ -103,7 +109,7 @@ class SliceRules:
             The sizes of the overview and of the slices.
 
         Raises:
-            ValueError: If a side is below 1.
+            RowError: If a side is below 1.
         """
         grid = choose_grid(
             width, height, max_slice_nums=self.max_slice_nums, scale_resolution=self.scale_resolution
@@ -118,6 +124,10 @@ class SliceRules:
             )
             refined = Size(cell.width * grid.columns, cell.height * grid.rows)
         return Layout(overview, grid, refined, self.patch_size)
+
+    def limited(self, max_slice_nums: int) -> SliceRules:
+        """The same rules with another limit of slices."""
+        return replace(self, max_slice_nums=max_slice_nums)
 
     def _best_size(self, width: float, height: float, *, upscale: bool) -> Size:
         side = self.scale_resolution
@@ -147,14 +157,16 @@ def choose_grid(width: int, height: int, *, max_slice_nums: int, scale_resolutio
         The grid, or ``None`` when the image is small enough to be used whole.
 
     Raises:
-        ValueError: If a side is below 1.
+        RowError: If a side is below 1.
 
     Example:
         >>> choose_grid(1344, 896, max_slice_nums=9, scale_resolution=448)
         Grid(columns=3, rows=2)
     """
     if width < 1 or height < 1:
-        raise ValueError(f"image size: found {width} x {height}, expected at least 1 x 1 pixel. Replace the image.")
+        raise RowError(
+            "image", f"an image has {width} x {height} pixels, expected at least 1 x 1. Replace the image."
+        )
     ideal = min(math.ceil(width * height / scale_resolution**2), max_slice_nums)
     if ideal <= 1:
         return None
@@ -198,28 +210,35 @@ def cut_into_patches(image: Image.Image, layout: Layout, out: np.ndarray) -> Non
         out: Where the patches go: ``[3, 14, 14 * sum(L)]``, uint8.
     """
     assert image.mode == "RGB", image.mode
+    assert out.shape[2] == patch_columns(layout), (out.shape, layout)
     side = layout.patch_size
-    start = _write_patches(_resized(image, layout.overview), side, out, 0)
+    start = _write_patches(_bands(image, layout.overview), side, out, 0)
     if layout.grid is None or layout.refined is None:
         return
-    refined = _resized(image, layout.refined)
+    refined = _bands(image, layout.refined)
     cell_height = layout.refined.height // layout.grid.rows
     cell_width = layout.refined.width // layout.grid.columns
     for top in range(0, layout.refined.height, cell_height):
         for left in range(0, layout.refined.width, cell_width):
-            cell = refined[top : top + cell_height, left : left + cell_width]
+            cell = [band[top : top + cell_height, left : left + cell_width] for band in refined]
             start = _write_patches(cell, side, out, start)
 
 
-def _resized(image: Image.Image, size: Size) -> np.ndarray:
-    return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
+def _bands(image: Image.Image, size: Size) -> list[np.ndarray]:
+    """The resized image's red, green and blue, each ``[H, W]``."""
+    resized = image.resize((size.width, size.height), Image.Resampling.BICUBIC)
+    return [np.asarray(band) for band in resized.split()]
 
 
-def _write_patches(pixels: np.ndarray, side: int, out: np.ndarray, start: int) -> int:
-    """Write one slice ``[H, W, 3]`` as patches into ``out`` from column ``start``; give the next column."""
-    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    end = start + rows * columns * side
-    target = out[:, :, start:end].reshape(3, side, rows, columns, side)
-    assert np.shares_memory(target, out)
-    np.copyto(target, pixels.reshape(rows, side, columns, side, 3).transpose(4, 1, 0, 2, 3))
+def _write_patches(bands: list[np.ndarray], side: int, out: np.ndarray, start: int) -> int:
+    """Write one slice as patches into ``out`` from column ``start``; give the next column.
+
+    Patches side by side mean that pixel row r of each patch row is one stretch of ``out[channel, r]``, so
+    whole pixel rows are copied; going pixel by pixel takes three times as long.
+    """
+    height, width = bands[0].shape
+    end = start + height // side * width
+    for channel, band in enumerate(bands):
+        target = out[channel, :, start:end].reshape(side, height // side, width)
+        np.copyto(target, band.reshape(height // side, side, width).transpose(1, 0, 2))
     return end

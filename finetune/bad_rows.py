@@ -1,0 +1,82 @@
+"""Rows that can't be used: counted, and listed with their place and reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "bad_rows.jsonl"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row that can't be used.
+
+    Attributes:
+        file: The data file.
+        row: Its number in the file, counted from 0.
+        id: Its ``id``, if it has one.
+        kind: The problem in a word or two; the same for all rows with it.
+        reason: What was found, what was expected, and what to do.
+    """
+
+    file: str
+    row: int
+    id: Any
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        name = f" (id {self.id!r:.80})" if self.id is not None else ""
+        return f"{self.file}: row {self.row}{name}: {self.reason}"
+
+
+class BadRowLog:
+    """Collects bad rows, also from worker processes, in a file.
+
+    Args:
+        path: The file, one JSON object per line; ``None`` only counts in this process.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._seen: set[tuple[str, int]] = set()
+
+    def add(self, bad: BadRow) -> None:
+        """Note a bad row; a second time is no matter."""
+        if (bad.file, bad.row) in self._seen:
+            return
+        self._seen.add((bad.file, bad.row))
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(bad), ensure_ascii=False, default=str) + "\n"
+        # One write on a file opened for appending: lines of several workers don't mix.
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode("utf-8", "replace"))
+        finally:
+            os.close(handle)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every bad row in the file, each once (workers and ranks may have met the same)."""
+        if self.path is None or not self.path.is_file():
+            return []
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            bad = json.loads(line)
+            found.setdefault((bad["file"], bad["row"]), bad)
+        return list(found.values())
+
+    def summary(self) -> str:
+        """One line for the end of a run: how many rows were left out, and why."""
+        bad = self.read()
+        if not bad:
+            return "bad rows: none"
+        kinds = Counter(row["kind"] for row in bad)
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"bad rows: {len(bad)} contributed nothing ({named}); listed in {self.path}"

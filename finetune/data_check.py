@@ -1,0 +1,168 @@
+"""The check of a whole data set before training: every row, shared by all ranks, without a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from bad_rows import BadRow
+from dataset import SupervisedDataset
+from row_errors import DataError, DroppedRowError, RowError
+
+logger = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 20
+_ROWS_PER_TASK = 32
+_FEW_ROWS = 400  # starting processes takes longer than checking these
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check saw in a row.
+
+    Attributes:
+        length: Its length in tokens; 1, that of a padding sample, when it can't be used.
+        bad: Its problem, if it has one.
+        dropped: Whether the user asked to leave such rows out.
+    """
+
+    length: int
+    bad: BadRow | None = None
+    dropped: bool = False
+
+
+class _Task(Dataset):
+    """Does something with chosen rows, for a DataLoader's workers."""
+
+    def __init__(
+        self, rows: SupervisedDataset, indices: Sequence[int], work: Callable[[SupervisedDataset, int], Any]
+    ) -> None:
+        self.rows, self.indices, self.work = rows, indices, work
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.work(self.rows, self.indices[place])
+
+
+def for_rows(
+    rows: SupervisedDataset,
+    indices: Sequence[int],
+    work: Callable[[SupervisedDataset, int], Any],
+    *,
+    title: str,
+    workers: int | None = None,
+) -> Iterator[Any]:
+    """Do something with many rows, in order and in parallel, with a progress bar.
+
+    Args:
+        rows: The data set.
+        indices: The rows.
+        work: A top-level function of the data set and a row number; its result should be small.
+        title: What the progress bar says.
+        workers: Processes; ``None`` chooses by the machine and the number of rows.
+
+    Yields:
+        The results, in the order of ``indices``.
+    """
+    few = len(indices) < _FEW_ROWS
+    if workers is None:
+        workers = 0 if few else _free_cores()
+    loader = DataLoader(
+        _Task(rows, indices, work), batch_size=_ROWS_PER_TASK, num_workers=workers, collate_fn=list
+    )
+    hidden = few or os.environ.get("RANK", "0") != "0"
+    with tqdm(total=len(indices), desc=title, unit=" rows", disable=hidden) as progress:
+        for results in loader:
+            yield from results
+            progress.update(len(results))
+
+
+def _free_cores() -> int:
+    """Cores for this process's workers; 0 where it would be a single one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16)
+    return share if share > 1 else 0
+
+
+def check_row(rows: SupervisedDataset, index: int) -> Finding:
+    """Check one row: form, roles, placeholders, files, image headers, length, something to learn."""
+    try:
+        return Finding(len(rows.plan(index).encoded.input_ids))
+    except RowError as error:
+        return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
+
+
+def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.ndarray:
+    """Check every row; with several ranks each checks its share, and all come to the same result.
+
+    Args:
+        rows: The data set; rows that may be left out are marked in it.
+        workers: Processes per rank; ``None`` chooses by the machine and the number of rows.
+
+    Returns:
+        Every row's length in tokens, int32.
+
+    Raises:
+        DataError: On every rank, with the first twenty problems and their number, unless ``on_bad_row`` is
+            ``skip``.
+    """
+    together = distributed.is_available() and distributed.is_initialized()
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    share = range(rank, rows.row_count, ranks)
+    lengths = np.ones(len(share), dtype=np.int32)
+    bad: list[tuple[int, Finding]] = []
+    for place, finding in enumerate(for_rows(rows, share, check_row, title="checking rows", workers=workers)):
+        lengths[place] = finding.length
+        if finding.bad:
+            bad.append((share[place], finding))
+    if together:
+        gathered: list[Any] = [None] * ranks
+        distributed.all_gather_object(gathered, (lengths, bad))
+        lengths = np.ones(rows.row_count, dtype=np.int32)
+        for number, (part, _) in enumerate(gathered):
+            lengths[number::ranks] = part
+        bad = sorted((entry for _, part in gathered for entry in part), key=lambda entry: entry[0])
+    _settle(rows, bad, log=rank == 0)
+    return lengths
+
+
+def _settle(rows: SupervisedDataset, bad: Sequence[tuple[int, Finding]], *, log: bool) -> None:
+    """Raise, or have the bad rows left out and listed."""
+    problems = [finding.bad for _, finding in bad if finding.bad and not finding.dropped]
+    dropped = len(bad) - len(problems)
+    if problems and rows.options.on_bad_row == "error":
+        raise DataError(summary(problems, rows.row_count))
+    for index, finding in bad:
+        rows.leave_out(index)
+        if log and finding.bad:
+            rows.bad_rows.add(finding.bad)
+    if len(bad) == rows.row_count:
+        raise DataError(
+            f"{summary(problems, rows.row_count)}\n{dropped} were dropped as over-long. No row is left to "
+            "train on."
+        )
+    if bad and log:
+        logger.warning(
+            "%d of %d rows are left out, %d of them as over-long", len(bad), rows.row_count, dropped
+        )
+
+
+def summary(problems: Sequence[BadRow], total: int) -> str:
+    """The first problems and their number."""
+    shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
+    more = len(problems) - SHOWN_PROBLEMS
+    return (
+        f"{len(problems)} of {total} rows can't be used:{shown}"
+        + (f"\n  ... and {more} more" if more > 0 else "")
+        + "\nFix them (finetune/inspect_data.py lists all), or pass --on_bad_row skip to leave them out."
+    )

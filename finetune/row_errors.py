@@ -1,0 +1,28 @@
+"""The two errors of the data side: for one row, and for a file or a whole data set."""
+
+from __future__ import annotations
+
+OVER_LONG = "over-long"
+
+
+class RowError(ValueError):
+    """A row that can't be used.
+
+    Attributes:
+        kind: A short name of the problem, the same for all rows with it; reports count by it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # so that it survives the way out of a worker process
+        return type(self), (self.kind, str(self))
+
+
+class DroppedRowError(RowError):
+    """A row that the user asked to leave out (``--overlength drop``)."""
+
+
+class DataError(ValueError):
+    """A data file, or rows of it, that can't be trained on."""
