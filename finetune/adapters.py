@@ -196,3 +196,7 @@ def _layers_reachable(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del kind.model
+    config, layers = model.llm.config, inner.layers
+    if len(getattr(config, "layer_types", layers)) != len(layers):
+        # PEFT counts the replicated layers, and leaves the list of their kinds short (0.21).
+        config.layer_types = [layer.self_attn.layer_type for layer in layers]
