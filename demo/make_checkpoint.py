@@ -58,6 +58,13 @@ SPECIAL_TOKENS = {
     "v4_6": _NATIVE,
     "v4_7": _NATIVE,
 }  # fmt: skip
+# What the chat templates write around a conversation.
+_PROMPT_WORDS = [
+    "system\nYou are a helpful assistant.",
+    "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "user\nWhat",
+    "assistant\n",
+] * 2
 _PLAIN_TOKENS = (*_V4_WORDS, *_THINK)  # listed in the released files, but no special tokens there
 
 
@@ -118,17 +125,17 @@ def make_checkpoint(
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (layout / name).is_file():
             _write(folder / name, _processor(_read(layout / name), SIZES[size]))
-    stops = sorted({ids[token] for token in (row.turn_end, "<|endoftext|>", "<|end_of_text|>") if token in ids})
-    _write(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": ids["<pad>"]})
     _write_stand_ins(folder, config)
     _write_weights(folder, row, seed=seed, max_shard_size=max_shard_size)
+    stops = sorted({ids[token] for token in (row.turn_end, "<|endoftext|>", "<|end_of_text|>") if token in ids})
+    _write(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": ids["<pad>"]})
     return folder
 
 
 def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, int]:
     """Train and write the tokenizer; give the ids of its tokens, ``<pad>`` being the one it pads with."""
     special = SPECIAL_TOKENS[row.name]
-    text = list(sentences())
+    text = [*sentences(), *_PROMPT_WORDS]
     settings = _read(layout / "tokenizer_config.json")
     if row.prompt == "minicpm":
         content = sentencepiece_model(text, special)

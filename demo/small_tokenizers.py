@@ -109,7 +109,7 @@ def sentencepiece_model(sentences: Sequence[str], special: Sequence[str]) -> byt
         sentence_iterator=iter(sentences),
         model_writer=content,
         model_type="bpe",
-        vocab_size=420,
+        vocab_size=500,
         unk_id=0,
         bos_id=1,
         eos_id=2,
