@@ -30,12 +30,16 @@ from modeling_minicpmv import MiniCPMVOutput
 from native_delta_net import use_packed_delta_nets
 from native_runs import VisualRuns
 from native_samples import SampleLayout
-from native_vision import normalised, use_slice_modules
-from slice_attention import SliceLayout
+from native_vision import encode_slices, normalised, use_slice_modules
 from weights import copy_carried_files
 
+if TYPE_CHECKING:
+    _Base = modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
+else:
+    _Base = object
 
-class _NativeMiniCPMV(ChatMixin):
+
+class _NativeMiniCPMV(ChatMixin, _Base):
     """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
@@ -43,7 +47,7 @@ class _NativeMiniCPMV(ChatMixin):
     def __init__(self, config: Any):
         super().__init__(config)
         self.lm_head = as_lm_head(self.lm_head)
-        use_slice_modules(self.model.vision_tower, self.model.merger)
+        use_slice_modules(self.model)
         use_packed_delta_nets(self.model.language_model)
 
     def forward(
@@ -59,6 +63,7 @@ class _NativeMiniCPMV(ChatMixin):
         num_items_in_batch: Tensor | int | None = None,
         mm_token_type_ids: Tensor | None = None,
         supervised: Any = None,
+        on_cpu: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Give the loss (with labels) or the logits (without) of a batch of this project's form.
@@ -77,6 +82,8 @@ class _NativeMiniCPMV(ChatMixin):
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             mm_token_type_ids: Not needed here: the token ids tell text, image and video.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
+                ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
             **kwargs: transformers' own arguments; here they must be None or False.
 
         Returns:
@@ -87,20 +94,15 @@ class _NativeMiniCPMV(ChatMixin):
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 pixel_values=pixel_values, **self._own_arguments(mm_token_type_ids), **kwargs,
             )  # fmt: skip
-        kwargs["temporal_ids"] = temporal_ids
-        unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
-        unknown = [name for name in unknown if name not in ("return_dict", "use_cache")]
-        if unknown:
-            raise TypeError(f"The training forward of {type(self).__name__} does not know {', '.join(unknown)}.")
-        ids, mask, positions = _on_cpu(input_ids, attention_mask, position_ids)
-        samples = SampleLayout.of(
-            positions, mask, gap=self.config.text_config.linear_conv_kernel_dim, device=input_ids.device
+        _refuse_unknown(kwargs | {"temporal_ids": temporal_ids})
+        assert input_ids is not None, "a batch has input_ids"
+        host = (
+            _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
         )
-        runs = self._visual_runs(ids, [] if tgt_sizes is None else tgt_sizes.tolist())
-        hidden = self._run_llm(self._embed(input_ids, pixel_values, runs), samples, self._rope(ids, mask, samples, runs))
+        hidden = self._last_hidden(input_ids, host, pixel_values, tgt_sizes)
         if labels is None:
             return MiniCPMVOutput(logits=self.lm_head(hidden))
-        if position_ids is not None:
+        if position_ids is not None and supervised is None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
         found = supervised_loss(self.lm_head, hidden, labels, supervised)
@@ -112,7 +114,26 @@ class _NativeMiniCPMV(ChatMixin):
             correct_count=found.correct_count,
         )
 
-    def generate(
+    def _last_hidden(self, input_ids: Tensor, host: Tensor, pixel_values: Any, tgt_sizes: Any) -> Tensor:
+        """[B, T, D] last hidden states of a batch.
+
+        Args:
+            input_ids: As in ``forward``, like the last two.
+            host: [2 or 3, B, T] ids, mask and positions on the CPU.
+            pixel_values: See ``forward``.
+            tgt_sizes: See ``forward``.
+        """
+        config = self.config
+        ids, mask, *positions = host
+        gap = config.text_config.linear_conv_kernel_dim
+        samples = SampleLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
+        kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
+        runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
+        embeddings = self._embed(input_ids, pixel_values, runs)
+        return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
+
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         *,
@@ -143,6 +164,7 @@ class _NativeMiniCPMV(ChatMixin):
             )
         if tgt_sizes is not None and len(tgt_sizes):
             kwargs["target_sizes"] = torch.as_tensor(tgt_sizes)
+            assert pixel_values is not None, "tgt_sizes without pixel_values"
             pixel_values = normalised(pixel_values, self.model.vision_tower.dtype)
         if tgt_sizes is None or len(tgt_sizes):
             kwargs["pixel_values"] = pixel_values
@@ -150,54 +172,20 @@ class _NativeMiniCPMV(ChatMixin):
         kwargs |= self._own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
         return super().generate(inputs, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Save as transformers does, with the tokenizer and processor files of the source checkpoint."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and self.config.name_or_path:
             copy_carried_files(Path(self.config.name_or_path), Path(save_directory))
 
-    def _visual_runs(self, ids: Tensor, grids: list[list[int]]) -> VisualRuns:
-        """The batch's placeholders, each with its slice; see ``VisualRuns.of``."""
-        config = self.config
-        kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-        return VisualRuns.of(kinds, [(rows, columns) for rows, columns in grids], mode=config.downsample_mode)
-
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, runs: VisualRuns) -> Tensor:
-        """[B, T, D] token embeddings with the placeholders replaced.
-
-        A batch without images runs the tower on a dummy slice and takes none of its features: every
-        rank has the same collectives, and every trained parameter a gradient (of zeros).
-        """
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor, runs: VisualRuns) -> Tensor:
+        """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
         embeddings = self.get_input_embeddings()(input_ids)
-        grids = list(runs.grids)
-        if not grids:
-            grids = [self._smallest_grid()]
-            pixel_values = input_ids.new_zeros((3, 14, 14 * grids[0][0] * grids[0][1]), dtype=torch.uint8)
-        layout = SliceLayout.of(grids)
-        pixels = normalised(pixel_values, self.model.vision_tower.dtype, layout)
-        found = self.model.get_image_features(pixels, torch.tensor(layout.grids), layout=layout)
-        features = [feature for _, feature in sorted(zip(layout.order, found.pooler_output, strict=True), key=_first)]
+        features = encode_slices(self.model, pixel_values, runs.grids).to(embeddings.dtype)
         places = runs.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
-        features = torch.cat(features)[: places.shape[0]].to(embeddings.dtype)
-        embeddings = embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
-        return embeddings + self._skipped_merger().to(embeddings.dtype)
-
-    def _smallest_grid(self) -> tuple[int, int]:
-        """The smallest slice that the mergers can join, in patches."""
-        config = self.config
-        window = (1, 1) if config.downsample_mode == "4x" else config.vision_config.window_kernel_size
-        rows, columns = (side**config.merger_times for side in config.merge_kernel_size)
-        return rows * window[0], columns * window[1]
-
-    def _skipped_merger(self) -> Tensor:
-        """A zero that gives the inner merger its gradient of zeros in mode 4x, where nothing uses it."""
-        merger = self.model.vision_tower.vit_merger
-        weight = merger.linear_2.weight
-        if self.config.downsample_mode != "4x" or not any(p.requires_grad for p in merger.parameters()):
-            return weight.new_zeros(())
-        rows, columns = merger.window_kernel_size
-        window = weight.new_zeros((1, rows * columns, merger.embed_dim))
-        return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
+        return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
 
     def _run_llm(self, embeddings: Tensor, samples: SampleLayout, rope: Tensor | None) -> Tensor:
         """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
@@ -207,7 +195,8 @@ class _NativeMiniCPMV(ChatMixin):
             samples: The samples of the rows.
             rope: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
         """
-        placed, seen, flash = samples, embeddings, {}
+        placed, seen = samples, embeddings
+        flash: dict[str, Any] = {}
         if self._one_row():
             # The variable-length kernels take the samples of all rows as one row.
             placed, seen = samples.as_one_row(), samples.take(embeddings)[None]
@@ -234,21 +223,25 @@ class _NativeMiniCPMV(ChatMixin):
     def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor | None:
         return None
 
-    def _own_arguments(self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None) -> dict[str, Any]:
+    def _own_arguments(
+        self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
+    ) -> dict[str, Any]:
         """Arguments of transformers' forward and generate that only one generation has."""
         return {}
 
 
-def _first(pair: tuple[int, Tensor]) -> int:
-    return pair[0]
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
+    unknown = [name for name in given if name not in ("return_dict", "use_cache")]
+    if unknown:
+        raise TypeError(f"The training forward of MiniCPM-V 4.6 and 4.7 does not know {', '.join(unknown)}.")
 
 
-def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
     """Fetch ids, mask and positions in one copy: every further wait for the device costs time."""
     parts = [input_ids, torch.ones_like(input_ids) if mask is None else mask.to(input_ids)]
     parts += [] if positions is None else [positions.to(input_ids)]
-    ids, real, *rest = torch.stack(parts).cpu()
-    return ids, real, rest[0] if rest else None
+    return torch.stack(parts).cpu()
 
 
 class MiniCPMV4_6ForConditionalGeneration(  # noqa: N801, the name that config.json's architectures has
@@ -265,7 +258,9 @@ class MiniCPMV4_7ForConditionalGeneration(  # noqa: N801
     def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor:
         """[3, tokens of all samples] canvas positions, each sample's computed alone, on the CPU."""
         real = mask.bool()
-        rows = [pad_sequence(part[real].split(samples.samples), batch_first=True) for part in (ids, runs.kinds)]
+        rows = [
+            pad_sequence(part[real].split(samples.samples), batch_first=True) for part in (ids, runs.kinds)
+        ]
         lengths = torch.tensor(samples.samples)
         own = torch.arange(rows[0].shape[1]) < lengths[:, None]
         image, video = (runs.sizes_of(kind) for kind in (1, 2))
@@ -275,13 +270,15 @@ class MiniCPMV4_7ForConditionalGeneration(  # noqa: N801
         )  # fmt: skip
         return positions[:, own].to(samples.device, non_blocking=True)
 
-    def _own_arguments(self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None) -> dict[str, Any]:
+    def _own_arguments(
+        self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
+    ) -> dict[str, Any]:
         if input_ids is None:
             return {"mm_token_type_ids": mm_token_type_ids}
         # The rotary offset of an earlier prompt must not reach this one.
         self.model.rope_deltas = None
         image, video = self.config.image_token_id, self.config.video_token_id
-        return {"mm_token_type_ids": (input_ids == image).int() + 2 * (input_ids == video).int()}
+        return {"mm_token_type_ids": input_ids.eq(image).int() + 2 * input_ids.eq(video).int()}
 
 
 _CLASSES: dict[str, type[nn.Module]] = {

@@ -87,7 +87,9 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
         query, key, value = self._heads(mixed)
         log_decay = samples.spread(decay)
         if samples.resets.numel():
-            resets = torch.full((samples.resets.shape[0], decay.shape[1]), RESET, dtype=decay.dtype, device=decay.device)
+            resets = torch.full(
+                (samples.resets.shape[0], decay.shape[1]), RESET, dtype=decay.dtype, device=decay.device
+            )
             log_decay = log_decay.flatten(0, 1).index_copy(0, samples.resets, resets).view_as(log_decay)
         # Between samples the strength is 0: empty tokens write nothing into the state.
         found, _ = _torch_rule(

@@ -56,16 +56,16 @@ class VisualRuns:
         lengths = counts[visual].tolist()
         if len(lengths) != len(grids):
             raise ValueError(
-                f"The batch has {len(grids)} slices (tgt_sizes) and {len(lengths)} runs of image tokens in input_ids. "
-                "Expected one run per slice; a row that was cut inside an image loses runs."
+                f"The batch has {len(grids)} slices (tgt_sizes) and {len(lengths)} runs of image tokens in "
+                "input_ids. Expected one run per slice; a row that was cut inside an image loses runs."
             )
         per_token = PATCHES_PER_TOKEN[mode]
         for (row, start), length, (rows, columns) in zip(starts, lengths, grids, strict=True):
             if length * per_token != rows * columns:
                 raise ValueError(
-                    f"input_ids, row {row}: the image tokens from {start} on are {length}, expected {rows} x {columns} "
-                    f"patches / {per_token} = {rows * columns / per_token:g} (downsample_mode {mode}). "
-                    "The data and the model must use the same downsample_mode."
+                    f"input_ids, row {row}: the image tokens from {start} on are {length}, expected {rows} x "
+                    f"{columns} patches / {per_token} = {rows * columns / per_token:g} (downsample_mode "
+                    f"{mode}). The data and the model must use the same downsample_mode."
                 )
         return cls(kinds, tuple(grids), tuple(starts), tuple(lengths), tuple(values[visual].tolist()))
 

@@ -61,8 +61,8 @@ class SampleLayout:
         padded = (~real[:, :-1] & real[:, 1:]).any(dim=1)
         if padded.any():
             raise ValueError(
-                f"attention_mask, row {int(padded.nonzero()[0])}: found padding before a real token, expected rows "
-                "padded on the right. Left padding is for generate() alone."
+                f"attention_mask, row {int(padded.nonzero()[0])}: found padding before a real token, "
+                "expected rows padded on the right. Left padding is for generate() alone."
             )
         starts = torch.zeros_like(real) if position_ids is None else position_ids == 0
         lengths = []
@@ -108,7 +108,8 @@ class SampleLayout:
         """Where samples start in each spread row, and W."""
         rows, spread_width = [], 0
         for lengths in self.lengths:
-            starts, end = [], 0
+            starts: list[int] = []
+            end = 0
             for length in lengths:
                 start = 0 if not starts else -(-(end + self.gap) // CHUNK) * CHUNK
                 starts.append(start)

@@ -8,6 +8,7 @@ transformers' on the same parameters. Letters: N patches or tokens of all slices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,11 +49,11 @@ class SliceAttention(nn.Module):
             attention_mask: Always None.
             layout: The batch's slices, known on the CPU.
         """
-        heads = (
+        query, key, value = (
             project(hidden_states[0]).unflatten(-1, (self.num_heads, -1))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = self.mix(*heads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
+        mixed = self.mix(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
         return self.out_proj(mixed.flatten(1)[None]), None
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
@@ -71,8 +72,10 @@ class WindowAttention(SliceAttention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
         """Attend in [N, heads, C / heads]: the windows are one dense batch."""
-        windows = [part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in (query, key, value)]
-        mixed = F.scaled_dot_product_attention(*windows, scale=self.scaling)
+        query, key, value = (
+            part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in (query, key, value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
         return mixed.transpose(1, 2).flatten(0, 1)
 
 
@@ -118,19 +121,66 @@ def _block_order(rows: int, columns: int, down: int, across: int) -> Tensor:
     """
     if rows % down or columns % across:
         raise ValueError(
-            f"tgt_sizes: a slice has {rows} x {columns} tokens at the merger, expected multiples of {down} x {across}. "
-            "The data and the model must use the same downsample_mode."
+            f"tgt_sizes: a slice has {rows} x {columns} tokens at the merger, expected multiples "
+            f"of {down} x {across}. The data and the model must use the same downsample_mode."
         )
     grid = torch.arange(rows * columns).view(rows // down, down, columns // across, across)
     return grid.transpose(1, 2).reshape(-1, down * across)
 
 
-def use_slice_modules(vision_tower: nn.Module, merger: nn.Module) -> None:
-    """Let tower and merger run on all slices at once; parameters stay the same objects."""
-    for layer in vision_tower.encoder.layers:
+def use_slice_modules(model: Any) -> None:
+    """Let tower and merger run on all slices at once; parameters stay the same objects.
+
+    Args:
+        model: transformers' model of 4.6 or 4.7 without the output layer.
+    """
+    for layer in model.vision_tower.encoder.layers:
         layer.self_attn.__class__ = SliceAttention
-    vision_tower.vit_merger.self_attn.__class__ = WindowAttention
-    merger.__class__ = SliceMerger
+    model.vision_tower.vit_merger.self_attn.__class__ = WindowAttention
+    model.merger.__class__ = SliceMerger
+
+
+def encode_slices(model: Any, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Run tower and merger once, on all slices of the batch.
+
+    Args:
+        model: transformers' model of 4.6 or 4.7 without the output layer.
+        pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side.
+        grids: [S] (rows, columns) of each slice, in patches.
+
+    Returns:
+        [tokens of all slices, LLM width], in the batch's order. When the batch has no slice, a dummy
+        slice is run and none of its tokens given: every rank has the same collectives, and every
+        trained parameter gets a gradient (of zeros).
+    """
+    count = None
+    if not grids:
+        count, grids = 0, [_smallest_grid(model.config)]
+        shape = (3, 14, 14 * grids[0][0] * grids[0][1])
+        pixel_values = torch.zeros(shape, dtype=torch.uint8, device=model.device)
+    layout = SliceLayout.of(grids)
+    pixels = normalised(pixel_values, model.vision_tower.dtype, layout)
+    found = model.get_image_features(pixels, torch.tensor(layout.grids), layout=layout).pooler_output
+    features = torch.cat([found[place] for place in sorted(range(len(found)), key=layout.order.__getitem__)])
+    return features[:count] + _skipped_merger(model)
+
+
+def _smallest_grid(config: Any) -> tuple[int, int]:
+    """The smallest slice that the mergers can join, in patches."""
+    window = (1, 1) if config.downsample_mode == "4x" else config.vision_config.window_kernel_size
+    rows, columns = (side**config.merger_times for side in config.merge_kernel_size)
+    return rows * window[0], columns * window[1]
+
+
+def _skipped_merger(model: Any) -> Tensor:
+    """A zero that gives the inner merger its gradient of zeros in mode 4x, where nothing uses it."""
+    merger = model.vision_tower.vit_merger
+    weight = merger.linear_2.weight
+    if model.config.downsample_mode != "4x" or not any(p.requires_grad for p in merger.parameters()):
+        return weight.new_zeros(())
+    rows, columns = merger.window_kernel_size
+    window = weight.new_zeros((1, rows * columns, merger.embed_dim))
+    return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
 
 
 def normalised(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout | None = None) -> Tensor:

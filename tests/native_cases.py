@@ -76,7 +76,7 @@ def golden_sample(name, case, mode="16x"):
 def made_sample(seed, *, images=((4, 8),), before=5, after=9, per_token=16):
     """A sample with random text and pixels.
 
-    ``images``: one (rows, columns) in patches each, or a list of them: the overview, then slices in rows of two.
+    ``images``: one (rows, columns) in patches each, or a list of them: overview, then slices two to a row.
     """
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(20, 200, (before,), generator=rng).tolist()
@@ -102,6 +102,7 @@ def made_sample(seed, *, images=((4, 8),), before=5, after=9, per_token=16):
 
 def batch_of(rows, *, packed=True):
     """Rows of samples, each row a list, as one batch padded on the right."""
+
     def padded(key, value):
         return pad_sequence([torch.cat([sample[key] for sample in row]) for row in rows], True, value)
 
@@ -110,7 +111,9 @@ def batch_of(rows, *, packed=True):
     batch = {
         "input_ids": padded("input_ids", 0),
         "labels": padded("labels", -100),
-        "attention_mask": pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in positions], True, 0),
+        "attention_mask": pad_sequence(
+            [torch.ones(len(row), dtype=torch.int64) for row in positions], True, 0
+        ),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in flat], dim=-1),
         "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in flat]),
     }
@@ -120,7 +123,11 @@ def batch_of(rows, *, packed=True):
 
 
 def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def worst_gradient_error(found, expected):
@@ -130,7 +137,8 @@ def worst_gradient_error(found, expected):
     """
     floor = 1e-3 * max(gradient.norm() for gradient in expected.values())
     return max(
-        float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=floor)) for name in expected
+        float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=floor))
+        for name in expected
     )
 
 

@@ -1,10 +1,16 @@
 """4.6 and 4.7 against transformers' own classes: loss, logits and every gradient; packing; generation."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import transformers
+
+import native_delta_net
+from adapters import default_modules_to_save, target_modules
+from batching import supervised_places
+from generations import GENERATIONS
 from native_cases import (
     NATIVE,
     PAD_IMAGE,
@@ -18,10 +24,6 @@ from native_cases import (
     transformers_model,
     worst_gradient_error,
 )
-
-import native_delta_net
-from adapters import default_modules_to_save, target_modules
-from generations import GENERATIONS
 from options import LoraArguments
 from parts import freeze
 
@@ -66,13 +68,16 @@ def check_against_transformers(name, sample, pixels, *, mode="16x", exact=False)
     expected.loss.backward()
     # A text-only batch leaves transformers' vision parameters without a gradient; ours get zeros.
     expected_gradients = {
-        key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in reference.named_parameters()
+        key: torch.zeros_like(value) if value.grad is None else value.grad
+        for key, value in reference.named_parameters()
     }
     batch = batch_of([[sample]], packed=False)
     output, found = loss_and_gradients(model, batch)
     logits = model(**without_labels(batch)).logits
     assert output.logits is None
-    assert (logits - expected.logits).abs().max().item() <= (EXACT_LOGITS_TOLERANCE if exact else LOGITS_TOLERANCE)
+    assert (logits - expected.logits).abs().max().item() <= (
+        EXACT_LOGITS_TOLERANCE if exact else LOGITS_TOLERANCE
+    )
     assert (output.loss - expected.loss).abs().item() <= LOSS_TOLERANCE
     tolerance = EXACT_GRADIENT_TOLERANCE if exact else GRADIENT_TOLERANCE
     assert worst_gradient_error(found, expected_gradients) <= tolerance
@@ -200,6 +205,18 @@ def test_the_first_token_of_a_packed_sample_is_never_supervised(name):
     assert model(**batch_of([[first, second]])).token_count == 9 + 13
 
 
+def test_what_the_collator_knows_already_gives_the_same(name):
+    samples = packed_rows(packing_samples())
+    batch, model = batch_of(samples), our_model(name)
+    expected, expected_gradients = loss_and_gradients(model, batch)
+    known = [batch[key] for key in ("input_ids", "attention_mask", "position_ids")]
+    batch |= {"on_cpu": torch.stack(known).numpy(), "supervised": supervised_places(batch["labels"])}
+    found, found_gradients = loss_and_gradients(model, batch | {"tgt_sizes": batch["tgt_sizes"].numpy()})
+    assert found.loss == expected.loss
+    assert found.token_count == expected.token_count
+    assert worst_gradient_error(found_gradients, expected_gradients) == 0
+
+
 def test_checkpointing_changes_no_gradient(name):
     batch = batch_of(packed_rows(packing_samples()))
     _, expected = loss_and_gradients(our_model(name), batch)
@@ -250,7 +267,9 @@ def test_generation_with_and_without_cache_equals_transformers(name):
     model, reference = our_model(name).eval(), transformers_model(name).eval()
     sample = made_sample(1, images=[SLICED])
     inputs = released_inputs(name, sample, normalised(sample))
-    expected = reference.generate(**{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **GREEDY)
+    expected = reference.generate(
+        **{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **GREEDY
+    )
     ours = {"input_ids": sample["input_ids"][None], "pixel_values": sample["pixel_values"]}
     ours["tgt_sizes"] = sample["tgt_sizes"]
     assert model.generate(**ours, **GREEDY).tolist() == expected.tolist()
@@ -338,12 +357,16 @@ def test_an_adapter_beside_whole_modules_trains_packed_rows(name):
 
 def test_samples_and_slices_must_fit(name):
     model, sample = our_model(name), made_sample(1)
-    with pytest.raises(ValueError, match=r"from 6 on are 2, expected 4 x 8 patches / 4 = 8 \(downsample_mode 4x\)"):
+    with pytest.raises(
+        ValueError, match=r"from 6 on are 2, expected 4 x 8 patches / 4 = 8 \(downsample_mode 4x\)"
+    ):
         our_model(name, mode="4x")(**batch_of([[sample]]))
     with pytest.raises(ValueError, match=r"2 slices \(tgt_sizes\) and 1 runs of image tokens"):
         model(**batch_of([[sample]]) | {"tgt_sizes": torch.tensor([[4, 4], [4, 4]])})
     batch = batch_of([[sample], [made_sample(2, images=())]])
-    with pytest.raises(ValueError, match=r"row 1: found padding before a real token, expected rows padded on the right"):
+    with pytest.raises(
+        ValueError, match=r"row 1: found padding before a real token, expected rows padded on the right"
+    ):
         model(**batch | {"attention_mask": batch["attention_mask"].flip(1)})
     with pytest.raises(TypeError, match=r"does not know inputs_embeds"):
         model(**batch, inputs_embeds=torch.zeros(2, 3, 64))
@@ -410,10 +433,11 @@ def rule_by_ends(query, key, value, *, g, beta, use_qk_l2norm_in_kernel, cu_seql
     ends = cu_seqlens.tolist()
     parts = [
         native_delta_net._torch_rule(
-            query[:, start:end], key[:, start:end], value[:, start:end], g=g[:, start:end], beta=beta[:, start:end],
+            query[:, start:end], key[:, start:end], value[:, start:end],
+            g=g[:, start:end], beta=beta[:, start:end],
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         )[0]
-        for start, end in zip(ends, ends[1:], strict=False)
+        for start, end in itertools.pairwise(ends)
     ]  # fmt: skip
     return torch.cat(parts, dim=1), None
 
