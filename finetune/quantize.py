@@ -79,6 +79,8 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
     generation = detect_generation(config, added_tokens(folder))
     dtype = storage_dtype(config.get("torch_dtype") or config.get("dtype"))
     model = load_model(folder, generation, dtype=dtype, quant_bits=bits)
+    # With it, save_pretrained leaves out tensors it is handed (o-2.6's speech parts; transformers 5.23).
+    del model.hf_quantizer
     model.save_pretrained(output, max_shard_size=max_shard_size)
     logger.info(
         "%s: %d layers in %d bit, %.3f GiB of weights instead of %.3f. Train on it with --use_lora true "
