@@ -15,7 +15,7 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,8 @@ from native_samples import SampleLayout
 from native_vision import encode_slices, normalised, use_slice_modules
 from weights import copy_carried_files
 
-if TYPE_CHECKING:
-    _Base = modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
-else:
-    _Base = object
+# The class below gets its attributes from transformers' classes, which follow it in the bases.
+_Base = Any if TYPE_CHECKING else object
 
 
 class _NativeMiniCPMV(ChatMixin, _Base):
@@ -133,7 +131,7 @@ class _NativeMiniCPMV(ChatMixin, _Base):
         embeddings = self._embed(input_ids, pixel_values, runs)
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         *,
