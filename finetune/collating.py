@@ -64,7 +64,7 @@ def _padded(rows: Sequence[torch.Tensor], length: int, fill: int) -> torch.Tenso
 
 
 def _temporal_ids(samples: Sequence[Sample]) -> torch.Tensor:
-    """Every slice's run, counted through the batch, and its time index; every slice of a still has its own run."""
+    """Every slice's run, counted through the batch, and its time index; a still's slices have their own."""
     parts = []
     first = 0
     for sample in samples:

@@ -102,7 +102,7 @@ def _read_turn(message: Any, number: int, media: MediaReader) -> Turn:
             "form", f"turn {number} is {a(message)}, expected an object with 'role' and 'content'. Fix it."
         )
     role = _role(message, number)
-    content = message.get("content", message.get("value"))
+    content = _first(message, "content", "value")
     learn = message.get("loss", True)
     if learn not in (True, False, 0, 1, None):
         raise RowError(
@@ -116,8 +116,13 @@ def _read_turn(message: Any, number: int, media: MediaReader) -> Turn:
     return Turn(role, tuple(_read_content(content, number, media)), learn is None or bool(learn))
 
 
+def _first(message: Mapping[str, Any], *keys: str) -> Any:
+    """The first of some keys that is there; Parquet fills in nulls for the others."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
 def _role(message: Mapping[str, Any], number: int) -> str:
-    name = message.get("role", message.get("from"))
+    name = _first(message, "role", "from")
     if name in _TOOL_ROLES:
         raise RowError(
             "role",
@@ -151,11 +156,11 @@ def _read_part(part: Any, number: int, media: MediaReader) -> list[Part | Source
     if isinstance(part, str):
         return _read_text(part, number, media)
     kind = part.get("type") if isinstance(part, Mapping) else None
-    kind = {"image_url": "image", "video_url": "video"}.get(kind, kind)
+    kind = kind.removesuffix("_url") if isinstance(kind, str) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return _read_text(part["text"], number, media)
     if kind not in _PART_SOURCES:
-        found = repr(kind) if isinstance(part, Mapping) else a(part)
+        found = repr(part.get("type")) if isinstance(part, Mapping) else a(part)
         raise RowError(
             "form",
             f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its "

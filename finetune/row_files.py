@@ -119,14 +119,14 @@ def open_rows(path: str | Path) -> Rows:
         DataError: When there is nothing, or nothing in an accepted format.
     """
     path = Path(path).expanduser()
-    if path.is_dir() or path.suffix == ".parquet":
-        from arrow_rows import open_folder, open_parquet  # needs pyarrow, which JSON files don't
-
-        return open_folder(path) if path.is_dir() else open_parquet(path)
     if not path.exists() and "*" in path.name:
         found = sorted(glob.glob(str(path)))
         if found:
             return JoinedRows(path, [open_rows(name) for name in found])
+    if path.is_dir() or path.suffix == ".parquet":
+        from arrow_rows import open_folder, open_parquet  # needs pyarrow, which JSON files don't
+
+        return open_folder(path) if path.is_dir() else open_parquet(path)
     if not path.is_file():
         raise DataError(
             f"--data_path {path}: no such file, expected rows. Fix the path (looked at {path.absolute()})."
