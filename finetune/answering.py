@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,8 @@ class GenerateMixin:
         if self.embedding_scale == 1:
             yield
             return
-        hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * self.embedding_scale)
+        scale = self.embedding_scale
+        hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * scale)
         try:
             yield
         finally:
@@ -100,6 +100,7 @@ class ChatMixin:
         max_slice_nums: int | None = None,
         use_image_id: bool | None = None,
         enable_thinking: bool = False,
+        temporal_ids: Sequence[Sequence[int]] | None = None,
         context: Any = _NOT_GIVEN,
         **options: Any,
     ) -> Any:
@@ -124,6 +125,7 @@ class ChatMixin:
             max_slice_nums: Most slices an image is cut into; by default the checkpoint's.
             use_image_id: Whether images are numbered; by default as the checkpoint was trained.
             enable_thinking: Whether the model thinks first (V-4.5 and later).
+            temporal_ids: V-4.5: the images are the frames of one video; their time indices, pack by pack.
             context: V-2's calling form passes it; the answer then is its triple.
             **options: Generation options that replace those of ``sampling``.
 
@@ -133,6 +135,7 @@ class ChatMixin:
 
         Raises:
             MessageError: When ``msgs`` is not in the released form.
+            RowError: When a text holds a token that the model would read as structure.
         """
         from chat_messages import MessageError
         from decoding import GREEDY, RELEASED_BEAMS, RELEASED_SAMPLING
@@ -149,11 +152,14 @@ class ChatMixin:
         )
         batched = isinstance(msgs, Sequence) and bool(msgs) and isinstance(msgs[0], (list, tuple))
         if batched and (image is not None or stream):
-            raise MessageError("several conversations at once: put the images into msgs, and leave stream out.")
+            raise MessageError("several conversations at once: put images into msgs, and leave stream out.")
         samples = [
-            _prompt(processing, one, image=image, system_prompt=system_prompt, thinking=enable_thinking)
+            _prompt(
+                processing, one, times=temporal_ids, thinking=enable_thinking, image=image,
+                system_prompt=system_prompt,
+            )
             for one in (msgs if batched else [msgs])
-        ]
+        ]  # fmt: skip
         _check_length(samples, max_inp_length)
         if stream:
             return stream_answer(self, processing, samples[0], **options)
@@ -168,19 +174,18 @@ class ChatMixin:
 
         if getattr(self, "_processing", None) is None:
             if not self.config.name_or_path:
-                raise MessageError("the model comes from no checkpoint folder: pass its Processing as processor.")
+                raise MessageError("the model is of no checkpoint folder: pass its Processing as processor.")
             self._processing = load_processing(self.config.name_or_path)
         return self._processing
 
 
-def _prompt(
-    processing: Processing, msgs: Any, *, image: Image.Image | None, system_prompt: str, thinking: bool
-) -> Sample:
-    from chat_messages import check_texts, read_messages
+def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool, **given: Any) -> Sample:
+    from chat_messages import as_one_video, read_messages
 
-    turns, images = read_messages(msgs, image=image, system_prompt=system_prompt)
-    check_texts(turns, processing.writer)
-    return processing.encode_prompt(turns, images, thinking=thinking)
+    turns, pictures = read_messages(msgs, **given)
+    if times is not None:
+        turns, pictures = as_one_video(turns, pictures, times)
+    return processing.encode_prompt(turns, pictures, thinking=thinking)
 
 
 def _check_length(samples: Sequence[Sample], limit: int | None) -> None:
@@ -189,13 +194,13 @@ def _check_length(samples: Sequence[Sample], limit: int | None) -> None:
     longest = max(len(sample["input_ids"]) for sample in samples)
     if limit is not None and longest > limit:
         raise MessageError(
-            f"the prompt has {longest} tokens, images included, expected at most max_inp_length = {limit}. Leave out "
-            "turns or images, lower max_slice_nums, or raise max_inp_length."
+            f"the prompt has {longest} tokens, images included, expected at most max_inp_length = {limit}. "
+            "Leave out turns or images, lower max_slice_nums, or raise max_inp_length."
         )
 
 
 def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
-    """Take a user's tokenizer (its chat template may be changed), if it still encodes as the checkpoint's own."""
+    """Take a user's tokenizer, whose template may be changed, if it encodes as the checkpoint's own does."""
     own = processing.tokenizer
     if tokenizer is None or tokenizer is own:
         return processing
@@ -203,8 +208,8 @@ def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
     if ids[0] != ids[1]:
         # Remote tokenizer classes lose their pre-tokenizer or normaliser on transformers 5.
         logger.warning(
-            "The tokenizer given to chat encodes otherwise than the checkpoint's tokenizer file, which is used instead. "
-            "Leave tokenizer out, or load it with checkpoint.load_tokenizer."
+            "The tokenizer given to chat encodes otherwise than the checkpoint's tokenizer file, which is "
+            "used instead. Leave tokenizer out, or load it with checkpoint.load_tokenizer."
         )
         return processing
     if tokenizer.chat_template == own.chat_template:
@@ -213,11 +218,11 @@ def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
     return replace(processing, tokenizer=tokenizer, writer=writer)
 
 
-def _with_options(processing: Processing, max_slice_nums: int | None, use_image_id: bool | None) -> Processing:
+def _with_options(
+    processing: Processing, max_slice_nums: int | None, use_image_id: bool | None
+) -> Processing:
     if max_slice_nums is not None:
-        rules = copy(processing.rules)
-        object.__setattr__(rules, "max_slice_nums", max_slice_nums)  # one of the two kinds of rules is frozen
-        processing = replace(processing, rules=rules)
+        processing = replace(processing, rules=processing.rules.limited(max_slice_nums))
     if use_image_id is not None:
         processing = replace(processing, style=replace(processing.style, image_ids=use_image_id))
     return processing

@@ -1,7 +1,8 @@
-"""The released chat's ``msgs`` and ``image`` -> turns and images.
+"""The released chat's ``msgs`` and ``image`` -> turns and pictures.
 
-Source: ``chat`` in the released modeling_minicpmv.py of V-2 to V-4.5. A message is ``{"role", "content"}``; the
-content is a text, or a list of PIL images and texts, which are joined by newlines, as in the official data format.
+Source: ``chat`` in the released modeling_minicpmv.py of V-2 to V-4.5. A message is ``{"role", "content"}``;
+the content is a text, or a list of PIL images and texts, which are joined by newlines, as in the official
+data format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompts import PromptWriter
+from pictures import Picture
 from turns import ROLES, Media, Part, Turn
 
 
@@ -22,7 +23,7 @@ class MessageError(ValueError):
 
 def read_messages(
     msgs: str | Sequence[Mapping[str, Any]], *, image: Image.Image | None = None, system_prompt: str = ""
-) -> tuple[list[Turn], list[Image.Image]]:
+) -> tuple[list[Turn], list[Image.Image | Picture]]:
     """Read a conversation whose last message is the user's.
 
     Args:
@@ -31,7 +32,7 @@ def read_messages(
         system_prompt: Stands before all messages; empty for none.
 
     Returns:
-        The turns, and the images in the order of the text, mode RGB.
+        The turns, and the pictures in the order of the text; images in mode RGB.
 
     Raises:
         MessageError: When a message is not in the released form.
@@ -43,33 +44,61 @@ def read_messages(
     if isinstance(msgs, str):
         msgs = _parsed(msgs)
     if not isinstance(msgs, Sequence) or not msgs:
-        raise MessageError(f"msgs: found {msgs!r:.80}, expected a list with at least one message. Add the question.")
-    images: list[Image.Image] = []
+        raise MessageError(
+            f"msgs: found {msgs!r:.80}, expected a list with at least one message. Add the question."
+        )
+    pictures: list[Image.Image | Picture] = []
     turns = [Turn("system", (system_prompt,))] if system_prompt else []
     for number, message in enumerate(msgs):
         role, content = _checked(message, number)
         if role == "system" and turns:
-            raise MessageError(f"msgs[{number}]: found a system message, expected it first and only once. Remove it.")
+            raise MessageError(
+                f"msgs[{number}]: found a system message, expected it first and only once. Remove it."
+            )
         if image is not None and role == "user":
             content, image = _with_image(content, image, number), None
-        turns.append(Turn(role, tuple(_parts(content, images, number))))
+        turns.append(Turn(role, tuple(_parts(content, pictures, number))))
     _check_order(turns)
-    return turns, images
+    return turns, pictures
 
 
-def check_texts(turns: Sequence[Turn], writer: PromptWriter) -> None:
-    """Refuse texts that hold a token which the model would read as structure.
+def as_one_video(
+    turns: Sequence[Turn], pictures: Sequence[Image.Image | Picture], times: Sequence[Sequence[int]]
+) -> tuple[list[Turn], list[Picture]]:
+    """Take the images of a conversation as the frames of one video, as V-4.5's ``temporal_ids`` means them.
+
+    Args:
+        turns: The conversation.
+        pictures: Its images.
+        times: The time index of every frame, in tenths of a second, pack by pack.
+
+    Returns:
+        The conversation with the video where its first frame stood, and the video.
 
     Raises:
-        MessageError: With the token found.
+        MessageError: When there are more or fewer frames than times.
     """
+    frames = [picture for picture in pictures if isinstance(picture, Image.Image)]
+    count = sum(len(pack) for pack in times)
+    if count != len(frames) or len(frames) != len(pictures):
+        raise MessageError(
+            f"temporal_ids: {count} time indices for {len(frames)} images, expected one for each. Group the "
+            "time indices of all frames, in their order, and give no other images."
+        )
+    video = Picture(
+        "video", tuple(frame.size for frame in frames), lambda: frames, tuple(tuple(pack) for pack in times)
+    )
+    changed, seen = [], False
     for turn in turns:
-        token = writer.find_control_token(turn.text)
-        if token:
-            raise MessageError(
-                f"a {turn.role} message contains {token!r}, which the model reads as structure, expected text. "
-                "Images go into the content list as PIL images; leave the mark out."
-            )
+        parts: list[Part] = []
+        for part in turn.parts:
+            if isinstance(part, Media):
+                parts += [] if seen else [Media("video", 0)]
+                seen = True
+            elif part != "\n" or not (parts and isinstance(parts[-1], Media)):
+                parts.append(part)
+        changed.append(Turn(turn.role, tuple(parts)))
+    return changed, [video]
 
 
 def _parsed(text: str) -> Any:
@@ -81,10 +110,13 @@ def _parsed(text: str) -> Any:
 
 def _checked(message: Any, number: int) -> tuple[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise MessageError(f"msgs[{number}]: found {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
+        raise MessageError(
+            f"msgs[{number}]: found {message!r:.80}, expected {{'role': ..., 'content': ...}}. Write it so."
+        )
     if message["role"] not in ROLES:
         raise MessageError(
-            f"msgs[{number}]: found role {message['role']!r}, expected one of {', '.join(ROLES)}. Rename the role."
+            f"msgs[{number}]: found role {message['role']!r}, expected one of {', '.join(ROLES)}. "
+            "Rename the role."
         )
     return message["role"], message["content"]
 
@@ -93,26 +125,26 @@ def _with_image(content: Any, image: Image.Image, number: int) -> list[Any]:
     content = list(content) if isinstance(content, (list, tuple)) else [content]
     if any(isinstance(part, Image.Image) for part in content):
         raise MessageError(
-            f"image is given and msgs[{number}] holds images too, expected one of the two: leave image out and put "
-            "all images into the content list, in the order in which the model is to see them."
+            f"image is given and msgs[{number}] holds images too, expected one of the two: leave image out "
+            "and put all images into the content list, in the order in which the model is to see them."
         )
     return [image, *content]
 
 
-def _parts(content: Any, images: list[Image.Image], number: int) -> list[Part]:
+def _parts(content: Any, pictures: list[Image.Image | Picture], number: int) -> list[Part]:
     parts: list[Part] = []
     for item in content if isinstance(content, (list, tuple)) else [content]:
         if parts:
             parts.append("\n")
         if isinstance(item, str):
             parts.append(item)
-        elif isinstance(item, Image.Image):
-            parts.append(Media("image", len(images)))
-            images.append(item.convert("RGB"))
+        elif isinstance(item, (Image.Image, Picture)):
+            parts.append(Media("image" if isinstance(item, Image.Image) else item.kind, len(pictures)))
+            pictures.append(item.convert("RGB") if isinstance(item, Image.Image) else item)
         else:
             raise MessageError(
-                f"msgs[{number}]: found a {type(item).__name__} in the content, expected texts and PIL images. "
-                "Open files with PIL.Image.open first."
+                f"msgs[{number}]: found a {type(item).__name__} in the content, expected texts and PIL "
+                "images. Open files with PIL.Image.open first."
             )
     return _joined(parts)
 
@@ -134,8 +166,8 @@ def _check_order(turns: Sequence[Turn]) -> None:
         expected = "assistant" if number % 2 else "user"
         if turn.role != expected:
             raise MessageError(
-                f"message {number} of the conversation has role {turn.role!r}, expected {expected!r}: user and "
-                "assistant alternate, starting with the user. Join or remove the extra message."
+                f"message {number} of the conversation has role {turn.role!r}, expected {expected!r}: user "
+                "and assistant alternate, starting with the user. Join or remove the extra message."
             )
     if len(spoken) % 2 == 0:
-        raise MessageError("the last message is the assistant's, expected the user's. Add the question to answer.")
+        raise MessageError("the last message is the assistant's, expected the user's. Add the question.")

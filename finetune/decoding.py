@@ -24,7 +24,9 @@ from processing import Processing, Sample
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 # The released chat's two ways to answer; ``sampling=True`` is its default.
-RELEASED_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
+RELEASED_SAMPLING = {
+    "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05,
+}  # fmt: skip
 RELEASED_BEAMS = {"do_sample": False, "num_beams": 3, "repetition_penalty": 1.2}
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 

@@ -1,0 +1,157 @@
+"""Merge a LoRA adapter into its base model, and write a checkpoint in the released format.
+
+    python merge_lora.py --model_name_or_path BASE --adapter ADAPTER --output_dir OUT
+
+The result is what inference servers and the released code load: weights, configuration, tokenizer, processor
+and *.py files. It is compared with the adapter on a probe prompt before it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from command_flags import DTYPES, CommandParser, add_switch
+
+logger = logging.getLogger(__name__)
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = CommandParser(prog="merge_lora.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model_name_or_path", help="The base model: a folder or hub id. Unset: the one the adapter names."
+    )
+    parser.add_argument(
+        "--adapter", required=True, help="Folder of the adapter, also of the early official scripts."
+    )
+    parser.add_argument(
+        "--output_dir", required=True, help="Where the merged model is written; a new folder."
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="Precision written. auto: the base model's."
+    )
+    parser.add_argument(
+        "--base_precision", default="original", choices=["original", "quantized"],
+        help="What an adapter trained on a 4- or 8-bit model is merged into: the full-precision weights, or "
+        "the "
+        "values that the quantised weights stand for, which are what it was trained on.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quant_bits", type=int, choices=[4, 8],
+        help="With --base_precision quantized and a full-precision base: the bits it was trained in. "
+        "Unset: as the adapter was trained, or 4.",
+    )  # fmt: skip
+    parser.add_argument("--max_shard_size", default="5GB", help="Largest weight file.")
+    add_switch(
+        parser, "--safe_serialization", default=True,
+        help="Write model*.safetensors; false: pytorch_model*.bin, for tools that read nothing else.",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="Where the merge is computed: cpu, cuda or cuda:N.")
+    add_switch(parser, "--allow_other_base", default=False, help="Merge into a model it was not trained on.")
+    parser.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run one merge, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
+    values = parse_flags(argv)
+    from run_control import set_up_logging, user_errors_as_messages
+
+    set_up_logging()
+    logger.setLevel(logging.INFO)
+    with user_errors_as_messages() as outcome:
+        run(values)
+    return outcome.exit_code
+
+
+def run(values: argparse.Namespace) -> None:
+    """The steps of a merge, in their order."""
+    from adapter_folders import check_base, load_onto
+    from inference import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
+    from merging import check_saved, merge
+    from processing import load_processing
+
+    output = _free_folder(values.output_dir)
+    base, adapter = resolve_base(values.model_name_or_path, values.adapter, cache_dir=values.cache_dir)
+    processing = load_processing(base)
+    check_base(adapter, base, processing.generation, allow_other_base=values.allow_other_base)
+    dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
+
+    model = _load_base(values, base, processing.generation, adapter=adapter, dtype=dtype)
+    model = load_onto(model.to(choose_device(values.device)), adapter)
+    layers = adapter.config.get("layer_replication")
+    merged, report = merge(model, processing)
+    logger.info("%s", report)
+
+    _write(merged, output, max_shard_size=values.max_shard_size, safetensors=values.safe_serialization)
+    if values.base_precision == "original":
+        check_saved(output, base, taller=bool(layers))
+    logger.info("Merged model: %s (%s)", output, str(dtype).removeprefix("torch."))
+
+
+def _free_folder(name: str) -> Path:
+    from merging import MergeError
+
+    folder = Path(name).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MergeError(
+            f"--output_dir {name}: it exists and is not empty, expected a new folder. Give another one."
+        )
+    return folder
+
+
+def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapter: Any, dtype: Any) -> Any:
+    """Load the weights that the adapter is merged into, and say which these are."""
+    from loading import load_model
+    from merging import MergeError
+    from quantization import dequantize
+    from quantized_checkpoints import stored_quantization
+
+    stored = stored_quantization(base)
+    trained_in = adapter.record.quantization if adapter.record else None
+    if values.base_precision == "original":
+        if stored is not None:
+            raise MergeError(
+                f"{base}: the weights are stored in {stored.bits} bit, expected full precision. Give the "
+                "full-precision checkpoint of the same model, or add --base_precision quantized."
+            )
+        if trained_in:
+            logger.info(
+                "The adapter was trained on %s weights; it is merged into the full-precision ones.",
+                trained_in,
+            )
+        return load_model(base, generation, dtype=dtype)
+    bits = stored.bits if stored else values.quant_bits or int((trained_in or "4").split()[0])
+    logger.info("Merging into the values that the %d-bit weights stand for.", bits)
+    return dequantize(load_model(base, generation, dtype=dtype, quant_bits=bits), dtype)
+
+
+def _write(merged: Any, output: Path, *, max_shard_size: str, safetensors: bool) -> None:
+    """Write under another name first, so that a half-written model never has the wanted one."""
+    from merging import MergeError, to_bin_files
+
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.save_pretrained(partial, max_shard_size=max_shard_size)
+        if not safetensors:
+            to_bin_files(partial)
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MergeError(
+            f"--output_dir {output}: writing failed ({error}). Free disk space or give another folder; "
+            "nothing is "
+            "left of this attempt."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

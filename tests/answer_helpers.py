@@ -1,0 +1,77 @@
+"""What the tests of chat, merge, prediction and export share: small checkpoints with adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from PIL import Image
+
+from adapters import add_adapter
+from base_record import write_base_record
+from generations import GENERATIONS
+from loading import load_model
+from make_checkpoint import make_checkpoint
+from merging import probe_logits
+from options import LoraArguments
+from processing import load_processing
+
+IMAGES = Path(__file__).resolve().parent / "goldens" / "images"
+SIX = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5")
+ALL = (*SIX, "v4_6", "v4_7")
+
+
+@cache
+def checkpoint(name, seed=0):
+    """A small checkpoint in the released layout; the same folder for all tests, which leave it alone."""
+    folder = Path(mkdtemp(prefix="minicpmv-")) / f"MiniCPM-{name}-{seed}"
+    return make_checkpoint(folder, name, size="tiny", seed=seed)
+
+
+def loaded(folder, name, dtype=torch.float32, **options):
+    return load_model(folder, GENERATIONS[name], dtype=dtype, **options).eval()
+
+
+def tuned(model, name, *, vision=False, **lora):
+    """A model with an adapter that changes it, as after training."""
+    wrapped = add_adapter(
+        model, GENERATIONS[name], LoraArguments(lora_r=4, **lora), vision=vision, resampler=True
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return wrapped.eval()
+
+
+def saved_adapter(folder, name, *, base=None, record=True, quantization=None, **options):
+    """A trained adapter on disk, and the model with it."""
+    base = base or checkpoint(name)
+    wrapped = tuned(loaded(base, name), name, **options)
+    wrapped.save_pretrained(folder)
+    if record:
+        write_base_record(folder, base, GENERATIONS[name], quantization=quantization)
+    return wrapped
+
+
+def logits(model, name):
+    return probe_logits(model, load_processing(checkpoint(name)))
+
+
+def picture(name="small"):
+    return Image.open(IMAGES / f"{name}.png").convert("RGB")
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(content))
+
+
+def copied(folder, target):
+    shutil.copytree(folder, target)
+    return target
