@@ -105,7 +105,8 @@ class LMHead(nn.Linear):
             [..., V] logits in the dtype of ``hidden``; or the fp32 sum of the tokens' cross entropies in
             nats, and the int64 number of tokens predicted right.
         """
-        if not torch.is_autocast_enabled(hidden.device.type):
+        # There is no autocast on the meta device, where plan_memory.py runs a step.
+        if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
