@@ -83,7 +83,9 @@ def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
             path = folder / "pictures" / (name + (".jpg" if index % 3 == 0 else ".png"))
             draw(scene, rng, large=index % _LARGE_EVERY == 0).save(path, quality=92)
             for task in TASKS:
-                rows[task].append({"id": name, "image": f"pictures/{path.name}", "conversations": ask(task, scene)})
+                rows[task].append(
+                    {"id": name, "image": f"pictures/{path.name}", "conversations": ask(task, scene)}
+                )
         for task in TASKS:
             files[f"{task}_{part}"] = file = folder / f"{task}_{part}.json"
             file.write_text(json.dumps(rows[task], indent=1), encoding="utf-8")

@@ -127,7 +127,9 @@ def make_checkpoint(
             _write(folder / name, _processor(_read(layout / name), SIZES[size]))
     _write_stand_ins(folder, config)
     _write_weights(folder, row, seed=seed, max_shard_size=max_shard_size)
-    stops = sorted({ids[token] for token in (row.turn_end, "<|endoftext|>", "<|end_of_text|>") if token in ids})
+    stops = sorted(
+        {ids[token] for token in (row.turn_end, "<|endoftext|>", "<|end_of_text|>") if token in ids}
+    )
     _write(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": ids["<pad>"]})
     return folder
 
@@ -154,7 +156,9 @@ def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, i
         if template.is_file():
             settings["chat_template"] = template.read_text(encoding="utf-8")
         settings["added_tokens_decoder"] = {str(ids[token]): _added(token) for token in special}
-        names = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
+        names = {
+            key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)
+        }
         _write(folder / "special_tokens_map.json", names)
     _write(folder / "tokenizer_config.json", settings)
     return ids | {"<pad>": ids[settings["pad_token"]]}
@@ -205,7 +209,11 @@ def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:
         config["query_num"] = size.queries
     if "vision_config" in config:
         vision = {"hidden_size": size.vision_width, "intermediate_size": 2 * size.vision_width}
-        config["vision_config"] |= {**vision, "num_hidden_layers": size.vision_layers, "num_attention_heads": 4}
+        config["vision_config"] |= {
+            **vision,
+            "num_hidden_layers": size.vision_layers,
+            "num_attention_heads": 4,
+        }
     return _with_ids(config, text, ids)
 
 

@@ -12,7 +12,17 @@ import json
 from collections.abc import Sequence
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _GPT_SPLIT = (
@@ -59,11 +69,15 @@ def byte_level(
     _add_special_tokens(tokenizer, special, plain)
     if bos is not None:
         bos_id = tokenizer.token_to_id(bos)
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+        )
     return tokenizer
 
 
-def byte_fallback(sentences: Sequence[str], special: Sequence[str], *, plain: Sequence[str] = ()) -> Tokenizer:
+def byte_fallback(
+    sentences: Sequence[str], special: Sequence[str], *, plain: Sequence[str] = ()
+) -> Tokenizer:
     """Train a BPE tokenizer in Llama's manner: spaces made visible, unknown characters as bytes.
 
     Args:
@@ -84,7 +98,9 @@ def byte_fallback(sentences: Sequence[str], special: Sequence[str], *, plain: Se
     names = dict.fromkeys([*begin, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]])
     vocabulary = {name: index for index, name in enumerate(names)}
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
