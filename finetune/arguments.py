@@ -45,6 +45,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if not has_accelerator():
             # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
             self.use_cpu = True
+        self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if isinstance(self.deepspeed, str):
             self._read_deepspeed()

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import sys
 
+from typing import TYPE_CHECKING
+
 from help_page import show_help_when_asked
+
+if TYPE_CHECKING:
+    from run_control import RunControl
 
 
 def main(argv: list[str]) -> int:
     """Run one fine-tuning, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
     show_help_when_asked(argv)
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from run_control import end_process, user_errors_as_messages
+    from run_control import RunControl
 
-    with user_errors_as_messages() as outcome:
-        run(argv)
-    return end_process(outcome.exit_code)
+    control = RunControl()
+    with control.user_errors_as_messages():
+        run(argv, control)
+    return control.end()
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], control: RunControl) -> None:
     """The steps of a fine-tuning, in their order."""
     from transformers import set_seed
 
@@ -32,13 +38,26 @@ def run(argv: list[str]) -> None:
     from generations import check_llm_type
     from loading import load_model, resolve_model_folder
     from parts import freeze
-    from preparation import finish_adapter, load_datasets, load_dtype, log_what_trains, make_trainer, settle_training_arguments
+    from preparation import (
+        check_resume,
+        finish_adapter,
+        load_datasets,
+        load_dtype,
+        log_what_trains,
+        make_trainer,
+        say_how_to_continue,
+        settle_training_arguments,
+    )
     from processing import load_processing
     from quantized_checkpoints import check_training, stored_quantization
-    from run_control import set_up_logging
+    from run_folder import RunFolder
+    from run_record import start_record
 
-    set_up_logging()
     model_args, data_args, training, lora = parse_arguments(argv)
+    run_folder = RunFolder(training)
+    run_folder.open()
+    control.begin(training)
+    record = start_record(argv, model_args, data_args, training, lora)
     set_seed(training.seed)
 
     with training.main_process_first(desc="checkpoint files"):
@@ -58,6 +77,8 @@ def run(argv: list[str]) -> None:
     )
     train_rows, eval_rows = load_datasets(data_args, training, processing)
     settle_training_arguments(training)
+    check_resume(training, train_rows)
+    record.add_rows(train_rows, eval_rows)
 
     model = load_model(
         folder,
@@ -80,9 +101,15 @@ def run(argv: list[str]) -> None:
         )
     log_what_trains(model, generation, training)
 
-    trainer = make_trainer(model, training, processing, train_rows=train_rows, eval_rows=eval_rows)
+    trainer = make_trainer(
+        model, training, processing, train_rows=train_rows, eval_rows=eval_rows, watch=control.watch
+    )
     if training.do_train:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        if trainer.was_stopped:
+            say_how_to_continue(trainer, argv)
+            record.end("stopped", step=trainer.state.global_step)
+            return
         trainer.save_state()
         trainer.save_model()  # on every process: under ZeRO-3 it gathers
         finish_adapter(trainer)
@@ -90,6 +117,8 @@ def run(argv: list[str]) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    record.end("finished", step=trainer.state.global_step)
+    run_folder.close()
 
 
 if __name__ == "__main__":

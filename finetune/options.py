@@ -195,6 +195,14 @@ class RunOptions:
             "are deleted when training starts."
         },
     )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What happens when a step's loss or gradient norm is NaN or infinite. The step is never "
+            "applied, and its rows are named. stop: the third such step in a row ends the run; skip: it goes on.",
+            "choices": ["stop", "skip"],
+        },
+    )
     optim: str = field(
         default="adamw_torch",
         metadata={"help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ..."},

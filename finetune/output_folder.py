@@ -1,21 +1,28 @@
-"""What an output folder already holds, and what a new run may do with it.
+"""What an output folder holds: checkpoints that are whole, damaged or half-written, and finished runs.
 
 A folder with a model at its top holds a finished run; one with only ``checkpoint-<step>`` folders holds
 an interrupted one. Neither is touched unless the user says so, because a new run would mix its
 checkpoints with the old ones, and a later resume could not tell them apart.
+
+A checkpoint is written in ``unfinished/`` and moved to its place when it is whole, together with a list of
+its files and their sizes. So what lies at its place was whole once, and what was cut short since can be seen.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+UNFINISHED = "unfinished"  # folder in which checkpoints are written
+MANIFEST = "checkpoint.json"  # in a checkpoint: its files, and the run that wrote it
+STATE_FILE = "trainer_state.json"
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
-_STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class EarlierRun:
 
     Attributes:
         finished: A model or adapter lies at its top.
-        last_checkpoint: The checkpoint with the highest step that was written to its end, if any.
+        last_checkpoint: The checkpoint with the highest step that is whole, if any.
     """
 
     finished: bool
@@ -40,15 +47,81 @@ def look(folder: str | Path) -> EarlierRun:
     folder = Path(folder)
     if not folder.is_dir():
         return EarlierRun(finished=False, last_checkpoint=None)
-    return EarlierRun(finished=bool(_model_files(folder)), last_checkpoint=_last_checkpoint(folder))
+    whole = [path for _, path in checkpoints(folder) if is_checkpoint(path)]
+    return EarlierRun(finished=bool(_model_files(folder)), last_checkpoint=whole[-1] if whole else None)
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """True for a checkpoint folder that was written to its end.
+    """True for a checkpoint folder that is whole."""
+    return damage(folder) is None
 
-    The Trainer writes ``trainer_state.json`` after the weights and the optimizer.
+
+def damage(folder: str | Path) -> str | None:
+    """Say what is wrong with a checkpoint folder; None when it is whole.
+
+    Sizes are compared, not contents: that finds what a full disk, a killed copy or a lost file leaves.
+    A checkpoint of transformers' own Trainer, which has no list of files, counts as whole when it has a
+    ``trainer_state.json``, which is written last.
+
+    Args:
+        folder: A ``checkpoint-<step>`` folder.
     """
-    return (Path(folder) / _STATE_FILE).is_file()
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return None if (folder / STATE_FILE).is_file() else f"no {STATE_FILE}"
+    try:
+        files = read_manifest(folder)["files"]
+    except (ValueError, KeyError):
+        return f"{MANIFEST} is cut short"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says; empty for one of transformers' own Trainer."""
+    path = Path(checkpoint) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """Steps and folders of all checkpoints, whole or not, in the order of their steps."""
+    paths = Path(folder).glob("checkpoint-*")
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def remove_old_checkpoints(folder: str | Path, *, keep: int | None, best: str | Path | None = None) -> list[Path]:
+    """Delete checkpoints beyond a number; only whole ones count, so that the last of them always stays.
+
+    Args:
+        folder: The output folder.
+        keep: How many to keep, from 1; None or 0 keeps all.
+        best: A checkpoint to keep in any case; it counts.
+
+    Returns:
+        What was deleted. Damaged checkpoints go with the whole ones that are older than the kept.
+    """
+    found = checkpoints(folder)
+    whole = [path for _, path in found if is_checkpoint(path)]
+    if not keep or len(whole) <= keep:
+        return []
+    kept = {whole[-1]}
+    if best is not None:
+        kept |= {path for path in whole if path == Path(best)}
+    for path in reversed(whole):
+        if len(kept) >= keep:
+            break
+        kept.add(path)
+    oldest_kept = min(step for step, path in found if path in kept)
+    gone = [path for step, path in found if path not in kept and (path in whole or step < oldest_kept)]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
 
 
 def clear(folder: str | Path) -> list[Path]:
@@ -60,24 +133,15 @@ def clear(folder: str | Path) -> list[Path]:
         What was deleted.
     """
     folder = Path(folder)
-    checkpoints = [path for _, path in _checkpoints(folder)]
+    folders = [path for _, path in checkpoints(folder)]
+    folders += [path for path in (folder / UNFINISHED,) if path.is_dir()]
     files = _model_files(folder)
-    for path in checkpoints:
+    for path in folders:
         shutil.rmtree(path)
     for path in files:
         path.unlink()
-    return checkpoints + files
+    return folders + files
 
 
 def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if _MODEL_FILE.fullmatch(path.name))
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    complete = [path for _, path in _checkpoints(folder) if is_checkpoint(path)]
-    return complete[-1] if complete else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -10,12 +11,17 @@ from transformers import PreTrainedModel
 
 from arguments import TrainingArguments
 from batching import BatchMaker
+from checkpointing import check_continues, run_shape
 from dataset import DataOptions, SupervisedDataset, padding_sample
 from generations import Generation
 from initial_adapter import convert_saved_adapter
+from loss_curve import LossCurve
 from options import DataArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
 from processing import Processing
+from rank_watch import RankWatch
+from run_control import StepLog
+from stop_request import command_to_continue
 from trainer import CPMTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +51,9 @@ def settle_training_arguments(training: TrainingArguments) -> None:
     if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
         # Reentrant checkpointing drops the gradients of layers whose inputs need none.
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    # Trainer's filter hides losses that are not finite, and waits for the device after every batch to do so;
+    # GuardedTrainer looks once per step, and does not apply such a step.
+    training.logging_nan_inf_filter = False
 
 
 def load_dtype(training: TrainingArguments) -> torch.dtype:
@@ -73,20 +82,42 @@ def make_trainer(
     *,
     train_rows: SupervisedDataset | None,
     eval_rows: SupervisedDataset | None,
+    watch: RankWatch,
 ) -> CPMTrainer:
     """Put everything together."""
     needs_lengths = training.do_train and (training.packing or training.train_sampling_strategy == "group_by_length")
     padding = padding_sample(processing)
-    return CPMTrainer(
+    trainer = CPMTrainer(
         generation=processing.generation,
         padding_sample=padding,
         lengths=train_rows.lengths() if needs_lengths else None,
+        watch=watch,
+        files=[] if train_rows is None else train_rows.source_names,
         model=model,
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=BatchMaker(int(padding["input_ids"][0]), packing=training.packing),
     )
+    trainer.add_callback(StepLog())
+    trainer.add_callback(LossCurve())
+    return trainer
+
+
+def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | None) -> None:
+    """See that the checkpoint to continue from was written by a run of this shape, before weights are loaded."""
+    if training.do_train and training.resume_from_checkpoint:
+        shape = run_shape(training, len(train_rows))
+        check_continues(Path(training.resume_from_checkpoint), shape, skips_data=training.ignore_data_skip)
+
+
+def say_how_to_continue(trainer: CPMTrainer, argv: list[str]) -> None:
+    """After a signal: what was saved, and the command that goes on from it."""
+    logger.info(
+        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue:\n\n    %s\n",
+        trainer.state.global_step, trainer.state.max_steps, trainer.state.global_step,
+        command_to_continue(argv, script=sys.argv[0]),
+    )  # fmt: skip
 
 
 def finish_adapter(trainer: CPMTrainer) -> None:

@@ -1,20 +1,33 @@
-"""How a process of a run starts and ends: logging, messages for the user's mistakes, a clean exit."""
+"""How a process of a run starts and ends: logs, messages for mistakes, one error shown once, a clean exit."""
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import logging
 import os
+import socket
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
 
 import torch
+import transformers
+from transformers import TrainerCallback
 
+from arguments import TrainingArguments
 from hardware import process_rank
+from rank_watch import RankWatch
+from run_folder import LOGS
 
 logger = logging.getLogger(__name__)
+step_logger = logging.getLogger("steps")  # to the file alone; on the screen the Trainer shows them
 
 # Warnings of libraries that a user of this script can do nothing about, each by its beginning.
 _QUIET_WARNINGS = (
@@ -22,21 +35,142 @@ _QUIET_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",
     "The PEFT config's `base_model_name_or_path` was renamed",
 )
+_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+# All processes of a machine make the same mistake at the same time; the first one's message is enough, and
+# torchrun ends the others within a tenth of a second. A mistake of one alone is shown after this.
+_LATER = 3.0  # seconds
+_PATIENCE = 5.0  # seconds for the reason of a failed operation between processes to show
 
 
-@dataclass
-class Outcome:
-    """How a run ended."""
+class RunControl:
+    """One process of a run, from its first line to its exit code.
 
-    exit_code: int = 0
+    Attributes:
+        exit_code: What the process will end with.
+        watch: The watch over the other processes, once they have joined.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.watch: RankWatch | None = None
+        self._log: IO[str] | None = None
+        _log_to_screen()
+        sys.excepthook = self._end_by
+
+    def begin(self, training: TrainingArguments) -> None:
+        """Log to ``logs/rank<number>.log`` in the output folder too, and watch over the other processes.
+
+        The log of every rank holds all that rank 0 shows on the screen.
+        """
+        folder = Path(training.output_dir) / LOGS
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / f"rank{process_rank()}.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        transformers.utils.logging.add_handler(handler)
+        logging.raiseExceptions = False  # a disk that is full for a moment must not spoil the screen
+        self._log = handler.stream
+        faulthandler.enable(self._log)
+        self.watch = RankWatch(limit=training.ddp_timeout, dump=self._dump_stacks)
+        self.watch.start()
+
+    def _dump_stacks(self) -> None:
+        if self._log is not None:
+            faulthandler.dump_traceback(self._log, all_threads=True)
+
+    @contextmanager
+    def user_errors_as_messages(self) -> Iterator[None]:
+        """Show a mistake of the user's as one message, without a traceback.
+
+        Our own errors for wrong input are subclasses of ValueError that are defined in this folder;
+        any other exception is a fault of the program and keeps its traceback.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if type(error).__module__ not in _own_modules():
+                raise
+            self.exit_code = 1
+            self._show(f"error: {error}")
+        except KeyboardInterrupt:
+            self.exit_code = _INTERRUPTED
+            self._show("Interrupted before training began; there is nothing to save.")
+
+    def _end_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """End the process by an exception that nobody expected, after finding out whose it is."""
+        text = "".join(traceback.format_exception(kind, error, trace))
+        reason = None
+        if self.watch is not None:
+            # When another process fails, operations with it raise here, of the family of RuntimeError.
+            reason = self.watch.reason_of_others(_PATIENCE if issubclass(kind, RuntimeError) else 0)
+        if reason is None:
+            self._show(f"process {process_rank()} on {socket.gethostname()}:\n{text}", summary=str(error))
+        else:
+            self._write_log(text)
+            self._show(f"error: {reason}")
+        self._leave(1)
+
+    def _show(self, text: str, *, summary: str | None = None) -> None:
+        """Show a message on the screen, if this process is the first to have one; in its log in any case."""
+        self._write_log(text)
+        if self.watch is not None:
+            first = self.watch.claim((summary or text).removeprefix("error: ").split("\n")[0])
+        else:
+            first = True
+            if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+                sys.stderr.flush()
+                time.sleep(_LATER)
+        if first:
+            sys.stderr.write(f"\n{text}\n")
+            sys.stderr.flush()
+
+    def _write_log(self, text: str) -> None:
+        if self._log is not None:
+            self._log.write(f"{text}\n")
+            self._log.flush()
+
+    def end(self) -> int:
+        """Leave the other processes, and end.
+
+        On the CPU a gloo thread can abort the interpreter while it shuts down (about 3 of 15 runs under
+        ZeRO-3, torch 2.13), after everything is written; leaving at once avoids it.
+
+        Returns:
+            The exit code, where the process may end the ordinary way.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.exit_code
+        if self.exit_code == 0:
+            if self.watch is not None:
+                self.watch.finish()
+            torch.distributed.barrier()
+            atexit._run_exitfuncs()  # those of reporters (wandb), which os._exit would pass over
+        self._leave(self.exit_code)
+        return self.exit_code
+
+    def _leave(self, code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(code)
 
 
-def set_up_logging() -> None:
+class StepLog(TrainerCallback):
+    """Every line of numbers also goes to the process's log."""
+
+    def on_log(self, args: object, state: object, control: object, logs: object = None, **kwargs: object) -> None:
+        step_logger.info("step %s: %s", getattr(state, "global_step", "?"), logs)
+
+
+def _log_to_screen() -> None:
     """Log from rank 0 on the screen; from other ranks only warnings of their own."""
-    level = logging.INFO if process_rank() == 0 else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    for name in _own_modules():
-        logging.getLogger(name).setLevel(level)
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
+    screen.addFilter(lambda record: record.name != step_logger.name)
+    logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
+    for name in (*_own_modules(), step_logger.name):
+        logging.getLogger(name).setLevel(logging.INFO)
     for text in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
 
@@ -44,41 +178,3 @@ def set_up_logging() -> None:
 def _own_modules() -> list[str]:
     folder = os.path.dirname(os.path.abspath(__file__))
     return [name.removesuffix(".py") for name in os.listdir(folder) if name.endswith(".py")]
-
-
-@contextmanager
-def user_errors_as_messages() -> Iterator[Outcome]:
-    """Show a mistake of the user's as one message on rank 0, without a traceback.
-
-    Our own errors for wrong input are subclasses of ValueError that are defined in this folder;
-    any other exception is a fault of the program and keeps its traceback.
-    """
-    outcome = Outcome()
-    try:
-        yield outcome
-    except ValueError as error:
-        if type(error).__module__ not in _own_modules():
-            raise
-        outcome.exit_code = 1
-        if process_rank() == 0:
-            sys.stderr.write(f"\nerror: {error}\n")
-
-
-def end_process(code: int) -> int:
-    """Leave the process group, and the process.
-
-    On the CPU a gloo thread can abort the interpreter while it shuts down (about 3 of 15 runs under
-    ZeRO-3, torch 2.13), after everything is written; leaving at once avoids it.
-
-    Returns:
-        The code, where the process may end the ordinary way.
-    """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed:
-        return code
-    if code == 0:
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    logging.shutdown()
-    os._exit(code)

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from generations import Generation
+from guarded_trainer import GuardedTrainer
 from learning_rates import split_by_rate
 from meters import ThroughputMeter
 from parts import count_parts
 from sampling import EpochSampler, PackingSampler, PaddedRows, grouped_by_length, shuffled
 
 
-class CPMTrainer(Trainer):
+class CPMTrainer(GuardedTrainer):
     """Trains a MiniCPM-V model.
 
     - The loss is the sum over supervised tokens divided by their number in the whole optimizer
@@ -30,7 +30,7 @@ class CPMTrainer(Trainer):
         generation: The model's generation.
         padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
         lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
-        **kwargs: As for ``transformers.Trainer``.
+        **kwargs: As for ``GuardedTrainer``.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class CPMTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Add one batch to the sums of the evaluation."""
+        self.watch.mark("evaluating a batch")
         inputs = self._prepare_inputs(dict(inputs))
         _take_rows(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -1,0 +1,210 @@
+"""A Trainer that stops, saves and resumes safely; what it adds has nothing to do with the model.
+
+- Steps whose gradients are not finite are not applied.
+- SIGTERM and SIGINT end training after the step, with a checkpoint.
+- Checkpoints appear whole or not at all.
+- Memory that runs out gives a message with what was in work.
+- Every stage of the work is told to ``RankWatch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+import output_folder
+from checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape
+from fault_handling import MemoryExhaustedError, MicroBatch, NonFiniteSteps, is_out_of_memory, memory_advice
+from rank_watch import RankWatch
+from stop_request import StopRequest
+
+
+class GuardedTrainer(Trainer):
+    """Training that survives faults; see the module.
+
+    Args:
+        watch: The watch over the other processes.
+        stop: Where a signal is noted.
+        files: Names of the training data's files, for messages that name rows.
+        **kwargs: As for ``transformers.Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        watch: RankWatch | None = None,
+        stop: StopRequest | None = None,
+        files: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.watch = RankWatch(limit=self.args.ddp_timeout) if watch is None else watch
+        self.stop = StopRequest(speaks=self.args.process_index == 0) if stop is None else stop
+        self.files = files
+        self.was_stopped = False
+        self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
+        self._batches: list[MicroBatch] = []
+        self._asked_to_stop: Tensor | None = None
+        self._loss_before: Tensor | None = None
+        self._steps_since_log = 0
+        self._writer: CheckpointWriter | None = None
+        self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
+        self.add_callback(_StopBetweenSteps(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; a lack of memory anywhere in it is told with the batch that was in work."""
+        self.stop.listen()
+        self.watch.mark("preparing to train")
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = self._batches[-1] if self._batches else None
+            raise MemoryExhaustedError(memory_advice(error, self.args, batch, self.files)) from error
+        finally:
+            self.stop.deafen()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Tell the watch that rows are being loaded."""
+        self.watch.mark(f"loading the rows of step {self.state.global_step + 1}")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Supervised tokens of the step, over all processes; and, in the same message, who was asked to stop.
+
+        Nothing is read back here: the first goes to the model, the second is read at the end of the step.
+        """
+        self.watch.mark(f"waiting for the others to have the rows of step {self.state.global_step + 1}")
+        self._batches.clear()
+        self._loss_before = self._tr_loss.clone()
+        count = sum(len(batch["supervised"]) for batch in batch_samples)
+        values = (count, int(self.stop.signal is not None))
+        found = torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+        tokens, self._asked_to_stop = self.accelerator.reduce(found, reduction="sum").unbind()
+        return tokens
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Keep what a message about this batch would need."""
+        self.watch.mark(f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward")
+        self._batches.append(MicroBatch.of(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._batches[-1].loss = loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
+        """See that the step's gradients are finite before they are applied.
+
+        The norm is over all processes, so that all of them decide alike. Reading it is the step's one
+        wait for the device: at the end of the backward, where DeepSpeed waits too, and a log line would.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._steps_since_log += 1
+        if grad_norm is None:  # some DeepSpeed configurations have none
+            return None
+        norm = float(grad_norm)
+        if math.isfinite(norm):
+            self._non_finite.applied()
+            self.optimizer._is_overflow = False
+        elif not self._scaler_is_searching():
+            self._refuse_step(model, norm)
+        return norm
+
+    def _scaler_is_searching(self) -> bool:
+        """Whether fp16's loss scale is still above 1: then it is what is too large, and is halved now."""
+        if self.is_deepspeed_enabled:
+            optimizer = self.model_wrapped.optimizer
+            return bool(getattr(optimizer, "dynamic_loss_scale", False)) and optimizer.loss_scale > 1
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _refuse_step(self, model: nn.Module, norm: float) -> None:
+        # Optimizers pass over parameters without a gradient: no update, no decay, no count. DeepSpeed has
+        # done as much by itself. Trainer then leaves the schedule where it is.
+        model.zero_grad()
+        self.optimizer._is_overflow = True
+        self._tr_loss.copy_(self._loss_before)
+        reports = gathered([batch.report(self.args.process_index) for batch in self._batches])
+        self._non_finite.refused(
+            self.state.global_step + 1, norm, [batch for found in reports for batch in found], self.files
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Average the loss over the steps that were applied, and count those that were not."""
+        if "loss" in logs:
+            skipped, steps = self._non_finite.since_log, self._steps_since_log
+            self._non_finite.since_log = self._steps_since_log = 0
+            if skipped:
+                applied = steps - skipped
+                logs["loss"] = logs["loss"] * steps / applied if applied else math.nan
+                logs["skipped_steps"] = skipped
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Tell the watch."""
+        self.watch.mark("evaluating")
+        return super().evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writer is None else str(self._writer.staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and move it to its place when every process has written its part."""
+        self.watch.mark(f"saving checkpoint-{self.state.global_step}")
+        writer = CheckpointWriter(
+            self.args.output_dir, self.state.global_step, moves=self.args.should_save, shape=self.shape
+        )
+        best = self.state.best_model_checkpoint
+        self._writer = writer
+        try:
+            with writer.writing():
+                super()._save_checkpoint(model, trial)
+                self.state.best_model_checkpoint = writer.best(self.state.best_global_step, best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(writer.staging / writer.name / output_folder.STATE_FILE))
+        finally:
+            self._writer = None
+        self.accelerator.wait_for_everyone()
+        writer.move_into_place()
+        if self.args.should_save:
+            output_folder.remove_old_checkpoints(
+                self.args.output_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights, which Trainer would only warn about."""
+        parameters = dict(self.model.named_parameters())
+        missing = [key for key in load_result.missing_keys if key in parameters and parameters[key].requires_grad]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of the weights that are trained, the first is {missing[0]}. "
+                "Give the model that the run was started with."
+            )
+
+
+class _StopBetweenSteps(TrainerCallback):
+    """Ends training after the step in which any process was asked to."""
+
+    def __init__(self, trainer: GuardedTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if int(self.trainer._asked_to_stop) == 0 or state.global_step >= state.max_steps:
+            return
+        self.trainer.was_stopped = True
+        control.should_training_stop = control.should_save = True
+        control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.was_stopped:  # all is saved already
+            control.should_save = control.should_evaluate = False

@@ -1,0 +1,210 @@
+"""``run.json``: everything needed to repeat a run, written when it starts and completed when it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset import SupervisedDataset
+
+RECORD_FILE = "run.json"
+_PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "safetensors", "tokenizers", "numpy",
+    "pillow",
+)  # fmt: skip
+_BLOCK = 2**22  # bytes read at once
+# What a command line may hold and a file that is passed around should not.
+_SECRETS = ("hub_token", "push_to_hub_token")
+
+
+class RunRecord:
+    """The record of one output folder; each start of the run adds an entry, so that resumed runs show.
+
+    Digests of large files take a while, so a thread works them out beside the training.
+
+    Args:
+        folder: The output folder.
+        argv: The words after the script's name.
+    """
+
+    def __init__(self, folder: Path, argv: Sequence[str]):
+        self.path = folder / RECORD_FILE
+        self._starts = _read(self.path)
+        self._entry: dict[str, Any] = {
+            "started": _now(),
+            "ended": None,
+            "outcome": None,
+            "command": [sys.executable, sys.argv[0], *_without_secrets(argv)],
+            "folder": os.getcwd(),
+            "git_commit": _git_commit(),
+            "versions": _versions(),
+            "machine": _machine(),
+        }
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, **values: Any) -> None:
+        """Add to this start's entry, and write the record.
+
+        Args:
+            **values: Name -> anything that JSON can hold, dataclasses and paths included.
+        """
+        with self._lock:
+            self._entry.update(values)
+            text = json.dumps({"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False)
+            partial = self.path.with_name(f"{RECORD_FILE}.partial")
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(self.path)
+
+    def add_rows(self, train: SupervisedDataset | None, evaluation: SupervisedDataset | None) -> None:
+        """Add the data files with their rows, their samples per epoch and, once known, sizes and digests."""
+        data = {
+            name: [
+                {
+                    "path": str(source.rows.path),
+                    "rows": len(source.rows),
+                    "samples_per_epoch": source.samples,
+                    "bytes": None,
+                    "sha256": None,
+                }
+                for source in rows.sources
+            ]
+            for name, rows in (("training", train), ("evaluation", evaluation))
+            if rows is not None
+        }
+        self.add(data=data)
+        self._thread = threading.Thread(target=self._digest, args=(data,), daemon=True)
+        self._thread.start()
+
+    def _digest(self, data: dict[str, list[dict[str, Any]]]) -> None:
+        for entry in (entry for entries in data.values() for entry in entries):
+            size, sha256 = digest(Path(entry["path"]))
+            entry |= {"bytes": size, "sha256": sha256}
+        self.add(data=data)
+
+    def end(self, outcome: str, **values: Any) -> None:
+        """Write how it ended."""
+        if self._thread is not None:
+            self._thread.join()
+        self.add(ended=_now(), outcome=outcome, **values)
+
+
+class NoRecord:
+    """Stands in for the record where none is written."""
+
+    def add_rows(self, *_: object) -> None:
+        """Do nothing."""
+
+    def end(self, *_: object, **__: object) -> None:
+        """Do nothing."""
+
+
+def start_record(argv: Sequence[str], *groups: Any) -> RunRecord | NoRecord:
+    """Begin the record of a run, on rank 0; elsewhere one that writes nothing.
+
+    Args:
+        argv: The words after the script's name.
+        *groups: The arguments made of them; ``TrainingArguments`` is one.
+    """
+    training = next(group for group in groups if hasattr(group, "output_dir"))
+    if training.process_index:
+        return NoRecord()
+    record = RunRecord(Path(training.output_dir), argv)
+    record.add(arguments={type(group).__name__: _plain_arguments(group) for group in groups})
+    return record
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file; of a folder, of its files one after another, in the order of names."""
+    sha, size = hashlib.sha256(), 0
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                sha.update(block)
+                size += len(block)
+    return size, sha.hexdigest()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (ValueError, KeyError, TypeError):
+        return []  # not ours, or cut short; it is only a record
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    words, hide = [], False
+    for word in argv:
+        name, equals, _ = word[2:].partition("=") if word.startswith("--") else ("", "", "")
+        secret = name.replace("-", "_") in _SECRETS
+        words.append(f"--{name}=..." if secret and equals else "..." if hide else word)
+        hide = secret and not equals
+    return words
+
+
+def _git_commit() -> str | None:
+    """The commit of this program's folder, with a mark when files were changed since; None outside git."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": gpus,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
+
+
+def _plain_arguments(arguments: Any) -> dict[str, Any]:
+    """The arguments of one group, without secrets."""
+    values = arguments.to_dict() if hasattr(arguments, "to_dict") else asdict(arguments)
+    return {name: value for name, value in values.items() if name not in _SECRETS and value is not None}
