@@ -36,7 +36,8 @@ _IMAGE_ID = ["<image_id>", "</image_id>"]
 _CHATML = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SPEECH = ["audio_start", "audio", "audio_end", "spk_bos", "spk", "spk_eos", "tts_bos", "tts_eos"]
 _NATIVE = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"), *_IMAGE, *_SLICE, *_IMAGE_ID,
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"),
+    *_IMAGE, *_SLICE, *_IMAGE_ID,
     *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<tool_call>", "</tool_call>"),
 ]  # fmt: skip
 _THINK = ["<think>", "</think>"]
@@ -44,11 +45,15 @@ _V4_WORDS = ["\n", "assistant", "user", "system"]
 SPECIAL_TOKENS = {
     "v2": [*_IMAGE, *_MARKS, *_SLICE],
     "v2_5": [
-        *("<|begin_of_text|>", "<|end_of_text|>", "<unk>"), *(f"<|reserved_special_token_{i}|>" for i in (1, 2, 3)),
+        *("<|begin_of_text|>", "<|end_of_text|>", "<unk>"),
+        *(f"<|reserved_special_token_{i}|>" for i in (1, 2, 3)),
         *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
         *_IMAGE, *_MARKS, *_SLICE,
     ],
-    "v2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|reserved_special_token_{i}|>" for i in range(6))],
+    "v2_6": [
+        *_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID,
+        *(f"<|reserved_special_token_{i}|>" for i in range(6)),
+    ],
     "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|{name}|>" for name in _SPEECH)],
     "v4": [
         *("<unk>", "<s>", "</s>"), *_IMAGE_ID, *_IMAGE, *_MARKS, *_SLICE, *_V4_WORDS,
@@ -251,7 +256,9 @@ def _write_stand_ins(folder: Path, config: Json) -> None:
     """Files for the names in ``auto_map``, which a released checkpoint has and this project never runs."""
     named = [*config.get("auto_map", {}).values(), *_auto_map_of(folder)]
     for module in sorted({name.partition(".")[0] for name in named}):
-        text = '"""Stands in for the released model code."""\n\nraise ImportError("This small checkpoint has no code.")\n'
+        text = (
+            '"""Stands in for the released code."""\n\nraise ImportError("a small checkpoint has no code")\n'
+        )
         (folder / f"{module}.py").write_text(text, encoding="utf-8")
 
 
