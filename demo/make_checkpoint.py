@@ -24,45 +24,10 @@ import torch  # noqa: E402
 
 from draw_pictures import sentences  # noqa: E402
 from generations import GENERATIONS, Generation  # noqa: E402
-from small_tokenizers import byte_fallback, byte_level, sentencepiece_model  # noqa: E402
+from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model  # noqa: E402
 
 Json = dict[str, Any]
 
-# The special tokens of the released tokenizers, in the order of their ids.
-_IMAGE = ["<image>", "</image>"]
-_MARKS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>"]
-_SLICE = ["<slice>", "</slice>"]
-_IMAGE_ID = ["<image_id>", "</image_id>"]
-_CHATML = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_SPEECH = ["audio_start", "audio", "audio_end", "spk_bos", "spk", "spk_eos", "tts_bos", "tts_eos"]
-_NATIVE = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"),
-    *_IMAGE, *_SLICE, *_IMAGE_ID,
-    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<tool_call>", "</tool_call>"),
-]  # fmt: skip
-_THINK = ["<think>", "</think>"]
-_V4_WORDS = ["\n", "assistant", "user", "system"]
-SPECIAL_TOKENS = {
-    "v2": [*_IMAGE, *_MARKS, *_SLICE],
-    "v2_5": [
-        *("<|begin_of_text|>", "<|end_of_text|>", "<unk>"),
-        *(f"<|reserved_special_token_{i}|>" for i in (1, 2, 3)),
-        *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
-        *_IMAGE, *_MARKS, *_SLICE,
-    ],
-    "v2_6": [
-        *_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID,
-        *(f"<|reserved_special_token_{i}|>" for i in range(6)),
-    ],
-    "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|{name}|>" for name in _SPEECH)],
-    "v4": [
-        *("<unk>", "<s>", "</s>"), *_IMAGE_ID, *_IMAGE, *_MARKS, *_SLICE, *_V4_WORDS,
-        *("<|im_end|>", "<|im_start|>"),
-    ],
-    "v4_5": [*_CHATML, *_THINK, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID],
-    "v4_6": _NATIVE,
-    "v4_7": _NATIVE,
-}  # fmt: skip
 # What the chat templates write around a conversation.
 _PROMPT_WORDS = [
     "system\nYou are a helpful assistant.",
@@ -70,7 +35,6 @@ _PROMPT_WORDS = [
     "user\nWhat",
     "assistant\n",
 ] * 2
-_PLAIN_TOKENS = (*_V4_WORDS, *_THINK)  # listed in the released files, but no special tokens there
 
 
 @dataclass(frozen=True)
@@ -170,7 +134,7 @@ def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, i
 
 
 def _train(row: Generation, text: list[str], special: list[str]) -> Any:
-    plain = [token for token in special if token in _PLAIN_TOKENS]
+    plain = [token for token in special if token in PLAIN_TOKENS]
     if row.name == "v4":
         return byte_fallback(text, special, plain=plain)
     if row.name == "v2_5":
@@ -187,7 +151,7 @@ def _pieces(model: bytes) -> list[str]:
 
 def _added(token: str) -> Json:
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    return {"content": token, **flags, "special": token not in _PLAIN_TOKENS}
+    return {"content": token, **flags, "special": token not in PLAIN_TOKENS}
 
 
 def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:

@@ -31,6 +31,43 @@ _GPT_SPLIT = (
 )
 _V2_MARKERS = ("<用户>", "<AI>", "\n")
 
+# The special tokens of the released tokenizers, in the order of their ids.
+_IMAGE = ["<image>", "</image>"]
+_MARKS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>"]
+_SLICE = ["<slice>", "</slice>"]
+_IMAGE_ID = ["<image_id>", "</image_id>"]
+_CHATML = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_SPEECH = ["audio_start", "audio", "audio_end", "spk_bos", "spk", "spk_eos", "tts_bos", "tts_eos"]
+_NATIVE = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"),
+    *_IMAGE, *_SLICE, *_IMAGE_ID,
+    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<tool_call>", "</tool_call>"),
+]  # fmt: skip
+_THINK = ["<think>", "</think>"]
+_V4_WORDS = ["\n", "assistant", "user", "system"]
+SPECIAL_TOKENS = {
+    "v2": [*_IMAGE, *_MARKS, *_SLICE],
+    "v2_5": [
+        *("<|begin_of_text|>", "<|end_of_text|>", "<unk>"),
+        *(f"<|reserved_special_token_{i}|>" for i in (1, 2, 3)),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+        *_IMAGE, *_MARKS, *_SLICE,
+    ],
+    "v2_6": [
+        *_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID,
+        *(f"<|reserved_special_token_{i}|>" for i in range(6)),
+    ],
+    "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|{name}|>" for name in _SPEECH)],
+    "v4": [
+        *("<unk>", "<s>", "</s>"), *_IMAGE_ID, *_IMAGE, *_MARKS, *_SLICE, *_V4_WORDS,
+        *("<|im_end|>", "<|im_start|>"),
+    ],
+    "v4_5": [*_CHATML, *_THINK, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID],
+    "v4_6": _NATIVE,
+    "v4_7": _NATIVE,
+}  # fmt: skip
+PLAIN_TOKENS = (*_V4_WORDS, *_THINK)  # listed in the released files, but no special tokens there
+
 
 def byte_level(
     sentences: Sequence[str],

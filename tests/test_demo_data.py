@@ -117,7 +117,8 @@ def test_the_released_files_stand_beside_the_weights(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert {
         "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-        "tokenizer_config.json", "special_tokens_map.json", "modeling_minicpmv.py", "configuration_minicpm.py",
+        "tokenizer_config.json", "special_tokens_map.json", "modeling_minicpmv.py",
+        "configuration_minicpm.py",
         "model.safetensors.index.json",
     } <= names  # fmt: skip
     assert len(weight_files(tmp_path)) > 1
