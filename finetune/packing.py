@@ -36,7 +36,8 @@ def best_fit(indices: Sequence[int], lengths: Sequence[int], *, capacity: int) -
     with_room: dict[int, list[int]] = {}  # free tokens -> rows that have so many
     occupied = 0  # bit n is set while with_room[n] has a row; its lowest bits are found in one step
     for index in sorted(indices, key=lambda index: -lengths[index]):
-        length = min(lengths[index], capacity)
+        # int(): a numpy length would turn the bit mask into a 64-bit number.
+        length = min(int(lengths[index]), capacity)
         fitting = occupied >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

@@ -20,30 +20,23 @@ PADDING = -1
 Order = Callable[[int], list[int]]
 
 
-def shuffled(count: int, *, seed: int) -> Order:
-    """An order of ``count`` rows that is another permutation in every epoch."""
-
-    def order(epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(count, generator=generator).tolist()
-
-    return order
-
-
-def grouped_by_length(lengths: Sequence[int], *, batch_size: int, seed: int) -> Order:
+def grouped_by_length(order: Order, lengths: Sequence[int], *, batch_size: int, seed: int) -> Order:
     """An order in which rows of about equal length are neighbours, so that batches need little padding.
 
     Args:
-        lengths: Tokens of every row, those of images included.
+        order: Which rows an epoch holds.
+        lengths: Tokens of every row, those of images included, by row number.
         batch_size: Rows that go through the model together, on all ranks.
         seed: Together with the epoch it decides the order.
     """
 
-    def order(epoch: int) -> list[int]:
+    def grouped(epoch: int) -> list[int]:
+        rows = order(epoch)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return get_length_grouped_indices(list(lengths), batch_size, generator=generator)
+        places = get_length_grouped_indices([lengths[row] for row in rows], batch_size, generator=generator)
+        return [rows[place] for place in places]
 
-    return order
+    return grouped
 
 
 class EpochSampler(Sampler):

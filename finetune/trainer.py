@@ -15,7 +15,7 @@ from guarded_trainer import GuardedTrainer
 from learning_rates import split_by_rate
 from meters import ThroughputMeter
 from parts import count_parts
-from sampling import EpochSampler, PackingSampler, PaddedRows, grouped_by_length, shuffled
+from sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
 
 
 class CPMTrainer(GuardedTrainer):
@@ -55,13 +55,12 @@ class CPMTrainer(GuardedTrainer):
         self._eval_sums: Tensor | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        args, rows = self.args, train_dataset or self.train_dataset
+        args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
+        order = _order((train_dataset or self.train_dataset).rows, seed=seed, shuffle=True)
         if args.train_sampling_strategy == "group_by_length":
-            order = grouped_by_length(self.lengths, batch_size=multiple, seed=seed)
-        else:
-            order = shuffled(len(rows), seed=seed)
+            order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
             return EpochSampler(order, multiple=multiple)
         return PackingSampler(
@@ -74,8 +73,8 @@ class CPMTrainer(GuardedTrainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        count = len(eval_dataset)
-        return EpochSampler(lambda _: list(range(count)), multiple=self.args.eval_batch_size * self.args.world_size)
+        order = _order(eval_dataset.rows, seed=self.args.seed, shuffle=False)
+        return EpochSampler(order, multiple=self.args.eval_batch_size * self.args.world_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make Trainer's optimizer, with the parts' own learning rates in it."""
@@ -142,6 +141,10 @@ class CPMTrainer(GuardedTrainer):
         found = (output["loss_sum"], output["token_count"], output["correct_count"])
         self._eval_sums += torch.stack([value.to(torch.float64) for value in found])
         return output["loss"].detach(), None, None
+
+
+def _order(rows: Any, *, seed: int, shuffle: bool) -> Order:
+    return lambda epoch: rows.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)
 
 
 def _take_rows(inputs: dict[str, Any]) -> int:
