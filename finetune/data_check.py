@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20
 _ROWS_PER_TASK = 32
 _FEW_ROWS = 400  # starting processes takes longer than checking these
+FEW_ROWS_TO_DECODE = 500  # seconds; a larger data set would hold up the training
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,23 @@ def check_row(rows: SupervisedDataset, index: int) -> Finding:
         return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
 
 
+def decode_row(rows: SupervisedDataset, index: int) -> Finding:
+    """Check one row as ``check_row`` does, and decode its images and videos as well."""
+    try:
+        plan = rows.plan(index)
+        for picture in plan.pictures:
+            for _ in picture.frames():
+                pass
+    except RowError as error:
+        return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
+    return Finding(len(plan.encoded.input_ids))
+
+
 def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.ndarray:
     """Check every row; with several ranks each checks its share, and all come to the same result.
+
+    Images are first looked at by their headers only, so that most mistakes show within seconds; then, as
+    ``check_images`` says, they are decoded.
 
     Args:
         rows: The data set; rows that may be left out are marked in it.
@@ -116,12 +132,29 @@ def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.nda
         DataError: On every rank, with the first twenty problems and their number, unless ``on_bad_row`` is
             ``skip``.
     """
+    lengths, bad = _shared(rows, check_row, title="checking rows", workers=workers)
+    _settle(rows, bad)
+    few = rows.row_count <= FEW_ROWS_TO_DECODE
+    if rows.options.check_images == "full" or (rows.options.check_images == "auto" and few):
+        lengths, bad = _shared(rows, decode_row, title="decoding images", workers=workers)
+        _settle(rows, bad)
+    return lengths
+
+
+def _shared(
+    rows: SupervisedDataset,
+    work: Callable[[SupervisedDataset, int], Finding],
+    *,
+    title: str,
+    workers: int | None,
+) -> tuple[np.ndarray, list[tuple[int, Finding]]]:
+    """Have every rank do its share of the rows; give all lengths and all bad rows to each."""
     together = distributed.is_available() and distributed.is_initialized()
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
     share = range(rank, rows.row_count, ranks)
     lengths = np.ones(len(share), dtype=np.int32)
     bad: list[tuple[int, Finding]] = []
-    for place, finding in enumerate(for_rows(rows, share, check_row, title="checking rows", workers=workers)):
+    for place, finding in enumerate(for_rows(rows, share, work, title=title, workers=workers)):
         lengths[place] = finding.length
         if finding.bad:
             bad.append((share[place], finding))
@@ -132,26 +165,26 @@ def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.nda
         for number, (part, _) in enumerate(gathered):
             lengths[number::ranks] = part
         bad = sorted((entry for _, part in gathered for entry in part), key=lambda entry: entry[0])
-    _settle(rows, bad, log=rank == 0)
-    return lengths
+    return lengths, bad
 
 
-def _settle(rows: SupervisedDataset, bad: Sequence[tuple[int, Finding]], *, log: bool) -> None:
+def _settle(rows: SupervisedDataset, bad: Sequence[tuple[int, Finding]]) -> None:
     """Raise, or have the bad rows left out and listed."""
+    first = os.environ.get("RANK", "0") == "0"
     problems = [finding.bad for _, finding in bad if finding.bad and not finding.dropped]
     dropped = len(bad) - len(problems)
     if problems and rows.options.on_bad_row == "error":
         raise DataError(summary(problems, rows.row_count))
     for index, finding in bad:
         rows.leave_out(index)
-        if log and finding.bad:
+        if first and finding.bad:
             rows.bad_rows.add(finding.bad)
     if len(bad) == rows.row_count:
         raise DataError(
             f"{summary(problems, rows.row_count)}\n{dropped} were dropped as over-long. No row is left to "
             "train on."
         )
-    if bad and log:
+    if bad and first:
         logger.warning(
             "%d of %d rows are left out, %d of them as over-long", len(bad), rows.row_count, dropped
         )

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 EXIF_ORIENTATION = ("auto", "apply", "ignore")
 ON_BAD_ROW = ("error", "skip")
+CHECK_IMAGES = ("auto", "header", "full")
 # Problems of files, which may arise after the check; all others can be seen before training.
 _FILE_PROBLEMS = ("image", "video", "missing image", "missing video")
 
@@ -48,6 +49,8 @@ class DataOptions:
         overlength: What happens to longer rows, one of ``OVERLENGTH``.
         on_bad_row: ``error`` stops at a bad row, ``skip`` leaves it out; images that become unreadable
             while training are left out either way.
+        check_images: How the check before training looks at images: ``header``, ``full`` (decoded), or
+            ``auto``: decoded when there are few rows.
         image_folder: What relative paths are relative to; ``None`` means the data file's folder.
         allow_remote_images: Whether http(s) images are fetched.
         max_image_pixels: Most pixels an image may have; 0 for no limit.
@@ -57,6 +60,7 @@ class DataOptions:
     model_max_length: int | None = 2048
     overlength: str = "truncate"
     on_bad_row: str = "error"
+    check_images: str = "auto"
     image_folder: str | None = None
     allow_remote_images: bool = False
     max_image_pixels: int = DEFAULT_MAX_PIXELS
@@ -66,6 +70,7 @@ class DataOptions:
         for name, value, choices in (
             ("overlength", self.overlength, OVERLENGTH),
             ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
+            ("check_images", self.check_images, CHECK_IMAGES),
             ("exif_orientation", self.exif_orientation, EXIF_ORIENTATION),
         ):
             if value not in choices:

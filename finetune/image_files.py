@@ -8,7 +8,9 @@ image upright (``transformers.image_utils.load_image``). ``ImageOptions.upright`
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ Image.MAX_IMAGE_PIXELS = None
 # Twice Pillow's default warning limit, where Pillow itself would refuse.
 DEFAULT_MAX_PIXELS = 178_956_970
 # What Pillow and its decoders raise on damaged files (found by tests/test_data_fuzz.py).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, IndexError, TypeError, ZeroDivisionError, EOFError,
-                  OverflowError, MemoryError, KeyError, AttributeError)  # fmt: skip
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, MemoryError,
+    AttributeError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 

@@ -85,7 +85,9 @@ def check_file(value: str, folder: Path, word: str) -> Path:
             "path, or say what it is relative to with --image_folder.",
         )
     if size == 0:
-        raise RowError(word, f"{word} {str(path)!r:.300} has 0 bytes, expected an {word}. Replace the file.")
+        raise RowError(
+            word, f"{word} {str(path)!r:.300} has 0 bytes, expected a whole {word}. Replace the file."
+        )
     return path
 
 

@@ -57,7 +57,16 @@ def test_text_only_rows_work(name):
 @pytest.mark.parametrize("name", ALL)
 def test_the_prompt_in_front_of_the_last_answer_is_the_one_of_inference(name):
     prepared = processing(name)
-    for answer in ("Two cats.", "\nTwo cats.", "\n\n  Two cats.", " Two", "\t", "é", "<box>1 2</box>", "图片"):
+    for answer in (
+        "Two cats.",
+        "\nTwo cats.",
+        "\n\n  Two cats.",
+        " Two",
+        "\t",
+        "é",
+        "<box>1 2</box>",
+        "图片",
+    ):
         turns = turns_of(chat("Look: <image>", "A cat.", "How many?\n", answer), image="a.png")
         sample = prepared.encode(turns, [picture()])
         prompt = prepared.encode_prompt(turns[:-1], [picture()])
@@ -190,7 +199,9 @@ def test_an_empty_answer_learns_to_end_the_turn():
 
 
 def test_images_in_an_answer_are_not_learned():
-    sample, tokenizer = encoded("v2_6", chat("Show one.", "Here: <image> a cat."), [picture()], {"image": "a.png"})
+    sample, tokenizer = encoded(
+        "v2_6", chat("Show one.", "Here: <image> a cat."), [picture()], {"image": "a.png"}
+    )
     assert supervised_text(sample, tokenizer) == "Here:  a cat.<|im_end|>"
     assert len(sample["image_bound"]) == 1
 
@@ -277,7 +288,9 @@ def test_overlength_policies():
     assert len(cut["input_ids"]) == length - 4
     assert "Two cats and one dog.<|im_end|>".startswith(supervised_text(cut, prepared.tokenizer))
 
-    with pytest.raises(RowError, match=rf"is {length} tokens long, expected at most --model_max_length {length - 1}"):
+    with pytest.raises(
+        RowError, match=rf"is {length} tokens long, expected at most --model_max_length {length - 1}"
+    ):
         prepared.encode(turns, images, limit=length - 1, overlength="error")
     with pytest.raises(DroppedRowError):
         prepared.encode(turns, images, limit=length - 1, overlength="drop")
@@ -291,7 +304,9 @@ def test_overlength_policies():
 def test_a_row_cut_down_to_its_question_is_a_bad_row():
     prepared = processing("v2_6")
     turns, images = long_row()
-    with pytest.raises(RowError, match="none of the .* tokens that --model_max_length 100 leaves is supervised"):
+    with pytest.raises(
+        RowError, match="none of the .* tokens that --model_max_length 100 leaves is supervised"
+    ):
         prepared.encode(turns, images, limit=100)
 
 

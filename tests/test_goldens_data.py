@@ -34,7 +34,9 @@ def pixel_hashes(sample):
     for rows, columns in sample["tgt_sizes"].tolist():
         end = start + 14 * rows * columns
         strip = sample["pixel_values"][:, :, start:end].contiguous()
-        hashes.append({"shape": list(strip.shape), "sha256": hashlib.sha256(strip.numpy().tobytes()).hexdigest()})
+        hashes.append(
+            {"shape": list(strip.shape), "sha256": hashlib.sha256(strip.numpy().tobytes()).hexdigest()}
+        )
         start = end
     assert start == sample["pixel_values"].shape[2]
     return hashes

@@ -64,7 +64,11 @@ def test_the_orientation_of_each_generation_is_that_of_its_inference(tmp_path):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "I;16", "I", "F", "YCbCr", "HSV"])
 def test_every_mode_becomes_what_pillows_convert_gives(mode, tmp_path):
     gradient = Image.linear_gradient("L").resize((30, 20))
-    image = gradient.convert(mode) if mode != "I;16" else Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    image = (
+        gradient.convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    )
     kind = "TIFF" if mode in ("CMYK", "I", "F", "YCbCr", "I;16") else "PNG"
     if mode == "HSV":
         image, kind = image.convert("RGB"), "PNG"
@@ -106,7 +110,11 @@ def test_paths_may_be_relative_to_the_current_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        ("no.png", "missing image", r"image 'no.png' not found \(looked at .*no.png'\), expected a file.*--image_folder"),
+        (
+            "no.png",
+            "missing image",
+            r"image 'no.png' not found \(looked at .*no.png'\), expected a file.*--image_folder",
+        ),
         ("empty.png", "image", r"empty.png' has 0 bytes"),
         ("text.png", "image", "text.png' is in no format that Pillow knows"),
         ("half.png", "image", "half.png' can't be decoded"),
@@ -127,7 +135,12 @@ def test_paths_may_be_relative_to_the_current_folder(tmp_path, monkeypatch):
 )
 def test_images_that_cannot_be_used_are_named(value, kind, message, tmp_path):
     png, jpg = encode(photo((300, 200))), encode(photo((300, 200)), "JPEG")
-    for name, data in {"empty.png": b"", "text.png": b"hello", "half.png": png[:150], "half.jpg": jpg[:700]}.items():
+    for name, data in {
+        "empty.png": b"",
+        "text.png": b"hello",
+        "half.png": png[:150],
+        "half.jpg": jpg[:700],
+    }.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(RowError, match=message) as caught:
         open_one(value, tmp_path)
@@ -136,7 +149,9 @@ def test_images_that_cannot_be_used_are_named(value, kind, message, tmp_path):
 
 def test_huge_images_are_refused_by_their_header(tmp_path):
     data = encode(Image.new("1", (20_000, 10_000)))  # 200 million pixels in a few kilobytes
-    with pytest.raises(RowError, match=r"20000 x 10000 pixels, expected at most 178956970.*--max_image_pixels"):
+    with pytest.raises(
+        RowError, match=r"20000 x 10000 pixels, expected at most 178956970.*--max_image_pixels"
+    ):
         open_image(data, ImageOptions(folder=tmp_path))
     assert open_image(data, ImageOptions(folder=tmp_path, max_pixels=None)).sizes == ((20_000, 10_000),)
 

@@ -72,7 +72,11 @@ def test_images_never_mentioned_go_first_in_the_order_of_the_keys():
 
 
 def test_the_only_image_may_be_mentioned_again():
-    assert values({"image": "a", "conversations": chat("<image> <image>", "x", "<image>", "y")}) == ["a", "a", "a"]
+    assert values({"image": "a", "conversations": chat("<image> <image>", "x", "<image>", "y")}) == [
+        "a",
+        "a",
+        "a",
+    ]
 
 
 def test_numbered_placeholders_index_a_list():
@@ -90,8 +94,14 @@ def test_videos_and_frame_lists():
     assert parts(row) == [Media("video", 0), "\nWhat?"]
     assert values(row) == ["a.mp4"]
     assert values({"video": ["1.jpg", "2.jpg"], "conversations": chat("What?", "x")}) == [["1.jpg", "2.jpg"]]
-    assert values({"video": ["a.mp4", "b.mp4"], "conversations": chat("<video><video>", "x")}) == ["a.mp4", "b.mp4"]
-    assert values({"videos": [["1.jpg"], "b.mp4"], "conversations": chat("What?", "x")}) == [["1.jpg"], "b.mp4"]
+    assert values({"video": ["a.mp4", "b.mp4"], "conversations": chat("<video><video>", "x")}) == [
+        "a.mp4",
+        "b.mp4",
+    ]
+    assert values({"videos": [["1.jpg"], "b.mp4"], "conversations": chat("What?", "x")}) == [
+        ["1.jpg"],
+        "b.mp4",
+    ]
     mixed = {"video": "a.mp4", "image": "b.jpg", "conversations": chat("<image> and <video>", "x")}
     assert values(mixed) == ["b.jpg", "a.mp4"]
 

@@ -127,7 +127,7 @@ def test_the_broken_example_of_the_guides_is_refused_line_by_line(tmp_path):
         ('[{"a": "x\ny"}]', "found a line break or control character inside a text"),
         ("[1] x", "found 'x', expected nothing more after the value"),
         ("[{id: 3}]", "found 'id', expected property name enclosed in double quotes"),
-        ('[{"a": "it\'s", \'b\': \'don\\\'t\'}]', 'fixed: [{"a": "it\'s", "b": "don\'t"}]'),
+        ("[{\"a\": \"it's\", 'b': 'don\\'t'}]", 'fixed: [{"a": "it\'s", "b": "don\'t"}]'),
     ],
 )
 def test_json_errors_are_explained(text, expected):

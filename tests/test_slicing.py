@@ -82,7 +82,9 @@ def test_patches_are_the_resized_image_cut_row_by_row(size):
     layout = SliceRules().layout(*size)
     out = np.empty((3, 14, patch_columns(layout)), dtype=np.uint8)
     cut_into_patches(image, layout, out)
-    sources = [np.asarray(image.resize((layout.overview.width, layout.overview.height), Image.Resampling.BICUBIC))]
+    sources = [
+        np.asarray(image.resize((layout.overview.width, layout.overview.height), Image.Resampling.BICUBIC))
+    ]
     if layout.grid:
         refined = image.resize((layout.refined.width, layout.refined.height), Image.Resampling.BICUBIC)
         height, width = layout.refined.height // layout.grid.rows, layout.refined.width // layout.grid.columns
