@@ -1,12 +1,13 @@
 """Prompts, labels and truncation in every generation."""
 
 import pytest
-from checkpoint import CheckpointError
-from conversation import IGNORE_INDEX, truncate
-from data_helpers import ALL, chat, processing, supervised_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from checkpoint import CheckpointError
+from conversation import IGNORE_INDEX, truncate
+from data_helpers import ALL, chat, processing, supervised_text
 from pictures import Picture
 from prompts import PromptWriter
 from records import parse_row
@@ -189,7 +190,7 @@ def test_loss_false_leaves_an_answer_out():
     sample, tokenizer = encoded("v2_6", messages)
     assert supervised_text(sample, tokenizer) == "Yes.<|im_end|>"
     messages[3]["loss"] = False
-    with pytest.raises(RowError, match="none of the .* tokens is supervised, expected an answer to learn"):
+    with pytest.raises(RowError, match=r"none of the .* tokens is supervised, expected an answer to learn"):
         encoded("v2_6", messages)
 
 
@@ -305,7 +306,7 @@ def test_a_row_cut_down_to_its_question_is_a_bad_row():
     prepared = processing("v2_6")
     turns, images = long_row()
     with pytest.raises(
-        RowError, match="none of the .* tokens that --model_max_length 100 leaves is supervised"
+        RowError, match=r"none of the .* tokens that --model_max_length 100 leaves is supervised"
     ):
         prepared.encode(turns, images, limit=100)
 

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
 from bad_rows import BadRowLog
 from data_check import check_rows
 from data_helpers import IMAGES, chat, processing, supervised_text, write_rows
 from dataset import DataOptions, SupervisedDataset, data_collator, padding_sample
-from PIL import Image
 from row_errors import DataError
-from torch.utils.data import DataLoader
 
 SMALL = str(IMAGES / "small.png")
 WIDE = str(IMAGES / "wide.png")
@@ -97,7 +98,7 @@ def test_a_damaged_image_is_found_by_decoding_when_there_are_few_rows(tmp_path):
     whole = (IMAGES / "wide.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     rows = [good(0), good(1, "half.png")]
-    with pytest.raises(DataError, match="row 1 .*half.png' can't be decoded"):
+    with pytest.raises(DataError, match=r"row 1 .*half.png' can't be decoded"):
         data(tmp_path, rows).check_rows()
     data(tmp_path, rows, check_images="header").check_rows()
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 
 import pytest
-from dataset import SupervisedDataset
-from data_helpers import GOLDENS, IMAGES, WITH_GOLDENS, processing, supervised_text, write_rows
 from PIL import Image
+
+from data_helpers import GOLDENS, IMAGES, WITH_GOLDENS, processing, supervised_text, write_rows
+from dataset import SupervisedDataset
 from records import parse_row
 
 TURN_END = {"v2_5": "<|eot_id|>"}

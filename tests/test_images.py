@@ -5,8 +5,9 @@ import io
 
 import numpy as np
 import pytest
-from image_files import ImageOptions, open_image
 from PIL import Image
+
+from image_files import ImageOptions, open_image
 from row_errors import RowError
 
 RED = (200, 30, 40)
@@ -94,9 +95,15 @@ def test_sources_of_every_form(tmp_path):
     (tmp_path / "a b.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     forms = (
-        "a b.png", str(tmp_path / "a b.png"), f"file://{tmp_path}/a b.png", data, {"bytes": data, "path": None},
-        {"bytes": None, "path": "a b.png"}, {"bytes": data, "path": "elsewhere.png"}, uri,
-    )  # fmt: skip
+        "a b.png",
+        str(tmp_path / "a b.png"),
+        f"file://{tmp_path}/a b.png",
+        data,
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": "a b.png"},
+        {"bytes": data, "path": "elsewhere.png"},
+        uri,
+    )
     for value in forms:
         assert open_one(value, tmp_path).size == (40, 20)
 
@@ -163,7 +170,7 @@ def test_remote_images_are_fetched_when_allowed(tmp_path):
     data = encode(photo())
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 (http.server's name)
+        def do_GET(self):
             self.send_response(200 if self.path == "/a.png" else 404)
             self.end_headers()
             self.wfile.write(data)

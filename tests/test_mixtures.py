@@ -4,10 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from data_helpers import chat, processing, write_rows
-from dataset import SupervisedDataset
 from hypothesis import given
 from hypothesis import strategies as st
+
+from data_helpers import chat, processing, write_rows
+from dataset import SupervisedDataset
 from mixtures import MixtureSource, epoch_order, read_data_path
 from row_errors import DataError
 
@@ -32,7 +33,9 @@ def test_every_source_gives_exactly_its_count_in_whole_passes_and_a_remainder(so
 
 
 def test_each_epoch_draws_anew_and_the_seed_repeats_it():
-    draw = lambda seed, epoch: epoch_order([50, 10], [20, 25], seed=seed, epoch=epoch, shuffle=True).tolist()  # noqa: E731
+    def draw(seed, epoch):
+        return epoch_order([50, 10], [20, 25], seed=seed, epoch=epoch, shuffle=True).tolist()
+
     assert draw(1, 0) == draw(1, 0)
     assert draw(1, 0) != draw(1, 1)
     assert draw(1, 0) != draw(2, 0)
@@ -48,11 +51,17 @@ def test_each_epoch_draws_anew_and_the_seed_repeats_it():
         ("a.json", [MixtureSource(Path("a.json"))]),
         ("a.json#500", [MixtureSource(Path("a.json"), count=500)]),
         ("a.json:0.3", [MixtureSource(Path("a.json"), weight=0.3)]),
-        ("a.json:2, b c.jsonl#7,d", [
-            MixtureSource(Path("a.json"), weight=2.0), MixtureSource(Path("b c.jsonl"), count=7), MixtureSource(Path("d"))]),
+        (
+            "a.json:2, b c.jsonl#7,d",
+            [
+                MixtureSource(Path("a.json"), weight=2.0),
+                MixtureSource(Path("b c.jsonl"), count=7),
+                MixtureSource(Path("d")),
+            ],
+        ),
         (r"C:\data\a.json", [MixtureSource(Path(r"C:\data\a.json"))]),
     ],
-)  # fmt: skip
+)
 def test_paths_with_amounts(text, expected):
     assert read_data_path(text) == expected
 

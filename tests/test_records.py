@@ -1,6 +1,7 @@
 """Rows in every accepted form, and what is said about the others."""
 
 import pytest
+
 from data_helpers import chat
 from records import parse_row
 from row_errors import RowError
@@ -31,21 +32,50 @@ IMAGE = Media("image", 0)
         {"image": {"<image_00>": "a.jpg"}, "conversations": chat("<image_00>\nWhat is it?", "A cat.")},
         {"image": "a.jpg", "conversations": chat("What is it?", "A cat.")},
         {"image": {"<image_00>": "a.jpg"}, "conversations": chat("What is it?", "A cat.")},
-        {"image": "a.jpg", "conversations": [
-            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]},
-        {"image": ["a.jpg"], "conversations": [
-            {"from": "user", "value": "<ImageHere>\nWhat is it?"}, {"from": "assistant", "value": "A cat."}]},
-        {"messages": [
-            {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "\nWhat is it?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]},
-        {"images": ["a.jpg"], "messages": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is it?"}]},
-            {"role": "assistant", "content": "A cat."}]},
-        {"messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}, "\nWhat is it?"]},
-            {"role": "assistant", "content": "A cat."}]},
+        {
+            "image": "a.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A cat."},
+            ],
+        },
+        {
+            "image": ["a.jpg"],
+            "conversations": [
+                {"from": "user", "value": "<ImageHere>\nWhat is it?"},
+                {"from": "assistant", "value": "A cat."},
+            ],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a.jpg"},
+                        {"type": "text", "text": "\nWhat is it?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+            ]
+        },
+        {
+            "images": ["a.jpg"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is it?"}]},
+                {"role": "assistant", "content": "A cat."},
+            ],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}, "\nWhat is it?"],
+                },
+                {"role": "assistant", "content": "A cat."},
+            ]
+        },
     ],
-)  # fmt: skip
+)
 def test_every_form_gives_the_same_conversation(row):
     conversation = parse_row(row)
     assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
@@ -55,16 +85,20 @@ def test_every_form_gives_the_same_conversation(row):
 
 
 def test_pixels_follow_the_order_of_the_text():
-    row = {"image": {"<image_00>": "a", "<image_01>": "b"},
-           "conversations": chat("<image_01> then <image_00>", "x", "again <image_01>", "y")}  # fmt: skip
+    row = {
+        "image": {"<image_00>": "a", "<image_01>": "b"},
+        "conversations": chat("<image_01> then <image_00>", "x", "again <image_01>", "y"),
+    }
     assert values(row) == ["b", "a", "b"]
     assert parts(row) == [Media("image", 0), " then ", Media("image", 1)]
     assert parts(row, 2) == ["again ", Media("image", 2)]
 
 
 def test_images_never_mentioned_go_first_in_the_order_of_the_keys():
-    row = {"image": {"<image_02>": "c", "<image_00>": "a", "<image_01>": "b"},
-           "conversations": chat("Compare <image_01>.", "x", system="s")}  # fmt: skip
+    row = {
+        "image": {"<image_02>": "c", "<image_00>": "a", "<image_01>": "b"},
+        "conversations": chat("Compare <image_01>.", "x", system="s"),
+    }
     assert values(row) == ["c", "a", "b"]
     assert parts(row, 1) == [Media("image", 0), "\n", Media("image", 1), "\nCompare ", Media("image", 2), "."]
     listed = {"images": ["a", "b"], "conversations": chat("Compare <image>.", "x")}
@@ -132,31 +166,59 @@ YES = {"role": "assistant", "content": "Yes"}
         (bad([]), "form", "'conversations' is empty"),
         (bad(["Hi"]), "form", "turn 0 is a text, expected an object with 'role' and 'content'"),
         (bad([{"role": "user"}, YES]), "form", r"turn 0: the content is missing \(null\)"),
-        (bad([{"role": "user", "content": 3}, YES]), "form", "the content is a number, expected a text or a list"),
-        (bad([{"role": "user", "content": [{"type": "audio"}]}, YES]), "form", "part of type 'audio', expected 'text'"),
+        (
+            bad([{"role": "user", "content": 3}, YES]),
+            "form",
+            "the content is a number, expected a text or a list",
+        ),
+        (
+            bad([{"role": "user", "content": [{"type": "audio"}]}, YES]),
+            "form",
+            "part of type 'audio', expected 'text'",
+        ),
         (bad([{"role": "user", "content": [{"type": ["x"]}]}, YES]), "form", r"part of type \['x'\]"),
         (bad([{"role": "user", "content": [7]}, YES]), "form", "part of type a number"),
         (bad([HI, {**YES, "loss": "no"}]), "form", "'loss' is 'no', expected true or false"),
-        (bad([{"role": "cat", "content": "x"}, YES]), "role", "turn 0 has role 'cat', expected 'user', 'assistant'"),
+        (
+            bad([{"role": "cat", "content": "x"}, YES]),
+            "role",
+            "turn 0 has role 'cat', expected 'user', 'assistant'",
+        ),
         (bad([{"content": "x"}, YES]), "role", "turn 0 has role None"),
         (bad([{"role": ["user"], "content": "x"}, YES]), "role", r"turn 0 has role \['user'\]"),
-        (bad([HI, {"role": "tool", "content": "x"}]), "role", "turn 1 has role 'tool'.*Tool turns can't be trained"),
+        (
+            bad([HI, {"role": "tool", "content": "x"}]),
+            "role",
+            "turn 1 has role 'tool'.*Tool turns can't be trained",
+        ),
         (bad([HI, {**YES, "tool_calls": [1]}]), "role", "turn 1 has 'tool_calls'"),
         (bad([HI, HI, YES]), "role", "turn 1 has role 'user', expected 'assistant'"),
         (bad([YES, HI]), "role", "turn 0 has role 'assistant', expected 'user'"),
         (bad([HI, YES, YES]), "role", "turn 2 has role 'assistant', expected 'user'"),
         (bad([HI, YES, HI]), "role", r"the last turn \(turn 2\) has role 'user', expected 'assistant'"),
         (bad([{"role": "system", "content": "x"}]), "role", "the last turn"),
-        (bad([HI, {"role": "system", "content": "x"}, YES]), "role", "turn 1 has role 'system', expected 'assistant'"),
+        (
+            bad([HI, {"role": "system", "content": "x"}, YES]),
+            "role",
+            "turn 1 has role 'system', expected 'assistant'",
+        ),
         (bad(QA), "placeholder", "turn 0 has a <image> for image number 1, but the row has no images"),
-        (bad(chat("<image> <image>", "x"), images=["a"]), "placeholder", "image number 2, but the row has 1 image"),
-        (bad(chat("<image_03>", "x"), images=["a"]), "placeholder", "turn 0 mentions <image_03>, but the row has 1"),
+        (
+            bad(chat("<image> <image>", "x"), images=["a"]),
+            "placeholder",
+            "image number 2, but the row has 1 image",
+        ),
+        (
+            bad(chat("<image_03>", "x"), images=["a"]),
+            "placeholder",
+            "turn 0 mentions <image_03>, but the row has 1",
+        ),
         (bad(chat("<image_01>", "x"), image={"<image_00>": "a"}), "placeholder", "images are '<image_00>'"),
         (bad(chat("<video>", "x"), image="a"), "placeholder", "video number 1, but the row has no videos"),
         (bad(QA, image={"cat": "a"}), "media", "'image' has the key 'cat', expected keys like '<image_00>'"),
         (bad(QA, image="a", images=["b"]), "media", "has both 'image' and 'images'"),
     ],
-)  # fmt: skip
+)
 def test_other_rows_are_refused_with_place_and_remedy(row, kind, message):
     with pytest.raises(RowError, match=message) as caught:
         parse_row(row)

@@ -9,9 +9,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
+
 from data_helpers import chat, write_rows
 from json_errors import explain
-from PIL import Image
 from row_errors import DataError, RowError
 from row_files import JsonRows, open_rows
 

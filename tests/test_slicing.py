@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_slicing import NativeSliceRules
 from PIL import Image
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+from native_slicing import NativeSliceRules
 from row_errors import RowError
 from slicing import SliceRules, choose_grid, cut_into_patches, patch_columns
-from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 SIDES = st.integers(1, 4000)
 

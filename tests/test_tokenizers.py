@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import sentencepiece
+
 from checkpoint import CheckpointError, load_tokenizer, read_config
 from data_helpers import GOLDENS, checkpoint_folder, processing
 from generations import GENERATIONS

@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from data_helpers import chat, processing, supervised_text, write_rows
 from dataset import DataOptions, SupervisedDataset, data_collator
-from PIL import Image
 from row_errors import DataError, RowError
 from video_frames import VideoRules, choose_frames
 
@@ -230,5 +231,5 @@ def test_a_missing_video_package_is_named(tmp_path, monkeypatch):
     write_film(tmp_path / "a.mp4", seconds=1)
     monkeypatch.setitem(sys.modules, "av", None)
     rows = dataset(tmp_path, [{"video": "a.mp4", "conversations": chat("What?", "x")}], "v2_6")
-    with pytest.raises(DataError, match="need the package 'av'.*Run: pip install av"):
+    with pytest.raises(DataError, match=r"need the package 'av'.*Run: pip install av"):
         rows.check_rows()
