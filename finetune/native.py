@@ -15,7 +15,7 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,19 @@ from native_samples import SampleLayout
 from native_vision import encode_slices, normalised, use_slice_modules
 from weights import copy_carried_files
 
-# The class below gets its attributes from transformers' classes, which follow it in the bases.
-_Base = Any if TYPE_CHECKING else object
 
-
-class _NativeMiniCPMV(ChatMixin, _Base):
+class _NativeMiniCPMV(ChatMixin):
     """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
+    # Made by transformers' class.
+    config: Any
+    model: Any
+    lm_head: Any
+    get_input_embeddings: Any
 
     def __init__(self, config: Any):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         self.lm_head = as_lm_head(self.lm_head)
         use_slice_modules(self.model)
         use_packed_delta_nets(self.model.language_model)
@@ -88,7 +90,7 @@ class _NativeMiniCPMV(ChatMixin, _Base):
             A ``MiniCPMVOutput``, or what transformers' forward returns.
         """
         if labels is None and tgt_sizes is None:
-            return super().forward(
+            return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 pixel_values=pixel_values, **self._own_arguments(mm_token_type_ids), **kwargs,
             )  # fmt: skip
@@ -168,13 +170,13 @@ class _NativeMiniCPMV(ChatMixin, _Base):
             kwargs["pixel_values"] = pixel_values
         input_ids = kwargs.get("input_ids", inputs)
         kwargs |= self._own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
     ) -> None:
         """Save as transformers does, with the tokenizer and processor files of the source checkpoint."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
         if is_main_process and self.config.name_or_path:
             copy_carried_files(Path(self.config.name_or_path), Path(save_directory))
 
@@ -242,13 +244,13 @@ def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) ->
     return torch.stack(parts).cpu()
 
 
-class MiniCPMV4_6ForConditionalGeneration(  # noqa: N801, the name that config.json's architectures has
+class MiniCPMV4_6ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801, the name in config.json
     _NativeMiniCPMV, modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
 ):
     """MiniCPM-V 4.6."""
 
 
-class MiniCPMV4_7ForConditionalGeneration(  # noqa: N801
+class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
     _NativeMiniCPMV, modeling_minicpmv4_7.MiniCPMV4_7ForConditionalGeneration
 ):
     """MiniCPM-V 4.7: 4.6 with rotary positions that lay an image's slices out on one canvas."""
