@@ -41,6 +41,15 @@ CASES = ("one_wide", "text_only")
 SLICED = ((8, 8), (4, 8), (4, 8), (4, 8), (4, 8))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small to share among threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=NATIVE)
 def name(request):
     return request.param
