@@ -163,12 +163,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Run one conversation, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
     values = parse_flags(argv)
-    from run_control import set_up_logging, user_errors_as_messages
+    from run_control import RunControl
 
-    set_up_logging()
-    with user_errors_as_messages() as outcome:
-        run(values)
-    return outcome.exit_code
+    control = RunControl()
+    with control.user_errors_as_messages():
+        try:
+            run(values)
+        except KeyboardInterrupt:
+            _say("\n")
+    return control.end()
 
 
 def run(values: argparse.Namespace) -> None:
