@@ -41,14 +41,15 @@ def run(argv: list[str], control: RunControl) -> None:
     from preparation import (
         check_resume,
         finish_adapter,
+        load_data_rules,
         load_datasets,
         load_dtype,
         log_what_trains,
         make_trainer,
+        say_bad_rows,
         say_how_to_continue,
         settle_training_arguments,
     )
-    from processing import load_processing
     from quantized_checkpoints import check_training, stored_quantization
     from run_folder import RunFolder
     from run_record import start_record
@@ -62,9 +63,7 @@ def run(argv: list[str], control: RunControl) -> None:
 
     with training.main_process_first(desc="checkpoint files"):
         folder = resolve_model_folder(model_args.model_name_or_path, cache_dir=training.cache_dir)
-    processing = load_processing(
-        folder, max_slice_nums=training.max_slice_nums, enable_thinking=data_args.enable_thinking
-    )
+    processing = load_data_rules(data_args, training, folder)
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
     quant_bits = lora.quant_bits if lora.q_lora else None
@@ -117,6 +116,7 @@ def run(argv: list[str], control: RunControl) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    say_bad_rows(train_rows, eval_rows)
     record.end("finished", step=trainer.state.global_step)
     run_folder.close()
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arguments import TrainingArguments
+from bad_rows import FILE_NAME as BAD_ROWS_FILE
 from batching import BatchMaker
 from checkpointing import check_continues, run_shape
 from dataset import DataOptions, SupervisedDataset, padding_sample
@@ -18,7 +19,7 @@ from initial_adapter import convert_saved_adapter
 from loss_curve import LossCurve
 from options import DataArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
-from processing import Processing
+from processing import Processing, load_processing
 from rank_watch import RankWatch
 from run_control import StepLog
 from stop_request import command_to_continue
@@ -26,15 +27,36 @@ from trainer import CPMTrainer
 
 logger = logging.getLogger(__name__)
 
+# Fields of DataArguments that DataOptions has by the same name.
+_ROW_OPTIONS = (
+    "overlength", "on_bad_row", "image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation",
+)  # fmt: skip
+
+
+def load_data_rules(data: DataArguments, training: TrainingArguments, folder: Path) -> Processing:
+    """Read from the checkpoint how conversations, images and videos become tokens and patches."""
+    return load_processing(
+        folder,
+        max_slice_nums=training.max_slice_nums,
+        enable_thinking=data.enable_thinking,
+        train_on=data.train_on,
+        video_fps=data.video_fps,
+        max_num_frames=data.max_num_frames,
+    )
+
 
 def load_datasets(
     data: DataArguments, training: TrainingArguments, processing: Processing
 ) -> tuple[SupervisedDataset | None, SupervisedDataset | None]:
     """Read and check the training and the evaluation rows; None for what is not asked for."""
-    options = DataOptions(model_max_length=training.model_max_length, image_folder=data.image_folder)
+    options = DataOptions(
+        model_max_length=training.model_max_length,
+        **{name: getattr(data, name) for name in _ROW_OPTIONS},
+    )
 
     def load(path: str) -> SupervisedDataset:
         rows = SupervisedDataset(path, processing, options)
+        rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
         rows.check_rows()
         return rows
 
@@ -109,6 +131,12 @@ def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | No
     if training.do_train and training.resume_from_checkpoint:
         shape = run_shape(training, len(train_rows))
         check_continues(Path(training.resume_from_checkpoint), shape, skips_data=training.ignore_data_skip)
+
+
+def say_bad_rows(*datasets: SupervisedDataset | None) -> None:
+    """Say how many rows were left out, and why; both data sets write to one list."""
+    read = [rows for rows in datasets if rows is not None]
+    logger.info("%s", read[0].bad_rows.summary())
 
 
 def say_how_to_continue(trainer: CPMTrainer, argv: list[str]) -> None:
