@@ -82,36 +82,65 @@ def resolve_base(
     return resolve_model_folder(name, cache_dir=cache_dir), found
 
 
-def load_for_inference(choice: ModelChoice) -> tuple[Any, Processing]:
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's files, looked at but not loaded.
+
+    Attributes:
+        folder: The base model's folder.
+        adapter: The adapter, or None.
+        processing: The checkpoint's ``Processing``.
+    """
+
+    folder: Path
+    adapter: AdapterFolder | None
+    processing: Processing
+
+
+def find_model(choice: ModelChoice) -> FoundModel:
+    """Find a model's files, and see that they belong together.
+
+    Raises:
+        InferenceError: When no model is named.
+        AdapterError: When the adapter belongs to another model.
+    """
+    folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
+    processing = load_processing(folder, max_slice_nums=choice.max_slice_nums)
+    if adapter is not None:
+        check_base(adapter, folder, processing.generation, allow_other_base=choice.allow_other_base)
+    return FoundModel(folder, adapter, processing)
+
+
+def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> tuple[Any, Processing]:
     """Load a model, with its adapter, ready to answer.
+
+    Args:
+        choice: Which model, and how it is held.
+        found: Its files, if they were looked for already.
 
     Returns:
         The model in eval mode on its device, and the checkpoint's ``Processing``.
 
     Raises:
-        InferenceError: When the device or precision is not there.
-        AdapterError: When the adapter belongs to another model.
+        InferenceError: When the device is not there.
+        AdapterError: When the adapter does not fit.
     """
-    folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
-    processing = load_processing(folder, max_slice_nums=choice.max_slice_nums)
-    generation = processing.generation
-    if adapter is not None:
-        check_base(adapter, folder, generation, allow_other_base=choice.allow_other_base)
+    found = found or find_model(choice)
+    generation, adapter = found.processing.generation, found.adapter
     device = choose_device(choice.device)
     model: Any = load_model(
-        folder,
+        found.folder,
         generation,
-        dtype=choose_dtype(choice.dtype, folder, device),
+        dtype=choose_dtype(choice.dtype, found.folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
     )
     model = model.to(device)
     if adapter is not None:
         model = load_onto(model, adapter)
-    logger.info(
-        "%s on %s, %s%s", generation.title, device, model.dtype, f", with {adapter.path}" if adapter else ""
-    )
-    return model.eval(), processing
+        logger.info("Adapter: %s", adapter.path)
+    logger.info("%s on %s in %s", generation.title, device, str(model.dtype).removeprefix("torch."))
+    return model.eval(), found.processing
 
 
 def choose_device(wish: str) -> torch.device:

@@ -1,0 +1,197 @@
+"""Let a model answer the rows of a data file, and compare with the answers in it.
+
+    python predict.py --model_name_or_path M [--adapter A] --data_path rows.json --output out.jsonl
+    torchrun --nproc_per_node 4 predict.py ...    (the rows are shared out)
+
+Each row's last answer is left out and predicted. A stopped run goes on where it was with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_flags import CommandParser, add_generation_flags, add_model_flags, add_switch, generation_options
+
+logger = logging.getLogger(__name__)
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = CommandParser(prog="predict.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data_path", required=True, help="The rows, in any form that training takes.")
+    parser.add_argument("--output", required=True, help="The file to write: one JSON object per row.")
+    parser.add_argument(
+        "--image_folder", help="What relative image paths start from. Unset: the data file's folder."
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="Rows answered at once by each process.")
+    parser.add_argument("--limit", type=int, help="Answer only the first rows, so many. Unset: all.")
+    add_switch(parser, "--overwrite", default=False, help="Start over where the output is there already.")
+    add_model_flags(parser)
+    add_generation_flags(parser, sampling=False, max_new_tokens=256)
+    values = parser.parse_args(argv)
+    for name in ("batch_size", "limit", "max_new_tokens"):
+        if getattr(values, name) is not None and getattr(values, name) < 1:
+            parser.error(f"--{name} is {getattr(values, name)}, expected at least 1")
+    return values
+
+
+def main(argv: list[str]) -> int:
+    """Run one prediction, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
+    values = parse_flags(argv)
+    from run_control import RunControl
+
+    control = RunControl()
+    logger.setLevel(logging.INFO)
+    with control.user_errors_as_messages():
+        run(values)
+    return control.end()
+
+
+def run(values: argparse.Namespace) -> None:
+    """The steps of a prediction, in their order."""
+    from transformers import set_seed
+
+    from inference import ModelChoice, find_model, load_for_inference
+    from metrics import mean_scores
+    from prediction_file import PredictionFile
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
+    with _after_first_process(rank, world):
+        if rank == 0:
+            file.prepare(_settings(values), overwrite=values.overwrite)
+    set_seed(values.seed + rank)
+    choice = ModelChoice.of(values)
+    found = find_model(choice)
+    rows = _rows(values, found.processing)
+    done = {line["row"] for line in file.done()}
+    wanted = range(len(rows) if values.limit is None else min(values.limit, len(rows)))
+    mine = [index for index in wanted if index not in done][rank::world]
+    if done:
+        logger.info("%d of %d rows are answered already.", len(done & set(wanted)), len(wanted))
+    rows.check(mine)
+    model, _ = load_for_inference(choice, found)
+    for lines in answered(
+        model, rows, mine, batch_size=values.batch_size, options=generation_options(values)
+    ):
+        file.append(lines)
+    _wait_for_all(world)
+    if rank == 0:
+        scores = mean_scores(line["scores"] for line in file.all_lines() if line["scores"])
+        lines = file.finish(scores)
+        sys.stdout.write(_summary(lines, scores))
+    _wait_for_all(world)
+
+
+def answered(
+    model: Any,
+    rows: Any,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    options: dict[str, Any],
+    synced: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answer rows batch by batch.
+
+    Args:
+        model: The model.
+        rows: A ``PredictionRows``.
+        indices: The rows to answer.
+        batch_size: Rows at once.
+        options: Generation options.
+        synced: See ``decoding.answer``.
+
+    Yields:
+        The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``.
+    """
+    from tqdm.auto import tqdm
+
+    from decoding import answer
+    from metrics import score
+
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    for batch in tqdm(
+        batches, desc="answers", disable=None if int(os.environ.get("RANK", "0")) == 0 else True
+    ):
+        asked = [rows[index] for index in batch]
+        texts = answer(model, rows.processing, [each.sample for each in asked], synced=synced, **options)
+        yield [
+            {
+                "row": each.index,
+                "id": each.row_id,
+                "question": each.question,
+                "answer": each.answer,
+                "prediction": text,
+                "scores": None if each.answer is None else score(text, each.answer),
+            }
+            for each, text in zip(asked, texts, strict=True)
+        ]
+
+
+def _rows(values: argparse.Namespace, processing: Any) -> Any:
+    from dataset import DataOptions
+    from prediction_rows import PredictionRows
+
+    return PredictionRows(
+        values.data_path,
+        processing,
+        DataOptions(model_max_length=None, image_folder=values.image_folder),
+        thinking=values.enable_thinking,
+        system_prompt=values.system_prompt,
+    )
+
+
+def _settings(values: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers; a run goes on only with the same."""
+    names = ("model_name_or_path", "adapter", "data_path", "image_folder")
+    paths = {name: getattr(values, name) for name in names}
+    here = {
+        name: os.path.abspath(value) if value and os.path.exists(value) else value
+        for name, value in paths.items()
+    }
+    rest = ("dtype", "load_4bit", "max_slice_nums", "enable_thinking", "system_prompt", "seed")
+    return here | {name: getattr(values, name) for name in rest} | generation_options(values)
+
+
+def _summary(lines: Sequence[dict[str, Any]], scores: dict[str, float]) -> str:
+    compared = sum(line["scores"] is not None for line in lines)
+    rows = f"{len(lines)} rows answered, {compared} compared with their answers\n"
+    return rows + "".join(f"{name:<12}{value:8.4f}\n" for name, value in scores.items())
+
+
+def _after_first_process(rank: int, world: int) -> Any:
+    """Let rank 0 do the block's work before the other processes go on."""
+    from contextlib import contextmanager
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    @contextmanager
+    def order() -> Iterator[None]:
+        if world > 1 and not dist.is_initialized():
+            # For waiting alone, as long as the slowest needs; the processes exchange no tensors.
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        try:
+            yield
+        finally:
+            _wait_for_all(world)
+
+    return order()
+
+
+def _wait_for_all(world: int) -> None:
+    import torch.distributed as dist
+
+    if world > 1:
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
