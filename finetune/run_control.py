@@ -171,6 +171,8 @@ def _log_to_screen() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
     for name in (*_own_modules(), step_logger.name):
         logging.getLogger(name).setLevel(logging.INFO)
+    # Says on every CPU that a faster kernel could be downloaded (0.50).
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for text in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
 
