@@ -9,6 +9,7 @@ transformers' on the same parameters. Letters: N patches or tokens of all slices
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ class SliceMerger(nn.Module):
             target_sizes: [S, 2] (rows, columns) in tokens.
 
         Returns:
-            S tensors [tokens of the slice, LLM width].
+            One tensor [tokens of all slices, LLM width] in a list. transformers' merger gives a tensor per
+            slice; but DeepSpeed waits for the other ranks once per tensor that a module gives.
         """
         grids = [(int(rows), int(columns)) for rows, columns in target_sizes.tolist()]
         merged = hidden_states[0]
@@ -109,7 +111,7 @@ class SliceMerger(nn.Module):
             blocks = blocks + starts.repeat_interleave(sizes)[:, None]
             merged = mlp(merged[blocks.to(merged.device, non_blocking=True)].flatten(1))
             grids = [(rows // down, columns // across) for rows, columns in grids]
-        return list(merged.split([rows * columns for rows, columns in grids]))
+        return [merged]
 
 
 def _block_order(rows: int, columns: int, down: int, across: int) -> Tensor:
@@ -160,9 +162,10 @@ def encode_slices(model: Any, pixel_values: Tensor, grids: Sequence[tuple[int, i
         pixel_values = torch.zeros(shape, dtype=torch.uint8, device=model.device)
     layout = SliceLayout.of(grids)
     pixels = normalised(pixel_values, model.vision_tower.dtype, layout)
-    found = model.get_image_features(pixels, torch.tensor(layout.grids), layout=layout).pooler_output
-    features = torch.cat([found[place] for place in sorted(range(len(found)), key=layout.order.__getitem__)])
-    return features[:count] + _skipped_merger(model)
+    (features,) = model.get_image_features(pixels, torch.tensor(layout.grids), layout=layout).pooler_output
+    merged = sum(layout.lengths) // features.shape[0]
+    tokens = replace(layout, lengths=tuple(length // merged for length in layout.lengths))
+    return tokens.restore(features)[:count] + _skipped_merger(model)
 
 
 def _smallest_grid(config: Any) -> tuple[int, int]:
