@@ -110,7 +110,7 @@ def _rates(training: Namespace) -> Iterator[str]:
             switch = "use_lora" if flag == "lora_lr_ratio" else f"tune_{flag.removesuffix('_lr')}"
             yield f"--{flag} is given, but --{switch} is false: set it to true, or leave --{flag} out."
     if training.embed_lr is not None and not (training.tune_llm or training.use_lora):
-        yield "--embed_lr is given, but the token embeddings don't train: they do with --tune_llm or --use_lora."
+        yield "--embed_lr is given, but the embeddings don't train: they do with --tune_llm or --use_lora."
     for flag in (*switches, "embed_lr"):
         value = getattr(training, flag)
         if value is not None and not (math.isfinite(value) and value >= 0):

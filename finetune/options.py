@@ -8,12 +8,19 @@ Each default that differs from the official finetune.py is named in the class do
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 from generations import LLM_TYPES
+from lora_options import OFFICIAL_LORA_TARGETS, LoraArguments
 
-OFFICIAL_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+__all__ = [
+    "OFFICIAL_LORA_TARGETS",
+    "DataArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "RunOptions",
+    "TuningOptions",
+]
 
 
 @dataclass
@@ -25,8 +32,8 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="openbmb/MiniCPM-V-2",
         metadata={
-            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id (owner/name): "
-            "any generation from 2.0 to 4.7."
+            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id "
+            "(owner/name): any generation from 2.0 to 4.7."
         },
     )
     attn_implementation: str = field(
@@ -48,8 +55,9 @@ class DataArguments:
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder; with #count or :weight "
-            "behind it; several, separated by commas; or a .txt list of them (README, 'Your data')."
+            "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder; with "
+            "#count or :weight behind it; several, separated by commas; or a .txt list of them (README, "
+            "'Your data')."
         },
     )
     eval_data_path: str | None = field(
@@ -58,7 +66,9 @@ class DataArguments:
     )
     image_folder: str | None = field(
         default=None,
-        metadata={"help": "Folder that relative image paths start from. Default: the folder of the data file."},
+        metadata={
+            "help": "Folder that relative image paths start from. Default: the folder of the data file."
+        },
     )
     allow_remote_images: bool = field(
         default=False, metadata={"help": "Fetch images whose path is an http(s) address."}
@@ -70,42 +80,46 @@ class DataArguments:
     exif_orientation: str = field(
         default="auto",
         metadata={
-            "help": "Whether a photograph's orientation tag turns it. auto: as the generation's released inference "
-            "does (only 4.6 and 4.7 turn it).",
+            "help": "Whether a photograph's orientation tag turns it. auto: as the generation's released "
+            "inference does (only 4.6 and 4.7 turn it).",
             "choices": ["auto", "apply", "ignore"],
         },
     )
     overlength: str = field(
         default="truncate",
         metadata={
-            "help": "Rows over --model_max_length. truncate: cut at the end, never inside an image; drop: left out, "
-            "and counted; error: stop; shrink_slices: cut images into fewer slices first.",
+            "help": "Rows over --model_max_length. truncate: cut at the end, never inside an image; "
+            "drop: left out, and counted; error: stop; shrink_slices: cut images into fewer slices first.",
             "choices": ["truncate", "drop", "error", "shrink_slices"],
         },
     )
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "Rows that can't be used. error: stop before training and name them; skip: leave them out, and "
-            "list them in <output_dir>/bad_rows.jsonl. Images that break while training are always left out.",
+            "help": "Rows that can't be used. error: stop before training and name them; skip: leave "
+            "them out, and list them in <output_dir>/bad_rows.jsonl. Images that break while training "
+            "are always left out.",
             "choices": ["error", "skip"],
         },
     )
     train_on: str = field(
         default="all_turns",
         metadata={
-            "help": "Which answers of a conversation are learned. A turn with \"loss\": false never is.",
+            "help": 'Which answers of a conversation are learned. A turn with "loss": false never is.',
             "choices": ["all_turns", "last_turn"],
         },
     )
     video_fps: float | None = field(
         default=None,
-        metadata={"help": "Frames taken per second of video. Default: as the generation's released inference."},
+        metadata={
+            "help": "Frames taken per second of video. Default: as the generation's released inference."
+        },
     )
     max_num_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Most frames of a video (V-4.5: packs of frames). Default: as the generation's released inference."
+            "help": "Most frames of a video (V-4.5: packs of frames). Default: as the generation's "
+            "released inference."
         },
     )
     enable_thinking: str = field(
@@ -158,8 +172,8 @@ class TuningOptions:
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Put several samples into one row of --model_max_length tokens, without letting them see each "
-            "other. --per_device_train_batch_size then counts such rows. Evaluation is never packed."
+            "help": "Put several samples into one row of --model_max_length tokens, without letting them "
+            "see each other. --per_device_train_batch_size then counts such rows. Evaluation is never packed."
         },
     )
     packing_window: int = field(
@@ -197,8 +211,8 @@ class TuningOptions:
     lora_lr_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "LoRA+: the B matrices train with --learning_rate times this (16 is usual), the A matrices "
-            "with --learning_rate. Default: both alike."
+            "help": "LoRA+: the B matrices train with --learning_rate times this (16 is usual), the A "
+            "matrices with --learning_rate. Default: both alike."
         },
     )
     use_lora: bool = field(
@@ -247,7 +261,8 @@ class RunOptions:
         default="stop",
         metadata={
             "help": "What happens when a step's loss or gradient norm is NaN or infinite. The step is never "
-            "applied, and its rows are named. stop: the third such step in a row ends the run; skip: it goes on.",
+            "applied, and its rows are named. stop: the third such step in a row ends the run; skip: it "
+            "goes on.",
             "choices": ["stop", "skip"],
         },
     )
@@ -261,114 +276,3 @@ class RunOptions:
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "The name of a batch's labels; always labels."}
     )
-
-
-@dataclass
-class LoraArguments:
-    """The adapters; read only with ``--use_lora true``."""
-
-    _argument_group_name = "LoRA (with --use_lora true)"
-
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=64, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout in front of each adapter, from 0 to below 1."}
-    )
-    lora_target_modules: str = field(
-        default=OFFICIAL_LORA_TARGETS,
-        metadata={
-            "help": "Regular expression over whole module names; or all-linear: every linear layer of the "
-            "language model."
-        },
-    )
-    lora_weight_path: str = field(
-        default="", metadata={"help": "Folder of an adapter to continue from. Empty: a new adapter."}
-    )
-    lora_bias: str = field(
-        default="none",
-        metadata={
-            "help": "Which biases train: none, those of the adapted layers (lora_only), or all.",
-            "choices": ["none", "lora_only", "all"],
-        },
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale adapters by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."}
-    )
-    use_dora: bool = field(
-        default=False,
-        metadata={"help": "Train the magnitude of each weight beside its direction (DoRA); slower, often better."},
-    )
-    init_lora_weights: str = field(
-        default="true",
-        metadata={
-            "help": "How adapters start: true (B is zero), gaussian, pissa, pissa_niter_<n>, olora. From pissa and "
-            "olora the saved adapter is converted, at twice the rank, so that it fits the unchanged base."
-        },
-    )
-    q_lora: bool = field(
-        default=False, metadata={"help": "Hold the frozen language model in 4 or 8 bit (QLoRA)."}
-    )
-    quant_bits: int = field(
-        default=4, metadata={"help": "Bits per weight with --q_lora true.", "choices": [4, 8]}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules trained in full and saved with the adapter, separated by spaces or commas. "
-            "Default: resampler and token embeddings, and the vision tower with --tune_vision true. none: a "
-            "plain adapter, as inference servers want."
-        },
-    )
-    lora_layer_replication: str | None = field(
-        default=None,
-        metadata={"help": "Build a taller model from layer ranges, as JSON: [[0, 16], [8, 24]]."},
-    )
-    lora_layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Adapt only these layers, by number from 0. Default: all."}
-    )
-    lora_layers_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Name of the module list that --lora_layers_to_transform counts in (layers)."},
-    )
-
-    @property
-    def modules_to_save(self) -> list[str] | None:
-        """The list behind ``--lora_modules_to_save``: None is the official default, [] is none.
-
-        Example:
-            >>> LoraArguments(lora_modules_to_save=["resampler,embed_tokens"]).modules_to_save
-            ['resampler', 'embed_tokens']
-            >>> LoraArguments(lora_modules_to_save=["none"]).modules_to_save
-            []
-        """
-        if self.lora_modules_to_save is None:
-            return None
-        names = [name for text in self.lora_modules_to_save for name in text.split(",") if name]
-        return [] if names == ["none"] else names
-
-    @property
-    def layer_replication(self) -> list[tuple[int, int]] | None:
-        """The ranges behind ``--lora_layer_replication``.
-
-        Raises:
-            ValueError: When the text is not a JSON list of [start, end) pairs.
-
-        Example:
-            >>> LoraArguments(lora_layer_replication="[[0, 2], [1, 3]]").layer_replication
-            [(0, 2), (1, 3)]
-        """
-        if self.lora_layer_replication is None:
-            return None
-        try:
-            pairs = [(start, end) for start, end in json.loads(self.lora_layer_replication)]
-        except (TypeError, ValueError) as error:
-            raise ValueError(self._replication_problem()) from error
-        if not pairs or not all(type(x) is int and 0 <= x for pair in pairs for x in pair):
-            raise ValueError(self._replication_problem())
-        return pairs
-
-    def _replication_problem(self) -> str:
-        return (
-            f"--lora_layer_replication is {self.lora_layer_replication!r}, expected a JSON list of layer "
-            "ranges such as [[0, 16], [8, 24]]."
-        )
