@@ -6,12 +6,11 @@ of video frames shares one), L a slice's patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +23,8 @@ from pictures import Picture
 from placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
 from prompts import Piece, PromptOptions, PromptWriter
 from row_errors import OVER_LONG, DroppedRowError, RowError
-from slicing import Layout, Rules, cut_into_patches, patch_columns
+from sample_tensors import patches_of, temporal_ids, token_types
+from slicing import Layout, Rules
 from turns import Turn, media_of
 from video_frames import VideoRules, video_rules
 
@@ -89,8 +89,7 @@ class Processing:
         Raises:
             RowError: When the conversation can't be used.
         """
-        plan = self.plan(turns, pictures, limit=limit, overlength=overlength)
-        return {**self._sample(plan), "labels": torch.tensor(plan.encoded.labels, dtype=torch.int64)}
+        return self.finish(self.plan(turns, pictures, limit=limit, overlength=overlength))
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image], *, thinking: bool = False
@@ -156,6 +155,10 @@ class Processing:
             )
         return plan
 
+    def finish(self, plan: Plan) -> Sample:
+        """Decode a plan's pictures, and give the training sample; see ``encode``."""
+        return {**self._sample(plan), "labels": torch.tensor(plan.encoded.labels, dtype=torch.int64)}
+
     def _fitted(
         self, plan: Plan, pieces: Sequence[Piece], turns: Sequence[Turn], *, limit: int, overlength: str
     ) -> Plan:
@@ -220,58 +223,19 @@ class Processing:
         sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
         sample = {
             "input_ids": input_ids,
-            "pixel_values": self._pixels(pictures, layouts),
+            "pixel_values": patches_of(pictures, layouts, self.rules.patch_size),
             "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
             "image_bound": torch.tensor(encoded.image_bound, dtype=torch.int64).reshape(-1, 2),
         }
         if self.generation.name == "v4_7":
-            sample["mm_token_type_ids"] = self._token_types(input_ids)
+            sample["mm_token_type_ids"] = token_types(input_ids, self.tokenizer, self.style)
         if any(picture.packs for picture in pictures):
-            times = list(_temporal_ids(pictures, layouts))
-            sample["temporal_ids"] = torch.tensor(times, dtype=torch.int64).reshape(-1, 2)
+            sample["temporal_ids"] = temporal_ids(pictures, layouts)
         return sample
-
-    def _pixels(self, pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]) -> torch.Tensor:
-        total = sum(patch_columns(layout) for frames in layouts for layout in frames)
-        pixels = np.empty((3, self.rules.patch_size, total), dtype=np.uint8)
-        start = 0
-        for picture, frames in zip(pictures, layouts, strict=True):
-            for image, layout in zip(picture.frames(), frames, strict=True):
-                end = start + patch_columns(layout)
-                cut_into_patches(image, layout, pixels[:, :, start:end])
-                start = end
-        return torch.from_numpy(pixels)
-
-    def _token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """0 for text, 1 for image tokens, 2 for video tokens, as transformers' processor of 4.7 gives."""
-        types = torch.zeros_like(input_ids)
-        types[input_ids == self.tokenizer.convert_tokens_to_ids(self.style.pad)] = 1
-        types[input_ids == self.tokenizer.convert_tokens_to_ids(self.style.video_pad)] = 2
-        return types
 
 
 def _as_pictures(pictures: Sequence[Picture | Image.Image]) -> tuple[Picture, ...]:
     return tuple(picture if isinstance(picture, Picture) else Picture.of(picture) for picture in pictures)
-
-
-def _temporal_ids(
-    pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]
-) -> Iterator[tuple[int, int]]:
-    """For every slice, the run it belongs to and its time index, -1 for stills.
-
-    Packed frames are never cut (their rules say one slice), so a frame is a slice.
-    """
-    run = 0
-    for picture, frames in zip(pictures, layouts, strict=True):
-        if picture.packs is None:
-            for _ in (size for layout in frames for size in layout.tgt_sizes):
-                yield run, -1
-                run += 1
-            continue
-        for pack in picture.packs:
-            for time in pack:
-                yield run, time
-            run += 1
 
 
 def load_processing(

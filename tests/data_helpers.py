@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from processing import Processing, load_processing
+from records import parse_row
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 IMAGES = GOLDENS / "images"
@@ -48,3 +49,12 @@ def chat(*texts: str, system: str | None = None) -> list[dict[str, str]]:
 def supervised_text(sample, tokenizer) -> str:
     labels = sample["labels"]
     return tokenizer.decode(labels[labels != -100])
+
+
+def turns_of(messages, **row):
+    return parse_row({"conversations": messages, **row}).turns
+
+
+def encoded(name, messages, images=(), row=None, **options):
+    prepared = processing(name, **options)
+    return prepared.encode(turns_of(messages, **(row or {})), images), prepared.tokenizer

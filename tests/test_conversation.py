@@ -7,34 +7,22 @@ from PIL import Image
 
 from checkpoint import CheckpointError
 from conversation import IGNORE_INDEX, truncate
-from data_helpers import ALL, chat, processing, supervised_text
+from data_helpers import ALL, chat, encoded, processing, supervised_text, turns_of
 from pictures import Picture
 from prompts import PromptWriter
-from records import parse_row
 from row_errors import DroppedRowError, RowError
 from slicing import SliceRules
 from turns import Turn
 
 TURN_END = {"v2": "</s>", "v2_5": "<|eot_id|>"}
-THINKING = ("v4_5", "v4_6", "v4_7")
-THOUGHTFUL = "<think>\nOne, two.\n</think>\n\nTwo cats."
 
 
 def turn_end(name):
     return TURN_END.get(name, "<|im_end|>")
 
 
-def turns_of(messages, **row):
-    return parse_row({"conversations": messages, **row}).turns
-
-
 def picture(width=60, height=40):
     return Image.new("RGB", (width, height), (90, 120, 40))
-
-
-def encoded(name, messages, images=(), row=None, **options):
-    prepared = processing(name, **options)
-    return prepared.encode(turns_of(messages, **(row or {})), images), prepared.tokenizer
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -124,55 +112,6 @@ def test_default_system_lines_come_from_the_template():
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     text = processing("o2_6").tokenizer.decode(encoded("o2_6", chat("Hi", "Yes."))[0]["input_ids"])
     assert "You are Qwen, created by Alibaba Cloud." in text
-
-
-# --- thinking ---
-
-
-@pytest.mark.parametrize("name", THINKING)
-def test_an_answer_without_thoughts_follows_the_empty_think_block(name):
-    sample, tokenizer = encoded(name, chat("How many?", "Two cats."))
-    text = tokenizer.decode(sample["input_ids"])
-    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nTwo cats.<|im_end|>\n")
-    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>"
-
-
-@pytest.mark.parametrize("name", THINKING)
-def test_an_answer_with_thoughts_trains_with_them(name):
-    sample, tokenizer = encoded(name, chat("How many?", THOUGHTFUL))
-    assert tokenizer.decode(sample["input_ids"]).endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
-    assert supervised_text(sample, tokenizer) == f"{THOUGHTFUL}<|im_end|>"
-
-
-@pytest.mark.parametrize("name", THINKING)
-def test_enable_thinking_false_trains_without_thoughts(name):
-    sample, tokenizer = encoded(name, chat("How many?", THOUGHTFUL), enable_thinking="false")
-    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>"
-    assert tokenizer.decode(sample["input_ids"]).count("<think>") == 1
-
-
-def test_enable_thinking_true_asks_for_thoughts_of_every_answer():
-    sample, tokenizer = encoded("v4_5", chat("How many?", "Two cats."), enable_thinking="true")
-    assert tokenizer.decode(sample["input_ids"]).endswith("<|im_start|>assistant\nTwo cats.<|im_end|>\n")
-
-
-def test_a_template_that_opens_the_think_block_does_not_get_a_second_one():
-    prepared = processing("v4_6")
-    template = prepared.tokenizer.chat_template
-    prepared.tokenizer.chat_template = template.replace(
-        "<think>\n\n</think>\n\n", "<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}"
-    )
-    try:
-        writer = PromptWriter(prepared.tokenizer, prepared.generation)
-        text = "".join(piece.text for piece in writer.training_pieces(turns_of(chat("Hi", THOUGHTFUL))))
-        assert text.endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
-    finally:
-        prepared.tokenizer.chat_template = template
-
-
-def test_thoughts_of_earlier_answers_are_left_out_as_the_template_does():
-    sample, tokenizer = encoded("v4_5", chat("How many?", THOUGHTFUL, "Sure?", "Yes."))
-    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>Yes.<|im_end|>"
 
 
 # --- what is learned ---

@@ -1,0 +1,97 @@
+"""Look at a data set as training will see it, without a model and without a GPU.
+
+    python inspect_data.py --model_name_or_path M --data_path D [--report report.html] [--json rows.json]
+    [--show 0]
+
+Reads every row in parallel: problems by kind with row numbers, lengths, slices, what --model_max_length and
+--max_slice_nums should be, how much of a batch is padding. The exit code is 1 when a row can't be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+
+from command_flags import CommandParser, add_switch
+from data_flags import DataFlags
+
+_TYPES = {"str": str, "int": int, "float": float}
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; flags of training that say nothing about data are named and ignored."""
+    parser = CommandParser(prog="inspect_data.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model_name_or_path", required=True, help="The checkpoint: a folder or a hub id.")
+    parser.add_argument("--data_path", required=True, help="The rows, in any form that finetune.py takes.")
+    parser.add_argument(
+        "--model_max_length", type=int, default=2048, help="Longest sequence, in tokens; 0 for no limit."
+    )
+    parser.add_argument(
+        "--max_slice_nums",
+        type=int,
+        help="Most slices an image is cut into. Unset: the checkpoint's own, mostly 9.",
+    )
+    parser.add_argument(
+        "--per_device_train_batch_size",
+        type=int,
+        default=1,
+        help="Rows in a batch, for the share of padding.",
+    )
+    parser.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
+    _add_data_flags(parser)
+    output = parser.add_argument_group("Output")
+    output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
+    output.add_argument(
+        "--json",
+        help="Write a JSON file: a summary, and per row input_ids, labels, image_bound, tgt_sizes and the "
+        "SHA-256 of "
+        "each slice's uint8 pixels, or its problem.",
+    )
+    output.add_argument(
+        "--show", type=int, nargs="+", default=[], metavar="N",
+        help="Only print these rows as the model will see them, numbered from 0 through all files: the "
+        "prompt with "
+        "placeholders folded, supervised text in [[ ]]. The slices go to sample_N.png in the current folder.",
+    )  # fmt: skip
+    output.add_argument(
+        "--workers", type=int, help="Processes that read rows. Unset: one per core, at most 16."
+    )
+    values, rest = parser.parse_known_args(argv)
+    ignored = [word for word in rest if word.startswith("--")]
+    if ignored:
+        sys.stderr.write(f"ignored, as they say nothing about data: {' '.join(ignored)}\n")
+    return values
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``DataFlags``, with their own help texts."""
+    group = parser.add_argument_group("Data, as in training")
+    for one in fields(DataFlags):
+        kind = str(one.type).removesuffix(" | None")
+        text, choices = one.metadata["help"].replace("%", "%%"), one.metadata.get("choices")
+        if kind == "bool":
+            add_switch(group, f"--{one.name}", default=one.default, help=text)
+        else:
+            group.add_argument(
+                f"--{one.name}", type=_TYPES[kind], default=one.default, choices=choices, help=text
+            )
+
+
+def main(argv: list[str]) -> int:
+    """Inspect a data set; give the exit code: 1 for rows that can't be used, or a mistake of the user's."""
+    values = parse_flags(argv)
+    # Imported here: torch and transformers take seconds that --help need not wait for.
+    from run_control import RunControl
+
+    control = RunControl()
+    bad = 0
+    with control.user_errors_as_messages():
+        from inspection import inspect
+
+        bad = inspect(values)
+    return control.end() or min(bad, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
