@@ -110,6 +110,10 @@ class UnknownCheckpointError(ValueError):
     """A config.json that is none of the generations this project trains."""
 
 
+class LlmTypeError(ValueError):
+    """An --llm_type that contradicts the checkpoint."""
+
+
 def detect_generation(config: dict[str, Any], tokens: Collection[str] = ()) -> Generation:
     """Tell the generation of a checkpoint from its config.json, never from its path.
 
@@ -175,10 +179,10 @@ def check_llm_type(generation: Generation, llm_type: str) -> None:
     """Refuse an ``--llm_type`` that contradicts the checkpoint.
 
     Raises:
-        ValueError: When the value belongs to another generation; the message says which is right.
+        LlmTypeError: When the value belongs to another generation; the message says which is right.
     """
     if llm_type != "auto" and llm_type not in generation.accepted_llm_types:
-        raise ValueError(
+        raise LlmTypeError(
             f"--llm_type {llm_type} does not fit this checkpoint, which is {generation.title}: expected "
             f"--llm_type {' or '.join(generation.accepted_llm_types)} (or auto, the default)."
         )

@@ -23,6 +23,10 @@ _HUB_PATTERNS = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _HUB_WEIGHTS = ("*.safetensors", "*.bin")
 
 
+class ModelPathError(ValueError):
+    """A --model_name_or_path that leads to no checkpoint."""
+
+
 def resolve_model_folder(name_or_path: str, *, cache_dir: str | None = None, weights: bool = True) -> Path:
     """Give the folder of a checkpoint, downloading it first when it is a hub id.
 
@@ -35,17 +39,17 @@ def resolve_model_folder(name_or_path: str, *, cache_dir: str | None = None, wei
         weights: False fetches the configuration and tokenizer files alone.
 
     Raises:
-        ValueError: When it is neither; the message says which of the two was tried.
+        ModelPathError: When it is neither; the message says which of the two was tried.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
+            raise ModelPathError(
                 f"--model_name_or_path {name_or_path}: the folder has no config.json. Expected a MiniCPM-V checkpoint."
             )
         return folder.resolve()
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        raise ValueError(
+        raise ModelPathError(
             f"--model_name_or_path {name_or_path}: no such folder. Give a checkpoint's folder, or a hub id "
             "like openbmb/MiniCPM-V-2_6."
         )
@@ -62,7 +66,7 @@ def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
             patterns = [*_HUB_PATTERNS, _HUB_WEIGHTS[0] if has_safetensors else _HUB_WEIGHTS[1]]
             folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise ModelPathError(
             f"--model_name_or_path {hub_id}: no such folder here, and the hub did not give it ({error}). Check the "
             "name; without a network, download the checkpoint elsewhere and give its folder."
         ) from error

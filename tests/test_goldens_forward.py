@@ -149,3 +149,29 @@ def test_parameter_names_and_shapes_are_the_released_ones(generation):
     found.pop("resampler.pos_embed", None)
     expected.pop("resampler.pos_embed", None)
     assert found == expected
+
+
+# Measured against the reference's eager attention; bf16 keeps 8 bits of mantissa.
+SDPA_LOGIT_TOLERANCE = 3e-5  # 7.4e-6
+BF16_LOSS_TOLERANCE = 0.02  # 0.0054, relative (v2_5 single)
+
+
+@pytest.mark.parametrize("generation", SIX)
+def test_sdpa_attention_gives_the_same_logits(generation):
+    model, about = golden_model(generation, attention="sdpa")
+    for case in about["cases"]:
+        batch, _ = full_batch(generation, case, about)
+        del batch["labels"]
+        assert logit_error(generation, case, model(**batch).logits) < SDPA_LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("generation", SIX)
+def test_bf16_is_near(generation):
+    model, about = golden_model(generation, attention="sdpa", dtype=torch.bfloat16)
+    for case, info in about["cases"].items():
+        batch, _ = full_batch(generation, case, about)
+        output = model(**batch)
+        output.loss.backward()
+        print(f"\n{generation} {case}: bf16 loss off by {abs(output.loss.item() / info['loss'] - 1):.1e}")
+        assert output.loss.item() == pytest.approx(info["loss"], rel=BF16_LOSS_TOLERANCE)
+        assert all(value.grad.isfinite().all() for value in model.parameters() if value.grad is not None)
