@@ -153,7 +153,7 @@ def test_parameter_names_and_shapes_are_the_released_ones(generation):
 
 # Measured against the reference's eager attention; bf16 keeps 8 bits of mantissa.
 SDPA_LOGIT_TOLERANCE = 3e-5  # 7.4e-6
-BF16_LOSS_TOLERANCE = 0.02  # 0.0054, relative (v2_5 single)
+BF16_LOSS_TOLERANCE = 0.01  # 0.0016, relative (v4 single)
 
 
 @pytest.mark.parametrize("generation", SIX)
