@@ -106,19 +106,10 @@ class DataFlags:
             "180 packs of up to 3 frames for V-4.5."
         },
     )
-    downsample_mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "4.6 and 4.7: patches that become one token. Default: the checkpoint's own, usually "
-            "16x. 4x keeps "
-            "four times as many image tokens.",
-            "choices": ["4x", "16x"],
-        },
-    )
 
     def processing_options(self) -> dict[str, Any]:
         """The keyword arguments of ``load_processing`` that these flags decide."""
-        names = ("enable_thinking", "train_on", "downsample_mode", "video_fps", "max_num_frames")
+        names = ("enable_thinking", "train_on", "video_fps", "max_num_frames")
         return {name: getattr(self, name) for name in names}
 
     def data_options(self, model_max_length: int | None) -> DataOptions:

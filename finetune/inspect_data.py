@@ -30,7 +30,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_slice_nums",
         type=int,
-        help="Most slices an image is cut into. Unset: the checkpoint's own, mostly 9.",
+        default=9,
+        help="Most slices an image is cut into, the overview not counted.",
     )
     parser.add_argument(
         "--per_device_train_batch_size",

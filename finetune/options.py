@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data_flags import DataFlags
 from generations import LLM_TYPES
 from lora_options import OFFICIAL_LORA_TARGETS, LoraArguments
 
@@ -47,8 +48,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which rows are learned from, and how they become text."""
+class DataArguments(DataFlags):
+    """Which rows are learned from, and how they become samples."""
 
     _argument_group_name = "Data"
 
@@ -63,73 +64,6 @@ class DataArguments:
     eval_data_path: str | None = field(
         default=None,
         metadata={"help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy."},
-    )
-    image_folder: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that relative image paths start from. Default: the folder of the data file."
-        },
-    )
-    allow_remote_images: bool = field(
-        default=False, metadata={"help": "Fetch images whose path is an http(s) address."}
-    )
-    max_image_pixels: int = field(
-        default=178_956_970,
-        metadata={"help": "Most pixels an image may have; larger ones make a bad row. 0: no limit."},
-    )
-    exif_orientation: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether a photograph's orientation tag turns it. auto: as the generation's released "
-            "inference does (only 4.6 and 4.7 turn it).",
-            "choices": ["auto", "apply", "ignore"],
-        },
-    )
-    overlength: str = field(
-        default="truncate",
-        metadata={
-            "help": "Rows over --model_max_length. truncate: cut at the end, never inside an image; "
-            "drop: left out, and counted; error: stop; shrink_slices: cut images into fewer slices first.",
-            "choices": ["truncate", "drop", "error", "shrink_slices"],
-        },
-    )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "Rows that can't be used. error: stop before training and name them; skip: leave "
-            "them out, and list them in <output_dir>/bad_rows.jsonl. Images that break while training "
-            "are always left out.",
-            "choices": ["error", "skip"],
-        },
-    )
-    train_on: str = field(
-        default="all_turns",
-        metadata={
-            "help": 'Which answers of a conversation are learned. A turn with "loss": false never is.',
-            "choices": ["all_turns", "last_turn"],
-        },
-    )
-    video_fps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Frames taken per second of video. Default: as the generation's released inference."
-        },
-    )
-    max_num_frames: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most frames of a video (V-4.5: packs of frames). Default: as the generation's "
-            "released inference."
-        },
-    )
-    enable_thinking: str = field(
-        default="auto",
-        metadata={
-            "help": "Thinking mode of V-4.5, 4.6 and 4.7. auto: an answer that holds <think>...</think> is "
-            "trained with it, any other with the empty think block; true, false: the prompt of that mode for "
-            "every row.",
-            "choices": ["auto", "true", "false"],
-        },
     )
 
 

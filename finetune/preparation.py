@@ -13,7 +13,7 @@ from arguments import TrainingArguments
 from bad_rows import FILE_NAME as BAD_ROWS_FILE
 from batching import BatchMaker
 from checkpointing import check_continues, run_shape
-from dataset import DataOptions, SupervisedDataset, padding_sample
+from dataset import SupervisedDataset, padding_sample
 from generations import Generation
 from initial_adapter import convert_saved_adapter
 from loss_curve import LossCurve
@@ -27,21 +27,13 @@ from trainer import CPMTrainer
 
 logger = logging.getLogger(__name__)
 
-# Fields of DataArguments that DataOptions has by the same name.
-_ROW_OPTIONS = (
-    "overlength", "on_bad_row", "image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation",
-)  # fmt: skip
-
 
 def load_data_rules(data: DataArguments, training: TrainingArguments, folder: Path) -> Processing:
     """Read from the checkpoint how conversations, images and videos become tokens and patches."""
     return load_processing(
         folder,
         max_slice_nums=training.max_slice_nums,
-        enable_thinking=data.enable_thinking,
-        train_on=data.train_on,
-        video_fps=data.video_fps,
-        max_num_frames=data.max_num_frames,
+        **data.processing_options(),
     )
 
 
@@ -49,10 +41,7 @@ def load_datasets(
     data: DataArguments, training: TrainingArguments, processing: Processing
 ) -> tuple[SupervisedDataset | None, SupervisedDataset | None]:
     """Read and check the training and the evaluation rows; None for what is not asked for."""
-    options = DataOptions(
-        model_max_length=training.model_max_length,
-        **{name: getattr(data, name) for name in _ROW_OPTIONS},
-    )
+    options = data.data_options(training.model_max_length)
 
     def load(path: str) -> SupervisedDataset:
         rows = SupervisedDataset(path, processing, options)
