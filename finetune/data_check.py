@@ -82,7 +82,7 @@ def for_rows(
         _Task(rows, indices, work), batch_size=_ROWS_PER_TASK, num_workers=workers, collate_fn=list
     )
     hidden = few or os.environ.get("RANK", "0") != "0"
-    with tqdm(total=len(indices), desc=title, unit=" rows", disable=hidden) as progress:
+    with tqdm(total=len(indices), desc=title, unit=" rows", disable=hidden, mininterval=1) as progress:
         for results in loader:
             yield from results
             progress.update(len(results))
