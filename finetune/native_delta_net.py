@@ -91,10 +91,12 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
                 (samples.resets.shape[0], decay.shape[1]), RESET, dtype=decay.dtype, device=decay.device
             )
             log_decay = log_decay.flatten(0, 1).index_copy(0, samples.resets, resets).view_as(log_decay)
-        # Between samples the strength is 0: empty tokens write nothing into the state.
-        found, _ = _torch_rule(
-            query, key, value, g=log_decay, beta=samples.spread(strength), use_qk_l2norm_in_kernel=True
-        )
+        # Autocast would round the products that solve for the state to 16 bit; the kernels keep fp32.
+        with torch.autocast(mixed.device.type, enabled=False):
+            # Between samples the strength is 0: empty tokens write nothing into the state.
+            found, _ = _torch_rule(
+                query, key, value, g=log_decay, beta=samples.spread(strength), use_qk_l2norm_in_kernel=True
+            )
         return samples.collect(found)
 
     def _heads(self, mixed: Tensor) -> list[Tensor]:
