@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from native import native_class
 
 GOLDENS = Path(__file__).parent / "goldens"
 NATIVE = ("v4_6", "v4_7")
+SLICED = ((8, 8), (4, 8), (4, 8), (4, 8), (4, 8))  # patches: an overview and 2 x 2 slices
 # Token ids of the goldens' tokenizer.
 IMAGE, IMAGE_END, SLICE, SLICE_END, PAD_IMAGE, NEWLINE = 6, 7, 8, 9, 12, 216
 
@@ -147,3 +149,44 @@ def loss_and_gradients(model, batch, **options):
     output = model(**batch, **options)
     output.loss.backward()
     return output, gradients(model)
+
+
+@contextmanager
+def one_thread():
+    """These models are too small to share among threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def released_inputs(name, sample, pixels):
+    """What transformers' own processor would give its own class."""
+    inputs = {"input_ids": sample["input_ids"][None], "labels": sample["labels"][None], "use_cache": False}
+    if pixels is not None:
+        inputs |= {"pixel_values": pixels, "target_sizes": sample["tgt_sizes"]}
+        if name == "v4_7":
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == PAD_IMAGE).int()
+    return inputs
+
+
+def normalised(sample):
+    return ((sample["pixel_values"].float() / 255 - 0.5) / 0.5)[None] if len(sample["tgt_sizes"]) else None
+
+
+def packing_samples():
+    return [
+        made_sample(1, images=[SLICED]),
+        made_sample(2, images=()),
+        made_sample(3, images=[(4, 4), (4, 8)], after=60),
+        made_sample(4, images=(), before=40, after=23),
+        made_sample(5, images=[(8, 4)], before=2),
+    ]
+
+
+def packed_rows(samples):
+    return [[samples[0], samples[1], samples[2]], [samples[3], samples[4]]]
+
+
+def without_labels(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}

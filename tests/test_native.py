@@ -1,30 +1,29 @@
 """4.6 and 4.7 against transformers' own classes: loss, logits and every gradient; packing; generation."""
 
-import copy
-import itertools
-
 import pytest
 import torch
-import transformers
 
-import native_delta_net
-from adapters import default_modules_to_save, target_modules
 from batching import supervised_places
 from generations import GENERATIONS
 from native_cases import (
     NATIVE,
     PAD_IMAGE,
+    SLICED,
     batch_of,
-    golden_config,
     golden_sample,
     gradients,
     loss_and_gradients,
     made_sample,
+    normalised,
+    one_thread,
     our_model,
+    packed_rows,
+    packing_samples,
+    released_inputs,
     transformers_model,
+    without_labels,
     worst_gradient_error,
 )
-from options import LoraArguments
 from parts import freeze
 
 # Worst values measured on the CPU over all cases of this file, beside each tolerance; logits are up to 24.
@@ -38,35 +37,17 @@ EXACT_GRADIENT_TOLERANCE = 2e-5  # 3.5e-6, dt_bias of a delta-net layer
 EAGER_LOGITS_TOLERANCE = 2e-5  # 1.4e-6: eager attention has its softmax in fp32
 
 CASES = ("one_wide", "text_only")
-SLICED = ((8, 8), (4, 8), (4, 8), (4, 8), (4, 8))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These models are too small to share among threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(params=NATIVE)
 def name(request):
     return request.param
-
-
-def released_inputs(name, sample, pixels):
-    """What transformers' own processor would give its own class."""
-    inputs = {"input_ids": sample["input_ids"][None], "labels": sample["labels"][None], "use_cache": False}
-    if pixels is not None:
-        inputs |= {"pixel_values": pixels, "target_sizes": sample["tgt_sizes"]}
-        if name == "v4_7":
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == PAD_IMAGE).int()
-    return inputs
-
-
-def normalised(sample):
-    return ((sample["pixel_values"].float() / 255 - 0.5) / 0.5)[None] if len(sample["tgt_sizes"]) else None
 
 
 def check_against_transformers(name, sample, pixels, *, mode="16x", exact=False):
@@ -132,20 +113,6 @@ def test_loss_is_the_sum_over_the_given_number_of_items(name):
     torch.testing.assert_close(model(**batch).loss * 9, output.loss_sum)
 
 
-def packing_samples():
-    return [
-        made_sample(1, images=[SLICED]),
-        made_sample(2, images=()),
-        made_sample(3, images=[(4, 4), (4, 8)], after=60),
-        made_sample(4, images=(), before=40, after=23),
-        made_sample(5, images=[(8, 4)], before=2),
-    ]
-
-
-def packed_rows(samples):
-    return [[samples[0], samples[1], samples[2]], [samples[3], samples[4]]]
-
-
 def logits_by_sample(model, rows):
     """Logits of every sample of a batch, cut out of the rows."""
     logits = model(**without_labels(batch_of(rows))).logits
@@ -154,10 +121,6 @@ def logits_by_sample(model, rows):
         lengths = [len(sample["input_ids"]) for sample in samples]
         found += row[: sum(lengths)].split(lengths)
     return found
-
-
-def without_labels(batch):
-    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "one row"])
@@ -260,113 +223,6 @@ def test_frozen_parts_get_no_gradient_and_text_still_runs(name):
         assert {key.rsplit(".mlp.")[0] for key in found} == {"model.merger"}
 
 
-def prompts(samples):
-    """Prompts of different lengths, padded on the left."""
-    ids = [sample["input_ids"] for sample in samples]
-    width = max(map(len, ids))
-    return {
-        "input_ids": torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in ids]),
-        "attention_mask": torch.stack([torch.arange(width) >= width - len(row) for row in ids]).long(),
-        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=-1),
-        "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]),
-    }
-
-
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def test_generation_with_and_without_cache_equals_transformers(name):
-    model, reference = our_model(name).eval(), transformers_model(name).eval()
-    sample = made_sample(1, images=[SLICED])
-    inputs = released_inputs(name, sample, normalised(sample))
-    expected = reference.generate(
-        **{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **GREEDY
-    )
-    ours = {"input_ids": sample["input_ids"][None], "pixel_values": sample["pixel_values"]}
-    ours["tgt_sizes"] = sample["tgt_sizes"]
-    assert model.generate(**ours, **GREEDY).tolist() == expected.tolist()
-    assert model.generate(**ours, use_cache=False, **GREEDY).tolist() == expected.tolist()
-
-
-def test_a_batch_of_prompts_generates_what_each_does_alone(name):
-    model = our_model(name).eval()
-    samples = [made_sample(1, images=[SLICED]), made_sample(2, images=()), made_sample(3)]
-    together = model.generate(**prompts(samples), **GREEDY)[:, -5:]
-    alone = [model.generate(**prompts([sample]), **GREEDY)[0, -5:] for sample in samples]
-    assert together.tolist() == [row.tolist() for row in alone]
-
-
-def test_a_greedy_step_is_the_training_forward_s_best_token(name):
-    model, sample = our_model(name).eval(), made_sample(1, images=[SLICED])
-    batch = batch_of([[sample]])
-    with torch.no_grad():
-        expected = model(**without_labels(batch)).logits[0, -1].argmax()
-    assert model.generate(**prompts([sample]), **GREEDY)[0, -5] == expected
-
-
-def test_a_prompt_padded_on_the_right_is_refused(name):
-    batch = batch_of([[made_sample(1)], [made_sample(2, images=())]], packed=False)
-    with pytest.raises(ValueError, match=r"padded on the right, expected padding on the left"):
-        our_model(name).generate(batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
-def test_what_is_saved_is_what_transformers_saves_and_loads(name, tmp_path):
-    model, reference = our_model(name).eval(), transformers_model(name).eval()
-    model.save_pretrained(tmp_path / "ours")
-    reference.save_pretrained(tmp_path / "theirs")
-    assert (tmp_path / "ours/config.json").read_text() == (tmp_path / "theirs/config.json").read_text()
-    again = type(model).from_pretrained(tmp_path / "theirs")
-    theirs = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "ours")
-    assert again.state_dict().keys() == theirs.state_dict().keys()
-    assert again.lm_head.weight is again.get_input_embeddings().weight
-    batch = without_labels(batch_of([[made_sample(1, images=[SLICED])]]))
-    with torch.no_grad():
-        torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=0, rtol=0)
-
-
-def test_the_official_lora_pattern_finds_the_full_attention_layers(name):
-    model = our_model(name)
-    targets = target_modules(model, GENERATIONS[name], LoraArguments())
-    wrapped = peft_model(model, target_modules=targets)
-    assert adapted(wrapped) == {f"layers.3.self_attn.{kind}_proj" for kind in "qkvo"}
-
-
-def test_all_linear_means_the_language_model_s_linear_layers(name):
-    model = our_model(name)
-    targets = target_modules(model, GENERATIONS[name], LoraArguments(lora_target_modules="all-linear"))
-    expected = {f"layers.{layer}.mlp.{kind}_proj" for layer in range(4) for kind in ("gate", "up", "down")}
-    expected |= {f"layers.3.self_attn.{kind}_proj" for kind in "qkvo"}
-    kinds = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
-    expected |= {f"layers.{layer}.linear_attn.{kind}" for layer in range(3) for kind in kinds}
-    assert adapted(peft_model(model, target_modules=targets)) == expected
-
-
-def peft_model(model, **options):
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-
-
-def adapted(wrapped):
-    prefix = "base_model.model.model.language_model."
-    names = [key for key, module in wrapped.named_modules() if hasattr(module, "lora_A")]
-    assert all(key.startswith(prefix) for key in names)
-    return {key.removeprefix(prefix) for key in names}
-
-
-def test_an_adapter_beside_whole_modules_trains_packed_rows(name):
-    model = our_model(name)
-    expected = model(**batch_of(packed_rows(packing_samples()))).loss
-    parts = default_modules_to_save(GENERATIONS[name], vision=True, resampler=True)
-    assert parts == ["language_model.embed_tokens", "model.merger", "model.vision_tower"]
-    wrapped = peft_model(model, target_modules=r".*in_proj_[abz]|.*self_attn\.q_proj", modules_to_save=parts)
-    output, found = loss_and_gradients(wrapped, batch_of(packed_rows(packing_samples())))
-    torch.testing.assert_close(output.loss, expected, atol=LOSS_TOLERANCE, rtol=0)
-    assert set(found) == {key for key, value in wrapped.named_parameters() if value.requires_grad}
-    tokens = wrapped.generate(**prompts([made_sample(1)]), **GREEDY)
-    assert tokens.shape[1] == len(made_sample(1)["input_ids"]) + 5
-
-
 def test_samples_and_slices_must_fit(name):
     model, sample = our_model(name), made_sample(1)
     with pytest.raises(
@@ -399,67 +255,3 @@ def test_video_frames_are_scattered_and_placed_like_images_of_their_kind(name):
     with torch.no_grad():
         expected = reference(**inputs).logits
         torch.testing.assert_close(model(**batch).logits, expected, atol=EXACT_LOGITS_TOLERANCE, rtol=0)
-
-
-def delta_net(seed=0):
-    config = golden_config("v4_6").text_config
-    torch.manual_seed(seed)
-    layer = native_delta_net.Qwen3_5GatedDeltaNet(config, 0)
-    torch.nn.init.normal_(layer.A_log, std=0.5)
-    torch.nn.init.normal_(layer.in_proj_qkv.weight, std=0.3)
-    packed = copy.deepcopy(layer)
-    packed.__class__ = native_delta_net.PackedDeltaNet
-    return layer, packed
-
-
-LENGTHS = [(3,), (64, 1, 63), (59, 60, 61, 62), (62, 63, 64, 5), (65, 128, 3), (2, 2, 2, 130, 1)]
-
-
-def layout_of(lengths):
-    from native_samples import SampleLayout
-
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return SampleLayout.of(positions, torch.ones_like(positions), gap=4, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("kernel", [False, True])
-def test_delta_net_of_a_packed_row_equals_the_layer_on_each_sample(lengths, kernel, monkeypatch):
-    layer, packed = delta_net()
-    if kernel:  # the branch for a kernel that takes all samples in one row, with their ends
-        monkeypatch.setattr(native_delta_net, "_kernel_at_hand", lambda states: True)
-        monkeypatch.setattr(native_delta_net, "_kernel_rule", rule_by_ends)
-    hidden = torch.randn(1, sum(lengths), 64, requires_grad=True)
-    expected = torch.cat([layer(part) for part in hidden.split(lengths, dim=1)], dim=1)
-    found = packed(hidden, samples=layout_of(lengths))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    slope = torch.randn_like(expected)
-    parameters = list(zip(layer.parameters(), packed.parameters(), strict=True))
-    expected_grads = torch.autograd.grad(expected, [hidden, *[pair[0] for pair in parameters]], slope)
-    grads = torch.autograd.grad(found, [hidden, *[pair[1] for pair in parameters]], slope)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert float((grad - expected_grad).norm() / expected_grad.norm()) <= 1e-4
-
-
-def rule_by_ends(query, key, value, *, g, beta, use_qk_l2norm_in_kernel, cu_seqlens):
-    ends = cu_seqlens.tolist()
-    parts = [
-        native_delta_net._torch_rule(
-            query[:, start:end], key[:, start:end], value[:, start:end],
-            g=g[:, start:end], beta=beta[:, start:end],
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        )[0]
-        for start, end in itertools.pairwise(ends)
-    ]  # fmt: skip
-    return torch.cat(parts, dim=1), None
-
-
-def test_nothing_of_a_sample_is_left_in_the_state_of_the_next():
-    _, packed = delta_net()
-    lengths = (61, 62, 5)
-    hidden = torch.randn(1, sum(lengths), 64)
-    with torch.no_grad():
-        before = packed(hidden, samples=layout_of(lengths))
-        hidden[:, :61] *= 1e6
-        after = packed(hidden, samples=layout_of(lengths))
-    assert torch.equal(before[:, 61:], after[:, 61:])
