@@ -10,18 +10,19 @@ int4 checkpoints do not allow.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from checkpoint import added_tokens, read_config
+from command_flags import CommandParser
 from configuration_minicpmv import storage_dtype
 from generations import detect_generation
 from loading import load_model, resolve_model_folder
 from quantization import quantized_modules
 from quantized_checkpoints import QuantizationError, stored_quantization
-from run_control import set_up_logging, user_errors_as_messages
+from run_control import RunControl
 from weights import INDEX_FILES, SINGLE_FILES, weight_files
 
 logger = logging.getLogger(__name__)
@@ -31,28 +32,30 @@ _GIBIBYTE = 2**30
 
 def main(argv: list[str]) -> int:
     """Quantise one checkpoint, and give the exit code."""
-    options = _parse(argv)
-    set_up_logging()
+    values = parse_flags(argv)
+    control = RunControl()
     logger.setLevel(logging.INFO)
-    with user_errors_as_messages() as outcome:
-        folder = resolve_model_folder(options.model_name_or_path, cache_dir=options.cache_dir)
-        quantize_checkpoint(
-            folder,
-            Path(options.output_dir).expanduser(),
-            bits=options.quant_bits,
-            max_shard_size=options.max_shard_size,
-        )
-    return outcome.exit_code
+    with control.user_errors_as_messages():
+        run(values)
+    return control.end()
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quantize.py", description=__doc__.partition("\n")[0])
+def run(values: Namespace) -> None:
+    """Find the checkpoint of the command line and quantise it."""
+    folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir)
+    output = Path(values.output_dir).expanduser()
+    quantize_checkpoint(folder, output, bits=values.quant_bits, max_shard_size=values.max_shard_size)
+
+
+def parse_flags(argv: list[str]) -> Namespace:
+    """Read the command line."""
+    parser = CommandParser(prog="quantize.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Checkpoint in full precision: a folder or a hub id.")
     add("--output_dir", required=True, help="Folder of the copy; it must not hold a model yet.")
-    add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight. Default: 4.")
-    add("--max_shard_size", default="5GB", help="Largest weight file. Default: 5GB.")
-    add("--cache_dir", help="Where downloads are kept. Default: the Hub's own cache (HF_HOME).")
+    add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight.")
+    add("--max_shard_size", default="5GB", help="Largest weight file.")
+    add("--cache_dir", help="Where downloads are kept.")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,122 @@
+"""A model and a batch on torch's meta device: the shapes of a run, without its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from configuration_minicpmv import MiniCPMVConfig
+from generations import Generation
+from modeling_minicpmv import MiniCPMV
+
+SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
+_TAG_TOKENS = 2  # tokens around a placeholder
+
+
+class QuantisedShape(nn.Linear):
+    """A linear layer that holds and computes like a bitsandbytes one, for counting.
+
+    Its weight is made whole in ``dtype`` for each use, in the forward and again in the backward, and is
+    never kept.
+    """
+
+    def __init__(self, linear: nn.Linear, *, bits: int, dtype: torch.dtype):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        numbers = self.weight.numel()
+        packed = torch.empty(numbers * bits // 8, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+        # 4 bit: one byte per 64 weights and one fp32 per 256 of those; 8 bit: one fp32 per row.
+        scales = numbers // 64 + 4 * (numbers // (64 * 256)) if bits == 4 else 4 * self.out_features
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device="meta"))
+        self.dtype = dtype
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        out = _Dequantised.apply(hidden.to(self.dtype), self)
+        return out if self.bias is None else out + self.bias
+
+    def values(self) -> Tensor:
+        """[out_features, in_features], as dequantising makes them."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, layer):
+        ctx.layer = layer
+        return hidden @ layer.values().t()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope @ ctx.layer.values(), None
+
+
+def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
+    """Make the model of a config.json on the meta device."""
+    if generation.native:
+        from native import native_class
+
+        kind, config = native_class(generation), AutoConfig.from_pretrained(folder)
+    else:
+        kind, config = MiniCPMV, MiniCPMVConfig.from_folder(folder)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return kind(config)
+
+
+def quantise_shapes(model: nn.Module, generation: Generation, *, bits: int, dtype: torch.dtype) -> None:
+    """Replace the LLM's linear layers by ones that hold ``bits`` per weight; the output layer stays."""
+    layers = tuple(f"{module}." for module in generation.modules["llm"])
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.startswith(layers):
+            model.set_submodule(name, QuantisedShape(module, bits=bits, dtype=dtype))
+
+
+def tokens_per_slice(config: Any, generation: Generation) -> int:
+    """Tokens that stand for one full slice."""
+    if not generation.native:
+        return config.query_num
+    # Two mergers of 2 x 2 patches each; mode 4x skips one.
+    return SLICE_SIDE**2 // (4 if config.downsample_mode == "4x" else 16)
+
+
+def largest_batch(
+    model: PreTrainedModel, generation: Generation, *, rows: int, length: int, slices: int
+) -> dict[str, Any]:
+    """A batch of full rows, each with one image of as many full slices as fit.
+
+    Args:
+        model: On the meta device; gives sizes and token ids.
+        generation: Its generation.
+        rows: Rows of the batch.
+        length: Tokens of a row.
+        slices: Slices of a row's image, the overview included.
+
+    Returns:
+        Arguments of the model's forward: pixels on the meta device, the rest real. Every token that is
+        not a placeholder is supervised.
+    """
+    config = model.config
+    tokens = tokens_per_slice(config, generation)
+    slices = min(slices, (length - 1) // (tokens + _TAG_TOKENS))
+    starts = [1 + index * (tokens + _TAG_TOKENS) for index in range(slices)]
+    input_ids = torch.zeros(rows, length, dtype=torch.int64)
+    labels = input_ids.clone()
+    for start in starts:
+        input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
+        labels[:, start : start + tokens] = -100
+    bounds = [(row, start, start + tokens) for row in range(rows) for start in starts]
+    patches = len(bounds) * SLICE_SIDE**2
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": torch.arange(length).repeat(rows, 1),
+        "pixel_values": torch.empty(3, 14, 14 * patches, dtype=torch.uint8, device="meta"),
+        "tgt_sizes": torch.full((len(bounds), 2), SLICE_SIDE),
+        "image_bound": torch.tensor(bounds).reshape(-1, 3),
+    }

@@ -1,0 +1,95 @@
+"""Say how much memory a training needs on each GPU, before there is a GPU.
+
+    python finetune/plan_memory.py --model_name_or_path openbmb/MiniCPM-V-2_6 --method lora --gpus 2 --zero 2
+
+Only the checkpoint's config.json is read. The training step is run on torch's meta device, where
+tensors have no contents: a plan of an 8B model takes about ten seconds and a gigabyte on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from argparse import Namespace
+
+from command_flags import CommandParser, add_switch
+
+
+def main(argv: list[str]) -> int:
+    """Plan one training, print the table, and give the exit code."""
+    values = parse_flags(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import talks of kernels, on a CPU
+    from run_control import RunControl
+
+    control = RunControl()
+    logging.getLogger("adapters").setLevel(logging.WARNING)
+    with control.user_errors_as_messages():
+        sys.stdout.write(render(values))
+    return control.end()
+
+
+def render(values: Namespace) -> str:
+    """The plan as a table.
+
+    Raises:
+        PlanError: When the flags can't be combined.
+    """
+    from checkpoint import added_tokens, read_config
+    from generations import detect_generation
+    from loading import resolve_model_folder
+    from memory_plan import Training, host_bytes, plan
+    from options import LoraArguments
+
+    names = {item.name for item in dataclasses.fields(Training)} - {"lora"}
+    lora = LoraArguments(
+        lora_r=values.lora_r,
+        lora_target_modules=values.lora_target_modules,
+        lora_modules_to_save=values.lora_modules_to_save,
+    )
+    training = Training(lora=lora, **{name: getattr(values, name) for name in names})
+    folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
+    title = detect_generation(read_config(folder), added_tokens(folder)).title
+    parts = plan(folder, training)
+    lines = [f"{title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})"]
+    lines += [f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()]
+    lines.append(f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}")
+    host = host_bytes(folder, training)
+    if host:
+        lines.append(f"  and in the CPUs' memory, all GPUs together: {host / 2**30:.2f} GiB")
+    return "\n".join([*lines, ""])
+
+
+def parse_flags(argv: list[str]) -> Namespace:
+    """Read the command line."""
+    from options import OFFICIAL_LORA_TARGETS
+
+    parser = CommandParser(prog="plan_memory.py", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="A folder with a checkpoint's config.json, or a hub id.")
+    add("--cache_dir", help="Where downloads are kept.")
+    add("--method", choices=["lora", "qlora", "full"], default="lora", help="What is trained of the LLM.")
+    add("--gpus", type=int, default=1, help="Number of GPUs.")
+    add("--zero", type=int, choices=[0, 2, 3], default=2, help="DeepSpeed's ZeRO stage; 0: no DeepSpeed.")
+    add(
+        "--offload", choices=["none", "optimizer", "all"], default="none",
+        help="What lies in the CPU's memory: optimizer and gradients, or with ZeRO-3 the weights too.",
+    )  # fmt: skip
+    add("--model_max_length", type=int, default=2048, help="Tokens of a row.")
+    add("--batch_size", type=int, default=1, help="Rows per GPU and micro-batch.")
+    add("--max_slice_nums", type=int, default=9, help="Most slices of a row's image.")
+    add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
+    add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
+    add_switch(parser, "--gradient_checkpointing", default=True, help="Compute activations twice.")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the run.")
+    add("--optim", choices=["adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch", help="The optimizer.")
+    add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
+    add("--lora_r", type=int, default=64, help="Rank of the adapters.")
+    add("--lora_target_modules", default=OFFICIAL_LORA_TARGETS, help="As in finetune.py.")
+    add("--lora_modules_to_save", nargs="+", help="As in finetune.py; none for a plain adapter.")
+    add_switch(parser, "--official", default=False, help="Plan the official script's step instead of ours.")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
