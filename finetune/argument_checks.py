@@ -144,7 +144,7 @@ def _numbers(training: Namespace, lora: LoraArguments) -> Iterator[str]:
         if values[name] is not None and values[name] < 1:
             yield f"--{name} is {values[name]}, expected at least 1."
     for name in _NOT_NEGATIVE:
-        if not (math.isfinite(values[name]) and values[name] >= 0):
+        if values[name] is not None and not (math.isfinite(values[name]) and values[name] >= 0):
             yield f"--{name} is {values[name]}, expected 0 or more."
     if not 0 <= lora.lora_dropout < 1:
         yield f"--lora_dropout is {lora.lora_dropout}, expected a share from 0 to below 1."

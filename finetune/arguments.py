@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 import output_folder
 from argument_checks import UsageError, check_arguments, raise_problems
 from deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
-from hardware import has_accelerator, process_rank
+from hardware import data_workers, has_accelerator, process_rank
 from learning_rates import LearningRates
 from legacy_flags import LegacyFlagError, translate
 from options import DataArguments, LoraArguments, ModelArguments, RunOptions, TuningOptions
@@ -45,6 +45,11 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if not has_accelerator():
             # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
             self.use_cpu = True
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = data_workers(accelerator=not self.use_cpu)
+        # torch refuses the one without workers, and warns of the other without a GPU
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+        self.dataloader_pin_memory &= not self.use_cpu
         self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if isinstance(self.deepspeed, str):

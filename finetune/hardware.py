@@ -61,6 +61,18 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def data_workers(*, accelerator: bool) -> int:
+    """Processes per rank that decode and cut images, when the user names no number.
+
+    Beside a GPU as many as there are cores for, up to 8: a worker cuts about ten photos of 1344 x 1008
+    pixels in a second. On a CPU the cores are the model's, so two, and none where there are fewer than four.
+    """
+    share = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator:
+        return max(min(share - 1, 8), 0)
+    return 2 if share >= 4 else 0
+
+
 def main() -> None:
     """Print device, processes, precision, cores and port on one line."""
     count = accelerator_count()

@@ -159,7 +159,8 @@ class TuningOptions:
 class RunOptions:
     """Arguments of ``transformers.TrainingArguments`` that mean something else, or more, here.
 
-    Differs from transformers: ``optim`` is adamw_torch, as in the official script (transformers: the fused
+    Differs from transformers: ``dataloader_num_workers`` follows the machine and its processes are kept
+    (transformers: none); ``optim`` is adamw_torch, as in the official script (transformers: the fused
     form); ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
     ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``; ``overwrite_output_dir`` is
     gone from transformers 5.
@@ -199,6 +200,17 @@ class RunOptions:
             "goes on.",
             "choices": ["stop", "skip"],
         },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes per rank that decode and cut images; 0: none but the trainer's own. Default: "
+            "beside a "
+            "GPU one per free core, at most 8; on a CPU 2, or 0 with fewer than 4 cores per rank."
+        },
+    )
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "Keep these processes from epoch to epoch."}
     )
     optim: str = field(
         default="adamw_torch",
