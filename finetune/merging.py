@@ -102,7 +102,8 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
     with model.disable_adapter():
         base = probe_logits(model, processing)
     before = probe_logits(model, processing)
-    _give_layers_their_own_weights(model)
+    if model.active_peft_config.layer_replication:
+        _give_layers_their_own_weights(model.get_base_model().llm.model.layers)
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         with _in_fp32(layer.get_base_layer()):
             layer.merge(safe_merge=True)
@@ -140,16 +141,15 @@ def _in_fp32(layer: nn.Module) -> Iterator[None]:
             value.data = value.data.to(held[name])
 
 
-def _give_layers_their_own_weights(model: nn.Module) -> None:
+def _give_layers_their_own_weights(layers: nn.ModuleList) -> None:
     """Undo the sharing of layer replication, or a shared weight would get the adapters of all its copies.
 
     PEFT means to refuse that case, and looks in the wrong place (0.21).
     """
     seen: set[int] = set()
-    for module in model.modules():
+    for module in layers.modules():
         for name, value in module.named_parameters(recurse=False):
-            tied = isinstance(module, nn.Embedding) or name not in ("weight", "bias")
-            if id(value) in seen and not tied and not hasattr(module, "lora_A"):
+            if id(value) in seen:
                 setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
             seen.add(id(value))
 

@@ -192,7 +192,16 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         for mark in _MARKS:
             module.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
+    # What turned the stored tensors into quantised ones; saving would run it backwards.
+    if "_weight_conversions" in model.__dict__:
+        kept = [each for each in model._weight_conversions if not _deserialises(each)]
+        model._weight_conversions = kept
     return model
+
+
+def _deserialises(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", [])
+    return any(type(each).__module__.endswith("integrations.bitsandbytes") for each in operations)
 
 
 def _values(module: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+GENERATION_FILE = "generation_config.json"
 # An LFS pointer is a text of about 130 bytes that starts so.
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 # What an export carries from its source; weights and their index it writes itself.
@@ -113,6 +114,9 @@ def _is_own(key: str) -> bool:
 def copy_carried_files(source: Path | None, target: Path) -> None:
     """Copy tokenizer, processor, generation and *.py files along; never overwrite what is there.
 
+    generation_config.json alone is made the source's again: transformers writes one into every folder, and
+    servers take their sampling from it.
+
     Args:
         source: Folder the model was loaded from, or None.
         target: Folder the export was written to; it keeps its own config.json and index.
@@ -121,5 +125,8 @@ def copy_carried_files(source: Path | None, target: Path) -> None:
         return
     for path in sorted(source.iterdir()):
         carried = path.suffix in _CARRIED and path.name not in INDEX_FILES
-        if path.is_file() and carried and not (target / path.name).exists():
+        wanted = path.name == GENERATION_FILE or not (target / path.name).exists()
+        if path.is_file() and carried and wanted:
             shutil.copy2(path, target / path.name)
+    if not (source / GENERATION_FILE).is_file():
+        (target / GENERATION_FILE).unlink(missing_ok=True)
