@@ -185,7 +185,7 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
     problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
     chosen = max((step for step in everywhere if step not in problems), default=None)
     for step in sorted(problems):
-        if chosen is None or step > chosen:
+        if training.process_index == 0 and (chosen is None or step > chosen):
             logger.warning("checkpoint-%d is not whole and is passed over: %s.", step, problems[step])
     if chosen is None:
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arguments import TrainingArguments
+from hardware import process_rank
 from meters import peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -77,10 +78,12 @@ class NonFiniteSteps:
     def __init__(self, policy: str):
         self.policy = policy
         self.in_a_row = 0
-        self.since_log = 0
+        self.steps, self.skipped = 0, 0
+        self._logged = (0, 0)
 
     def applied(self) -> None:
         """A step's gradients were finite."""
+        self.steps += 1
         self.in_a_row = 0
 
     def refused(self, step: int, norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]) -> None:
@@ -95,17 +98,37 @@ class NonFiniteSteps:
         Raises:
             NonFiniteError: When it was one too many; on every process.
         """
+        self.steps += 1
+        self.skipped += 1
         self.in_a_row += 1
-        self.since_log += 1
         text = f"step {step}: {_what_is_wrong(norm, batches, files)} The step was not applied"
         if self.policy == "skip" or self.in_a_row < STOP_AFTER:
-            logger.warning("%s (%d in a row).", text, self.in_a_row)
+            # Every process knows; one says it.
+            level = logging.WARNING if process_rank() == 0 else logging.INFO
+            logger.log(level, "%s (%d in a row).", text, self.in_a_row)
             return
         raise NonFiniteError(
             f"{text}, and neither were the {STOP_AFTER - 1} before it. The weights are still those of step "
             f"{step - STOP_AFTER}. Look at these rows; a lower --learning_rate, a longer warm-up (--warmup_steps) or "
             "bf16 instead of fp16 may help. --on_nonfinite skip goes on without such steps."
         )
+
+    def correct(self, logs: dict[str, float]) -> None:
+        """Make means over all steps, in which a skipped one counts as 0, means over those that were applied.
+
+        Args:
+            logs: A log line; ``loss`` is since the last line, ``train_loss`` of the whole run.
+        """
+        steps, skipped = self.steps, self.skipped
+        if "train_loss" in logs and skipped:
+            logs["train_loss"] *= steps / (steps - skipped) if steps > skipped else math.nan
+        if "loss" not in logs:
+            return
+        steps, skipped = steps - self._logged[0], skipped - self._logged[1]
+        self._logged = (self.steps, self.skipped)
+        if skipped:
+            logs["loss"] *= steps / (steps - skipped) if steps > skipped else math.nan
+            logs["skipped_steps"] = skipped
 
 
 def _what_is_wrong(norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]) -> str:
@@ -144,15 +167,15 @@ def memory_advice(error: RuntimeError, training: TrainingArguments, batch: Micro
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        size = f"{total / _GIB:.1f} GiB on the GPU, {free / _GIB:.1f} free"
+        size = f"of {total / _GIB:.1f} GiB on the GPU, of which {free / _GIB:.1f} are free"
     else:
-        size = "the CPU's memory"
-    text = f"Out of memory ({str(error).split(chr(10))[0][:200]}). Peak so far: {peak_memory_gib():.2f} GiB of {size}."
+        size = "in this process"
+    text = f"Out of memory ({str(error).split(chr(10))[0][:200]}). Peak so far: {peak_memory_gib():.2f} GiB {size}."
     if batch is not None:
         rows = [row for row in batch.rows if row is not None]
         text += (
-            f" The batch has {batch.shape[0]} x {batch.shape[1]} tokens and {batch.slices} slices of images with "
-            f"{batch.patches} patches: {_rows_text(rows, files)}."
+            f" The batch has {batch.shape[0]} x {batch.shape[1]} tokens and {batch.slices} image slices of "
+            f"{batch.patches} patches in all: {_rows_text(rows, files)}."
         )
     flags = "".join(f"\n  {number}. {flag}" for number, flag in enumerate(_savings(training)[:3], start=1))
     return f"{text} What saves most, here:{flags}"

@@ -46,14 +46,13 @@ class GuardedTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.watch = RankWatch(limit=self.args.ddp_timeout) if watch is None else watch
-        self.stop = StopRequest(speaks=self.args.process_index == 0) if stop is None else stop
+        self.stop = StopRequest(speaks=self.args.world_size == 1) if stop is None else stop
         self.files = files
         self.was_stopped = False
         self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
         self._batches: list[MicroBatch] = []
         self._asked_to_stop: Tensor | None = None
         self._loss_before: Tensor | None = None
-        self._steps_since_log = 0
         self._writer: CheckpointWriter | None = None
         self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.add_callback(_StopBetweenSteps(self))
@@ -63,14 +62,15 @@ class GuardedTrainer(Trainer):
         self.stop.listen()
         self.watch.mark("preparing to train")
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             batch = self._batches[-1] if self._batches else None
             raise MemoryExhaustedError(memory_advice(error, self.args, batch, self.files)) from error
-        finally:
-            self.stop.deafen()
+        # Not after an error: torchrun sends signals then, and the message is still to be shown.
+        self.stop.deafen()
+        return output
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Tell the watch that rows are being loaded."""
@@ -89,6 +89,7 @@ class GuardedTrainer(Trainer):
         values = (count, int(self.stop.signal is not None))
         found = torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
         tokens, self._asked_to_stop = self.accelerator.reduce(found, reduction="sum").unbind()
+        self.watch.mark(f"step {self.state.global_step + 1}: all have their rows")
         return tokens
 
     def training_step(
@@ -108,14 +109,11 @@ class GuardedTrainer(Trainer):
         wait for the device: at the end of the backward, where DeepSpeed waits too, and a log line would.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self._steps_since_log += 1
-        if grad_norm is None:  # some DeepSpeed configurations have none
-            return None
-        norm = float(grad_norm)
-        if math.isfinite(norm):
+        norm = None if grad_norm is None else float(grad_norm)  # some DeepSpeed configurations have none
+        if norm is None or math.isfinite(norm) or self._scaler_is_searching():
             self._non_finite.applied()
             self.optimizer._is_overflow = False
-        elif not self._scaler_is_searching():
+        else:
             self._refuse_step(model, norm)
         return norm
 
@@ -139,14 +137,8 @@ class GuardedTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Average the loss over the steps that were applied, and count those that were not."""
-        if "loss" in logs:
-            skipped, steps = self._non_finite.since_log, self._steps_since_log
-            self._non_finite.since_log = self._steps_since_log = 0
-            if skipped:
-                applied = steps - skipped
-                logs["loss"] = logs["loss"] * steps / applied if applied else math.nan
-                logs["skipped_steps"] = skipped
+        """Average losses over the steps that were applied, and count those that were not."""
+        self._non_finite.correct(logs)
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

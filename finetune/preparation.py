@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def say_bad_rows(*datasets: SupervisedDataset | None) -> None:
 def say_how_to_continue(trainer: CPMTrainer, argv: list[str]) -> None:
     """After a signal: what was saved, and the command that goes on from it."""
     logger.info(
-        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue:\n\n    %s\n",
-        trainer.state.global_step, trainer.state.max_steps, trainer.state.global_step,
+        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue, in %s:\n\n    %s\n",
+        trainer.state.global_step, trainer.state.max_steps, trainer.state.global_step, os.getcwd(),
         command_to_continue(argv, script=sys.argv[0]),
     )  # fmt: skip
 

@@ -24,7 +24,8 @@ import torch
 
 from checkpointing import gathered
 
-logger = logging.getLogger(__name__)
+LOG_ONLY = "log_only"  # name of a logger that writes to the process's log and not to the screen
+logger = logging.getLogger(LOG_ONLY)
 
 _INTERVAL = 1.0  # seconds between two looks
 _GRACE = 5.0  # seconds that a process whose peer failed gets to end by itself
@@ -131,7 +132,7 @@ class RankWatch:
         try:
             return call()
         except RuntimeError as error:  # all of torch.distributed's are
-            logger.debug("the store did not answer: %s", error)
+            logger.info("the store did not answer: %s", error)
             return None
 
     def _publish(self) -> None:

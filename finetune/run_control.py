@@ -19,21 +19,20 @@ from typing import IO
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from arguments import TrainingArguments
 from hardware import process_rank
-from rank_watch import RankWatch
+from rank_watch import LOG_ONLY, RankWatch
 from run_folder import LOGS
 
-logger = logging.getLogger(__name__)
-step_logger = logging.getLogger("steps")  # to the file alone; on the screen the Trainer shows them
-
-# Warnings of libraries that a user of this script can do nothing about, each by its beginning.
+# Warnings of libraries that a user of this script can do nothing about: patterns of how they begin.
 _QUIET_WARNINGS = (
     "`torch.jit.script_method` is deprecated",
     "`is_gradient_checkpointing` is deprecated",
     "The PEFT config's `base_model_name_or_path` was renamed",
+    r"`torch\.distributed\.\w+` is deprecated",  # DeepSpeed 0.19 calls them once per parameter
 )
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # All processes of a machine make the same mistake at the same time; the first one's message is enough, and
@@ -54,6 +53,7 @@ class RunControl:
         self.exit_code = 0
         self.watch: RankWatch | None = None
         self._log: IO[str] | None = None
+        self._screen = sys.stderr
         _log_to_screen()
         sys.excepthook = self._end_by
 
@@ -71,6 +71,8 @@ class RunControl:
         logging.raiseExceptions = False  # a disk that is full for a moment must not spoil the screen
         self._log = handler.stream
         faulthandler.enable(self._log)
+        # Joining the processes has put torch's hook around ours, which collects what is written (torch 2.13).
+        sys.excepthook = self._end_by
         self.watch = RankWatch(limit=training.ddp_timeout, dump=self._dump_stacks)
         self.watch.start()
 
@@ -118,11 +120,10 @@ class RunControl:
         else:
             first = True
             if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-                sys.stderr.flush()
                 time.sleep(_LATER)
         if first:
-            sys.stderr.write(f"\n{text}\n")
-            sys.stderr.flush()
+            self._screen.write(f"\n{text}\n")
+            self._screen.flush()
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
@@ -155,21 +156,28 @@ class RunControl:
         os._exit(code)
 
 
+class _Screen(logging.StreamHandler):
+    """Writes lines above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
 class StepLog(TrainerCallback):
     """Every line of numbers also goes to the process's log."""
 
     def on_log(self, args: object, state: object, control: object, logs: object = None, **kwargs: object) -> None:
-        step_logger.info("step %s: %s", getattr(state, "global_step", "?"), logs)
+        logging.getLogger(LOG_ONLY).info("step %s: %s", getattr(state, "global_step", "?"), logs)
 
 
 def _log_to_screen() -> None:
     """Log from rank 0 on the screen; from other ranks only warnings of their own."""
-    screen = logging.StreamHandler(sys.stderr)
+    screen = _Screen(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
-    screen.addFilter(lambda record: record.name != step_logger.name)
+    screen.addFilter(lambda record: record.name != LOG_ONLY)
     logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
-    for name in (*_own_modules(), step_logger.name):
+    for name in (*_own_modules(), LOG_ONLY):
         logging.getLogger(name).setLevel(logging.INFO)
     # Says on every CPU that a faster kernel could be downloaded (0.50).
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

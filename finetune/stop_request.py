@@ -13,6 +13,7 @@ from typing import Any
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on what the whole group already got; only later ones mean "at once".
 _SAME_REQUEST = 3.0  # seconds
+NOTE = "the step is finished and a checkpoint written. A second signal ends at once."
 _NEXT_RUN_DECIDES = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
@@ -47,7 +48,7 @@ class StopRequest:
             if self.speaks:
                 # Not through logging, which may be in the middle of a line.
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: finishing the step, then saving. A second signal ends at once.\n".encode())
+                os.write(2, f"\n{name}: {NOTE}\n".encode())
         elif time.monotonic() - self._since > _SAME_REQUEST:
             os._exit(128 + number)
 

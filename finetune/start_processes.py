@@ -1,0 +1,58 @@
+"""Starts the processes of a run, as torchrun does, and ends as they end.
+
+    python start_processes.py [torchrun's options] finetune.py [arguments]
+
+torchrun kills its processes half a minute after a signal and then reports a failure of its own. A run that
+is asked to stop finishes its step and writes a checkpoint, which may take longer, and that is no failure:
+here a signal is passed on to the processes, and their end is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from stop_request import NOTE
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+# What is left for torchrun's own handler, which ends the processes at once.
+_LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+_FAILED = 1
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the processes of the run, which know what to do with it."""
+    children = psutil.Process().children()
+    if not children:
+        os._exit(128 + number)  # nothing has started, so there is nothing to save
+    # Not through a stream, which may be in the middle of a line.
+    os.write(2, f"\n{signal.Signals(number).name}: {NOTE}\n".encode())
+    for child in children:
+        try:
+            child.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def main(argv: list[str]) -> int:
+    """Run the processes, and give 0 when all of them ended well."""
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    try:
+        run.main([f"--signals_to_handle={_LEFT_TO_TORCHRUN}", *argv])
+    except ChildFailedError as error:
+        # The process that failed has shown why; torchrun's own report would bury it.
+        _, failure = error.get_first_failure()
+        sys.stderr.write(f"The run ended with an error, shown above (exit code {failure.exitcode}).\n")
+        return _FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
