@@ -205,12 +205,16 @@ def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int
 
 def _held_without_deepspeed(model: nn.Module, training: Training) -> dict[str, int]:
     """Trained weights are held in fp32; autocast keeps 16-bit copies of their matrices in the forward."""
-    count = matrices = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            count += parameter.numel() * parameter.requires_grad
-            cast = parameter.requires_grad and parameter.dim() > 1 and not isinstance(module, nn.Embedding)
-            matrices += parameter.numel() * cast
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    # Embeddings are looked up as they are, unless the output layer shares them.
+    cast = {
+        id(parameter): parameter.numel()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and parameter.dim() > 1 and not isinstance(module, nn.Embedding)
+    }
+    matrices = sum(cast.values())
     more = 0 if training.precision == "fp32" else 2 * count + 2 * matrices
     # DistributedDataParallel keeps a second copy in its buckets.
     return {"weights": more, "gradients": 4 * count, "communication": 4 * count * (training.gpus > 1)}

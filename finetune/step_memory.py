@@ -119,7 +119,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tens
 
 @contextmanager
 def _stand_ins(attention: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace what the meta device can't do: fused attention, autocast, looking at the values of positions."""
+    """Replace what the meta device lacks: fused attention, autocast, the values of positions."""
     autocast = torch.autocast
 
     def no_autocast_on_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
