@@ -21,10 +21,18 @@ if [ -z "$PYTHON" ]; then
     exit 1
 fi
 
-# exec, so that a signal sent to the launcher reaches torchrun.
+# torchrun, but for what it does with signals; see start_processes.py. exec, so that they reach it.
 torchrun() {
-    if [ -n "$TORCHRUN" ]; then exec "$TORCHRUN" "$@"; fi
-    exec "$PYTHON" -m torch.distributed.run "$@"
+    if [ -n "${MAX_RESTARTS:-}" ]; then
+        # Processes that are started again continue from the last checkpoint. Without the variable they
+        # would look for the store of the processes that ended (torch 2.13).
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        set -- --max_restarts "$MAX_RESTARTS" "$@" --resume_from_checkpoint true
+    fi
+    if [ -n "${RDZV:-}" ]; then
+        set -- --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "${RDZV_ID:-finetune}" "$@"
+    fi
+    exec "$PYTHON" "$HERE/start_processes.py" "$@"
 }
 
 if ! found=$("$PYTHON" "$HERE/hardware.py" "$MASTER_PORT"); then
