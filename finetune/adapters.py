@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from generations import Generation
 from initial_adapter import remember_start
+from loss import LMHead
 from options import LoraArguments
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def add_adapter(
     if saved is None:
         saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
     _check_modules_to_save(model, saved)
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
@@ -63,9 +66,12 @@ def add_adapter(
         init_lora_weights={"true": True}.get(lora.init_lora_weights, lora.init_lora_weights),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
+        # Where the output layer is the embeddings' transpose, both have to be what is trained.
+        ensure_weight_tying=tied and bool(saved),
     )
     with _layers_reachable(model):
         wrapped = get_peft_model(model, config)
+    _restore_output_layer(wrapped)
     remember_start(wrapped)
     logger.info("LoRA on %d modules: %s", len(adapted_modules(wrapped)), _summary(adapted_modules(wrapped)))
     return wrapped
@@ -86,11 +92,21 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
         raise AdapterError(f"{folder}: no adapter_config.json. Expected the folder that a LoRA run wrote.")
     try:
         with _layers_reachable(model):
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except RuntimeError as error:
         raise AdapterError(
             f"{folder}: the adapter's weights don't fit this model ({error}). Give the base model it was trained on."
         ) from error
+    _restore_output_layer(wrapped)
+    return wrapped
+
+
+def _restore_output_layer(wrapped: PeftModel) -> None:
+    """Give copies of the output layer their loss-making forward back; PEFT ties plain layers (0.21)."""
+    for module in wrapped.modules():
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, LMHead):
+            for copy in module.modules_to_save.values():
+                copy.__class__ = LMHead
 
 
 def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:

@@ -23,10 +23,11 @@ class BatchMaker:
     Args:
         pad_token_id: What rows are filled up with.
         packing: Whether rows are lists of samples that share the row.
+        copies: Whether the model reads the token ids on the CPU too (4.6 and 4.7, see ``native.py``).
     """
 
-    def __init__(self, pad_token_id: int, *, packing: bool = False):
-        self.pad_token_id, self.packing = pad_token_id, packing
+    def __init__(self, pad_token_id: int, *, packing: bool = False, copies: bool = False):
+        self.pad_token_id, self.packing, self.copies = pad_token_id, packing, copies
 
     def __call__(self, rows: Sequence[Sample | list[Sample]]) -> dict[str, Any]:
         """Make a batch; see ``dataset.data_collator``.
@@ -35,6 +36,7 @@ class BatchMaker:
             Its batch, with ``tgt_sizes``, ``image_bound``, ``temporal_ids`` as numpy arrays, and
             ``supervised`` [N] int64: the places, in the flattened [B * T] batch, whose next token is
             supervised. ``position_ids`` only with packing. ``rows``: (source, row) of every sample.
+            ``on_cpu`` [2 or 3, B, T] int64, ids, mask and positions, with ``copies``.
         """
         samples = [join(row if isinstance(row, list) else [row]) for row in rows] if self.packing else list(rows)
         batch = data_collator(samples, pad_token_id=self.pad_token_id)
@@ -46,6 +48,9 @@ class BatchMaker:
             if name in batch:
                 batch[name] = batch[name].numpy()
         batch["supervised"] = supervised_places(batch["labels"])
+        if self.copies:
+            copied = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
+            batch["on_cpu"] = np.stack([batch[name].numpy() for name in copied])
         return batch
 
 

@@ -49,7 +49,7 @@ def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[s
         ]
     )
     if any("temporal_ids" in sample for sample in samples):
-        batch["temporal_ids"] = _temporal_ids(samples)
+        batch["temporal_ids"] = temporal_ids(samples)
     batch["rows"] = [
         None if sample.get("row") is None else (sample["source"], sample["row"]) for sample in samples
     ]
@@ -63,7 +63,7 @@ def _padded(rows: Sequence[torch.Tensor], length: int, fill: int) -> torch.Tenso
     return padded
 
 
-def _temporal_ids(samples: Sequence[Sample]) -> torch.Tensor:
+def temporal_ids(samples: Sequence[Sample]) -> torch.Tensor:
     """Every slice's run, counted through the batch, and its time index; a still's slices have their own."""
     parts = []
     first = 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from collating import temporal_ids
 from loss import IGNORE_INDEX
 
 Sample = dict[str, Any]
@@ -87,25 +88,15 @@ def join(samples: Sequence[Sample]) -> Sample:
     joined["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples], dim=2)
     joined["tgt_sizes"] = torch.cat([sample["tgt_sizes"] for sample in samples])
     joined["position_ids"] = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
-    bounds, times, start, placeholders = [], [], 0, 0
+    bounds, start = [], 0
     for sample in samples:
         # Nothing predicts the first token of a sample; the token before it belongs to another.
         joined["labels"][start] = IGNORE_INDEX
         bounds.append(sample["image_bound"] + start)
-        times.append(_frame_times(sample, placeholders))
         start += len(sample["input_ids"])
-        placeholders += len(sample["image_bound"])
     joined["image_bound"] = torch.cat(bounds)
     if any("temporal_ids" in sample for sample in samples):
-        joined["temporal_ids"] = torch.cat(times)
+        joined["temporal_ids"] = temporal_ids(samples)
     joined["parts"] = [None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples]
     joined |= {"row": samples[0]["row"], "source": samples[0]["source"]}
     return joined
-
-
-def _frame_times(sample: Sample, placeholders: int) -> torch.Tensor:
-    """[S, 2] (placeholder, time or -1) of a sample, counted on from ``placeholders``."""
-    if "temporal_ids" in sample:
-        return sample["temporal_ids"] + torch.tensor([placeholders, 0])
-    count = len(sample["tgt_sizes"])
-    return torch.stack([torch.arange(count) + placeholders, torch.full((count,), -1)], dim=1)

@@ -9,4 +9,5 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "demo"):
     sys.path.insert(0, str(ROOT / folder))
 
-torch.set_num_threads(2)
+# More threads than idle cores wait for each other by spinning, ten times slower.
+torch.set_num_threads(1)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from make_checkpoint import make_checkpoint
 from peft import PeftModel
 from test_goldens_forward import full_batch, golden_model
 
-from adapters import add_adapter
+from adapters import add_adapter, load_adapter
 from generations import GENERATIONS
 from initial_adapter import convert_saved_adapter
+from loading import load_model
 from learning_rates import LearningRates, split_by_rate
 from options import LoraArguments
 from parts import part_of
@@ -81,3 +83,31 @@ def test_every_parameter_is_in_the_group_of_its_rate():
         assert rate_of[id(value)] == pytest.approx(expected[part_of(name, ROW)] * (16 if "lora_B" in name else 1))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.01}
+
+
+@pytest.mark.parametrize("generation", ["v4_6", "v4_7"])
+def test_tied_embeddings_train_and_merge_as_one(tmp_path, generation):
+    row = GENERATIONS[generation]
+    folder = make_checkpoint(tmp_path / "base", generation, size="tiny")
+    model = load_model(folder, row, dtype=torch.float32)
+    wrapped = add_adapter(model, row, LoraArguments(lora_r=2, lora_dropout=0.0), vision=False, resampler=True)
+    ids = torch.randint(0, 200, (1, 12))
+    optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=0.5)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    head = wrapped.get_base_model().get_output_embeddings()
+    embeddings = wrapped.get_base_model().get_input_embeddings()
+    trained = embeddings.modules_to_save["default"].weight
+    assert not torch.equal(trained, embeddings.original_module.weight)
+    assert torch.equal(head.modules_to_save["default"].weight, trained)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.eval()
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids).logits
+        again = load_adapter(load_model(folder, row, dtype=torch.float32), tmp_path / "adapter", trainable=False)
+        assert (again.eval()(input_ids=ids).logits - expected).abs().max() < LOGIT_TOLERANCE
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = load_model(tmp_path / "merged", row, dtype=torch.float32).eval()
+        assert (merged(input_ids=ids).logits - expected).abs().max() < LOGIT_TOLERANCE
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["text_config"]["tie_word_embeddings"] is True

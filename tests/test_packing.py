@@ -143,7 +143,7 @@ def test_best_fit_uses_every_sample_once_and_overfills_no_row(lengths, capacity)
 
 
 def shuffled(count, *, seed):
-    return lambda epoch: epoch_order([count], [count], seed=seed, epoch=epoch).tolist()
+    return lambda epoch: epoch_order([count], [count], seed=seed, epoch=epoch, shuffle=True).tolist()
 
 
 def skewed_lengths(count=5000, longest=2048):
