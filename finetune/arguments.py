@@ -55,6 +55,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if isinstance(self.deepspeed, str):
             self._read_deepspeed()
         super().__post_init__()
+        # What was asked for; speed_options takes it over from Trainer and clears the flag.
+        self.checkpoints_llm = bool(self.gradient_checkpointing)
         if self.n_gpu > 1:
             # nn.DataParallel would split the batch's packed pixels in the wrong places.
             self._n_gpu = 1

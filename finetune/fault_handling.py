@@ -190,7 +190,7 @@ def _savings(training: TrainingArguments) -> list[str]:
     stage = (training.deepspeed or {}).get("zero_optimization", {})
     batch = training.per_device_train_batch_size
     found = []
-    if not training.gradient_checkpointing:
+    if not training.checkpoints_llm:
         found.append("--activation_checkpointing true (computes activations twice instead of keeping them)")
     if batch > 1:
         accumulation = training.gradient_accumulation_steps * batch

@@ -53,6 +53,7 @@ def run(argv: list[str], control: RunControl) -> None:
     from quantized_checkpoints import check_training, stored_quantization
     from run_folder import RunFolder
     from run_record import start_record
+    from speed_options import apply_liger, set_checkpointing
 
     model_args, data_args, training, lora = parse_arguments(argv)
     run_folder = RunFolder(training)
@@ -86,6 +87,8 @@ def run(argv: list[str], control: RunControl) -> None:
         attention=model_args.attn_implementation,
         quant_bits=quant_bits,
     )
+    apply_liger(model, training)
+    set_checkpointing(model, generation, training)
     if training.use_lora:
         model = add_adapter(
             model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler

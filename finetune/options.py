@@ -129,6 +129,13 @@ class TuningOptions:
         default=True,
         metadata={"help": "Train all weights of the language model. Not together with --use_lora."},
     )
+    vision_gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the vision tower's activations twice instead of keeping them. Default: as "
+            "--activation_checkpointing says for the whole model."
+        },
+    )
     vision_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
     )

@@ -60,9 +60,6 @@ def settle_training_arguments(training: TrainingArguments) -> None:
     if training.ddp_find_unused_parameters is None:
         # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
         training.ddp_find_unused_parameters = False
-    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
-        # Reentrant checkpointing drops the gradients of layers whose inputs need none.
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     # Trainer's filter hides losses that are not finite, and waits for the device after every batch to do so;
     # GuardedTrainer looks once per step, and does not apply such a step.
     training.logging_nan_inf_filter = False
@@ -109,7 +106,9 @@ def make_trainer(
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=BatchMaker(int(padding["input_ids"][0]), packing=training.packing),
+        data_collator=BatchMaker(
+            int(padding["input_ids"][0]), packing=training.packing, copies=processing.generation.native
+        ),
     )
     trainer.add_callback(StepLog())
     trainer.add_callback(LossCurve())
