@@ -63,9 +63,7 @@ def encode_pieces(
     for begin, stop in learned:
         index = bisect_left(starts, begin)
         while index < len(ids) and spans[index][0] < stop:
-            start, end = spans[index]
-            if end > start and end <= stop:
-                labels[index] = ids[index]
+            labels[index] = ids[index]
             index += 1
     bounds = []
     for begin, stop, pad_length in runs:

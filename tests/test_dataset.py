@@ -118,6 +118,7 @@ def test_an_image_that_became_unreadable_contributes_nothing_and_is_listed(tmp_p
     assert (batch["labels"][1] == -100).all()
     assert (batch["labels"][0] != -100).any()
     assert len(batch["tgt_sizes"]) == 2
+    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 1
     [listed] = rows.bad_rows.read()
     assert (listed["file"], listed["row"], listed["id"]) == (str(tmp_path / "train.json"), 1, "good-1")
     assert listed["kind"] == "missing image"

@@ -44,6 +44,17 @@ def test_rows_survive_pickling_and_a_changed_file_is_indexed_anew(tmp_path):
     assert len(open_rows(path)) == 7
 
 
+def test_a_forked_worker_opens_the_file_for_itself(tmp_path, monkeypatch):
+    rows = open_rows(write_rows(tmp_path, rows_of(3)))
+    assert rows[0] == rows_of(3)[0]
+    opened = rows._file
+    assert rows[1] == rows_of(3)[1]
+    assert rows._file is opened
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert rows[2] == rows_of(3)[2]
+    assert rows._file is not opened  # two processes that share a file share its position, too
+
+
 def test_the_index_is_read_again_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path, rows_of(3))

@@ -121,7 +121,9 @@ def test_an_image_beside_a_video_has_no_id_either(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
     row = {"video": "a.mp4", "image": "b.png", "conversations": chat("<image> or <video>?", "x")}
     rows = dataset(tmp_path, [row], "v2_6")
-    assert "<image>U</image> or <image>U</image>?" in prompt_text(rows, rows[0])
+    text = prompt_text(rows, rows[0])
+    assert "<image>U</image> or <image>U</image>?" in text
+    assert "<image_id>" not in text
 
 
 def test_4_5_gives_every_pack_one_placeholder_and_every_frame_its_time(tmp_path):
