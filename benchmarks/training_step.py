@@ -1,0 +1,133 @@
+"""A training step on the CPU, small model: one feature off or on per row, interleaved in one process.
+
+    python benchmarks/training_step.py [--rounds 5] [--generation v2_6]
+
+The same samples (texts of skewed lengths, one picture in four sliced) go through every variant; what counts
+is real tokens per second, padding not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("finetune", "demo"):
+    sys.path.insert(0, str(ROOT / folder))
+
+from make_checkpoint import make_checkpoint  # noqa: E402 (needs the path above)
+
+from batching import BatchMaker  # noqa: E402
+from generations import GENERATIONS  # noqa: E402
+from loading import load_model  # noqa: E402
+from packing import best_fit  # noqa: E402
+from parts import freeze  # noqa: E402
+from pictures import Picture  # noqa: E402
+from processing import Processing, load_processing  # noqa: E402
+from records import parse_row  # noqa: E402
+
+SAMPLES, BATCH, CAPACITY = 48, 8, 1024
+WORDS = "red green blue small large left right above below cat dog house tree sky".split()
+
+
+def draw_samples(processing: Processing) -> list[dict[str, Any]]:
+    """Samples with answers of log-normal length."""
+    random = np.random.default_rng(0)
+    samples = []
+    for number in range(SAMPLES):
+        answer = " ".join(random.choice(WORDS, size=max(1, int(random.lognormal(3.2, 1.0)))))
+        turns = [{"role": "user", "content": "<image>\nDescribe it."}, {"role": "assistant", "content": answer}]
+        conversation = parse_row({"image": "x.png", "conversations": turns})
+        side = (280, 260) if number % 4 == 0 else (112, 98)
+        picture = Picture.of(Image.fromarray(random.integers(0, 255, (*side, 3), dtype=np.uint8)))
+        sample = processing.encode(conversation.turns, [picture], limit=CAPACITY)
+        samples.append({**sample, "row": number, "source": 0})
+    return samples
+
+
+def batches(samples: list[dict[str, Any]], *, packed: bool, grouped: bool) -> Iterator[dict[str, Any]]:
+    """All samples once, in batches of about the same number of places."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    if packed:
+        for row in best_fit(range(len(samples)), lengths, capacity=CAPACITY):
+            yield BatchMaker(0, packing=True)([[samples[index] for index in row]])
+        return
+    order = sorted(range(len(samples)), key=lengths.__getitem__) if grouped else list(range(len(samples)))
+    for start in range(0, len(order), BATCH):
+        yield BatchMaker(0)([samples[index] for index in order[start : start + BATCH]])
+
+
+def full_logits_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The usual loss: logits of every position."""
+    labels = batch.pop("labels")
+    del batch["supervised"]
+    logits = model(**batch).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def ours_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of supervised positions."""
+    return model(**batch).loss
+
+
+def epoch_seconds(model: Any, samples: list[dict[str, Any]], loss: Callable, **order: bool) -> float:
+    """Forward, backward and update on all samples once."""
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
+    start = time.perf_counter()
+    for batch in batches(samples, **order):
+        del batch["rows"]
+        loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print medians and ratios to the first row."""
+    parser = argparse.ArgumentParser(description="A training step, one feature per row.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--generation", default="v2_6", choices=list(GENERATIONS))
+    options = parser.parse_args()
+    row = GENERATIONS[options.generation]
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_checkpoint(Path(name), row.name, size="demo")
+        processing = load_processing(folder)
+        model = load_model(folder, row, dtype=torch.float32).train()
+    samples = draw_samples(processing)
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    plain = {"packed": False, "grouped": False}
+    variants: dict[str, tuple[bool, Callable, dict[str, bool]]] = {
+        "full logits": (True, full_logits_loss, plain),
+        "supervised positions only": (True, ours_loss, plain),
+        "+ grouped by length": (True, ours_loss, {**plain, "grouped": True}),
+        "+ packing": (True, ours_loss, {**plain, "packed": True}),
+        "+ packing, vision frozen": (False, ours_loss, {**plain, "packed": True}),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in range(options.rounds + 1):  # the first is the warm-up
+        for name, (vision, loss, order) in variants.items():
+            freeze(model, row, vision=vision, resampler=True, llm=True)
+            seconds = epoch_seconds(model, samples, loss, **order)
+            if round_number:
+                times[name].append(seconds)
+    print(f"{row.title}, {tokens} tokens in {SAMPLES} samples, {torch.get_num_threads()} threads\n")
+    print(f"{'':<28}{'tokens/s':>9}{'spread':>16}{'ratio':>7}")
+    base = statistics.median(times["full logits"])
+    for name, found in times.items():
+        spread = f"{tokens / max(found):.0f} to {tokens / min(found):.0f}"
+        median = statistics.median(found)
+        print(f"{name:<28}{tokens / median:>9.0f}{spread:>16}{base / median:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()
