@@ -37,9 +37,9 @@ class ArrowRows:
         self._arrow_path = arrow_path
         self._read_batches = read_batches
         self._owner = 0
-        self._batches: Sequence[Any] = ()
+        self._batches: Sequence[Any] = []
         self._open()
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self._ends = [*accumulate(int(part.num_rows) for part in self._batches)]
 
     def _open(self) -> None:
         self._batches = self._read_batches(self._arrow_path)

@@ -68,7 +68,7 @@ def read_rules(
     settings = read_settings(folder, "preprocessor_config.json")
     rules = SliceRules(
         max_slice_nums=_slice_limit(max_slice_nums, settings, config, default=1),
-        scale_resolution=settings.get("scale_resolution", config.get("scale_resolution", 448)),
+        scale_resolution=int(settings.get("scale_resolution") or config.get("scale_resolution", 448)),
         patch_size=config.get("patch_size", 14),
     )
     style = PlaceholderStyle(

@@ -72,7 +72,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         kind = str(one.type).removesuffix(" | None")
         text, choices = one.metadata["help"].replace("%", "%%"), one.metadata.get("choices")
         if kind == "bool":
-            add_switch(group, f"--{one.name}", default=one.default, help=text)
+            add_switch(group, f"--{one.name}", default=bool(one.default), help=text)
         else:
             group.add_argument(
                 f"--{one.name}", type=_TYPES[kind], default=one.default, choices=choices, help=text

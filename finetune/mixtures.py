@@ -82,7 +82,7 @@ def _source(text: str) -> MixtureSource:
         return MixtureSource(path)
     path = Path(found["path"]).expanduser()
     if found["count"] is not None:
-        return MixtureSource(path, count=_positive(int(found["count"]), text))
+        return MixtureSource(path, count=int(_positive(int(found["count"]), text)))
     return MixtureSource(path, weight=_positive(float(found["weight"]), text))
 
 

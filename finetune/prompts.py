@@ -23,7 +23,8 @@ THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*\Z")
 _OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
 _PROBE = "\ue000probe\ue001"
-_STAND_IN = re.compile("\ue000(\\d+)\ue001")
+# Stands where a picture will, while the template is rendered; no text holds it.
+_STAND_IN = "\ue000picture\ue001"
 # What a template writes after the token that ends a turn.
 _AFTER_TURN_END = {"<|im_end|>": "\n", "<|eot_id|>": "", "</s>": ""}
 # Texts that would be read as structure if they stood in a message.
@@ -221,7 +222,7 @@ class PromptWriter:
         if self.generation.native:
             parts = re.split(r"<\|(?:image|video)_pad\|>", text)
         else:
-            parts = _STAND_IN.sub("\ue000", text).split("\ue000")
+            parts = text.split(_STAND_IN)
         pieces = [Piece(parts[0])]
         for part in parts[1:]:
             pieces += [Piece(media=next(order)), Piece(part)]
@@ -230,18 +231,16 @@ class PromptWriter:
     def _message(self, turn: Turn) -> dict[str, Any]:
         if self.generation.native and (turn.role == "user" or len(turn.parts) > 1):
             return {"role": turn.role, "content": [_content_part(part) for part in turn.parts]}
-        content = "".join(
-            part if isinstance(part, str) else f"\ue000{part.index}\ue001" for part in turn.parts
-        )
+        content = "".join(part if isinstance(part, str) else _STAND_IN for part in turn.parts)
         return {"role": turn.role, "content": content}
 
-    def _render(
-        self, messages: list[dict[str, Any]], *, thinking: bool, generation_prompt: bool = True
-    ) -> str:
-        options = {"enable_thinking": thinking} if self.generation.thinking else {}
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+    def _render(self, messages: list[dict[str, Any]], *, thinking: bool) -> str:
+        options: dict[str, Any] = {"enable_thinking": thinking} if self.generation.thinking else {}
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
         )
+        assert isinstance(rendered, str), type(rendered)
+        return rendered
 
     def _probe_template(self) -> tuple[str, bool]:
         """See what stands in front of an earlier answer, and whether the template trims messages."""

@@ -113,7 +113,8 @@ def _read_turn(message: Any, number: int, media: MediaReader) -> Turn:
         raise RowError(
             "role", f"turn {number} has 'tool_calls', expected text only. Tool use can't be trained here."
         )
-    return Turn(role, tuple(_read_content(content, number, media)), learn is None or bool(learn))
+    parts: list[Any] = _read_content(content, number, media)  # sources become media in _numbered
+    return Turn(role, tuple(parts), learn is None or bool(learn))
 
 
 def _first(message: Mapping[str, Any], *keys: str) -> Any:
@@ -213,11 +214,12 @@ def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ..
     for turn in turns:
         parts: list[Part] = []
         for part in turn.parts:
+            before = parts[-1] if parts else None
             if isinstance(part, Source):
                 parts.append(Media(part.kind, len(sources)))
                 sources.append(part)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += part
+            elif isinstance(part, str) and isinstance(before, str):
+                parts[-1] = before + part
             else:
                 parts.append(part)
         numbered.append(Turn(turn.role, tuple(parts), turn.learn))

@@ -49,7 +49,8 @@ class MediaReader:
         self.taken: dict[str, int] = {"image": 0, "video": 0}
         self.mentioned: set[str] = set()
         for kind in ("image", "video"):
-            one, several = row.get(kind), row.get(f"{kind}s")
+            one: Any = row.get(kind)
+            several: Any = row.get(f"{kind}s")
             if one not in _NOTHING and several not in _NOTHING:
                 raise RowError(
                     "media", f"the row has both {kind!r} and '{kind}s', expected one. Remove one of them."

@@ -31,14 +31,17 @@ def prompt_text(sample: Sample, tokenizer: PreTrainedTokenizerFast, style: Place
     changes = [0, *(int(place) + 1 for place in (learned[1:] != learned[:-1]).nonzero()[:, 0]), len(ids)]
     parts = []
     for start, end in pairwise(changes):
-        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
         parts.append(f"{LEARNED[0]}{text}{LEARNED[1]}" if learned[start] else text)
     text = "".join(parts)
     for pad in {style.pad, style.video_pad}:
-        text = re.sub(
-            f"(?:{re.escape(pad)} ?)+", lambda run, pad=pad: f"{pad}x{run.group().count(pad)}", text
-        )
+        text = _folded(text, pad)
     return text
+
+
+def _folded(text: str, pad: str) -> str:
+    """The text with runs of a pad token written as one token and its count."""
+    return re.sub(f"(?:{re.escape(pad)} ?)+", lambda run: f"{pad}x{run.group().count(pad)}", text)
 
 
 def slice_images(sample: Sample) -> list[Image.Image]:

@@ -65,8 +65,15 @@ class Layout:
 class Rules(Protocol):
     """What turns an image's size into a layout; ``SliceRules`` here, ``NativeSliceRules`` for 4.6 and 4.7."""
 
-    max_slice_nums: int
-    patch_size: int
+    @property
+    def max_slice_nums(self) -> int:
+        """Most slices an image is cut into, the overview not counted."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
+        ...
 
     def layout(self, width: int, height: int) -> Layout:
         """Decide the layout of an image of this size, in pixels."""

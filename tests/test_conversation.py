@@ -158,6 +158,14 @@ def test_control_tokens_in_a_message_are_refused(name, text):
         encoded(name, chat("Hi", text))
 
 
+def test_private_characters_in_a_text_are_text():
+    for name in ALL:
+        sample, tokenizer = encoded(
+            name, chat("<image> \ue000 what? \ue001", "A \ue000 sign."), [picture()], {"image": "a"}
+        )
+        assert supervised_text(sample, tokenizer) == f"A \ue000 sign.{turn_end(name)}"
+
+
 def test_a_template_that_loses_turns_is_refused():
     prepared = processing("v2_6")
     tokenizer = prepared.tokenizer
