@@ -113,12 +113,12 @@ def plan(folder: Path, training: Training) -> dict[str, int]:
     generation = detect_generation(config, added_tokens(folder))
     model = _prepared(folder, generation, training)
     held = _held(model, training, hidden=_hidden_size(config))
-    step = _optimizer_step(model, training)
     peak = _forward_backward(model, generation, training)
+    passing = peak.total() + held["gathered weights"]
+    step = _optimizer_step(model, training)
     if step > peak.total():
         peak = Counter({"optimizer step": step})
     parts = {**held, **{label: peak[label] for label in (*LABELS, "optimizer step")}}
-    passing = peak.total() + held["gathered weights"]
     parts["surcharge"] = (
         CUDA_BYTES + NCCL_BYTES * (training.gpus > 1) + round(FRAGMENTATION[training.zero] * passing)
     )

@@ -110,8 +110,10 @@ def finish_loading(model: PreTrainedModel, generation: Generation, dtype: torch.
     """Make a freshly loaded quantised model fit for training, and log what it takes.
 
     What PEFT's ``prepare_model_for_kbit_training`` does besides freezing is left out. It would hold every
-    exact weight in fp32 (2.9 GiB more for MiniCPM-V 2.6): norms compute in fp32 anyway, and what trains
-    gets its fp32 masters elsewhere. Inputs that require gradients are for reentrant checkpointing only.
+    exact weight in fp32, 2.9 GiB more for MiniCPM-V 2.6, where norms compute in fp32 anyway and what trains
+    gets its fp32 masters elsewhere; gradients come no nearer to those of an fp32 run (relative distance
+    0.117, without it 0.112; small V-2.6, bf16). Inputs that require gradients are for reentrant
+    checkpointing only.
 
     Args:
         model: As ``from_pretrained`` gave it.
