@@ -16,6 +16,7 @@ from pathlib import Path
 import output_folder
 from deepspeed_setup import DeepSpeedConfigError, read_config
 from hardware import accelerator_count
+from mixtures import missing_sources
 from options import DataArguments, LoraArguments, ModelArguments
 
 _AT_LEAST_ONE = (
@@ -178,8 +179,8 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
         yield "--do_train false without --do_eval leaves nothing to do. Give one of them."
     for flag in ("data_path", "eval_data_path"):
         value = getattr(data, flag)
-        if value and not _data_source(value).exists():
-            yield f"--{flag}: there is no file {value!r}. Check the path (relative to {os.getcwd()!r})."
+        for missing in missing_sources(value) if value else ():
+            yield f"--{flag}: there is no file '{missing}'. Check the path (relative to {os.getcwd()!r})."
     if not data.eval_data_path:
         if training.do_eval:
             yield "--do_eval needs --eval_data_path: give the file with the evaluation rows."
@@ -187,12 +188,6 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
             yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
     if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
         yield f"--image_folder: there is no folder {data.image_folder!r}."
-
-
-def _data_source(value: str) -> Path:
-    """The file behind a data argument, which may end in a count (``#500``) or a weight (``:0.3``)."""
-    path = Path(value).expanduser()
-    return path if path.exists() else Path(re.sub(r"(#\d+|:[\d.]+)$", "", value)).expanduser()
 
 
 def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:

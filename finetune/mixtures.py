@@ -17,6 +17,7 @@ with replacement.)
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
 from collections.abc import Sequence
@@ -73,6 +74,12 @@ def read_data_path(text: str) -> list[MixtureSource]:
     if whole.exists() or "," not in text:
         return [_source(text)]
     return [_source(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def missing_sources(text: str) -> list[Path]:
+    """Which of the files that ``--data_path`` names are not there; patterns with ``*`` must find one."""
+    paths = [source.path for source in read_data_path(text)]
+    return [path for path in paths if not path.exists() and not glob.glob(str(path))]
 
 
 def _source(text: str) -> MixtureSource:

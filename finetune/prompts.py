@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint import CheckpointError
 from generations import Generation
+from row_errors import RowError
+from system_turns import system_into_user
 from turns import Media, Part, Turn, media_of
 
 THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -165,7 +168,7 @@ class PromptWriter:
     def _minicpm_history(self, turns: Sequence[Turn]) -> list[Piece]:
         user, assistant = _MINICPM_MARKS
         pieces: list[Piece] = []
-        for turn in _system_into_user(turns):
+        for turn in system_into_user(turns):
             if turn.role == "user":
                 pieces.append(Piece(user))
                 pieces += [_piece(part) for part in turn.parts]
@@ -236,9 +239,15 @@ class PromptWriter:
 
     def _render(self, messages: list[dict[str, Any]], *, thinking: bool) -> str:
         options: dict[str, Any] = {"enable_thinking": thinking} if self.generation.thinking else {}
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except TemplateError as error:  # templates refuse what they don't know, such as some orders of roles
+            raise RowError(
+                "template",
+                f"the checkpoint's chat template refuses the conversation ({error}). Rewrite or remove the row.",
+            ) from error
         assert isinstance(rendered, str), type(rendered)
         return rendered
 
@@ -273,26 +282,3 @@ def _trimmed(parts: list[Part]) -> list[Part]:
     if parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return parts
-
-
-def _system_into_user(turns: Sequence[Turn]) -> list[Turn]:
-    """Put a system turn in front of the first user text, behind the images that the turn starts with.
-
-    V-2 has no system form; its inference always writes the image first.
-    """
-    if not turns or turns[0].role != "system":
-        return list(turns)
-    system, first, *rest = turns
-    parts = list(first.parts)
-    position = 0
-    for index, part in enumerate(parts):
-        if isinstance(part, Media):
-            position = index + 1
-        elif part.strip():
-            break
-    leading = parts[:position]
-    text: list[Part] = list(parts[position:])
-    if leading and text and isinstance(text[0], str):
-        text[0] = text[0].removeprefix("\n")
-    joined = [*leading, "\n"] if leading else []
-    return [Turn("user", (*joined, *system.parts, "\n", *text)), *rest]
