@@ -246,7 +246,8 @@ class PromptWriter:
         except TemplateError as error:  # templates refuse what they don't know, such as some orders of roles
             raise RowError(
                 "template",
-                f"the checkpoint's chat template refuses the conversation ({error}). Rewrite or remove the row.",
+                f"the checkpoint's chat template refuses the conversation ({error}). Rewrite "
+                "or remove the row.",
             ) from error
         assert isinstance(rendered, str), type(rendered)
         return rendered

@@ -166,6 +166,20 @@ def test_private_characters_in_a_text_are_text():
         assert supervised_text(sample, tokenizer) == f"A \ue000 sign.{turn_end(name)}"
 
 
+def test_a_template_that_refuses_a_conversation_makes_a_bad_row():
+    prepared = processing("v2_6")
+    tokenizer = prepared.tokenizer
+    template = tokenizer.chat_template
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    tokenizer.chat_template = refusal + template
+    try:
+        encoded("v2_6", chat("Hi", "Yes."))
+        with pytest.raises(RowError, match=r"chat template refuses the conversation \(no system here\)"):
+            encoded("v2_6", chat("Hi", "Yes.", system="s"))
+    finally:
+        tokenizer.chat_template = template
+
+
 def test_a_template_that_loses_turns_is_refused():
     prepared = processing("v2_6")
     tokenizer = prepared.tokenizer
