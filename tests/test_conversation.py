@@ -107,6 +107,19 @@ def test_v2_puts_the_system_text_behind_the_image():
         assert expected in prepared.tokenizer.decode(prepared.encode(turns, [picture()])["input_ids"])
 
 
+def test_v2_writes_its_own_format():
+    prepared = processing("v2")
+    turns = turns_of(chat("<image>\nHow many?", "Two cats.", "Sure?", "Yes."), image="a.png")
+    sample = prepared.encode(turns, [picture(1200, 500)])
+    text = prepared.tokenizer.decode(sample["input_ids"]).replace("<unk>" * 16, "U")
+    assert text == (
+        "<s> <用户><image>U</image><slice><image>U</image><image>U</image></slice> \nHow many?"
+        "<AI>Two cats.<用户>Sure?<AI>Yes.</s>"
+    )
+    assert sample["tgt_sizes"].tolist() == [[21, 50], [29, 35], [29, 35]]
+    assert sample["image_bound"].tolist() == [[4, 20], [23, 39], [41, 57]]
+
+
 def test_default_system_lines_come_from_the_template():
     text = processing("v2_6").tokenizer.decode(encoded("v2_6", chat("Hi", "Yes."))[0]["input_ids"])
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
