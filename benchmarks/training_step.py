@@ -85,7 +85,7 @@ def epoch_seconds(model: Any, samples: list[dict[str, Any]], loss: Callable, **o
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
     start = time.perf_counter()
     for batch in batches(samples, **order):
-        del batch["rows"]
+        del batch["rows"], batch["supervised_sources"]
         loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -36,6 +36,7 @@ class BatchMaker:
             Its batch, with ``tgt_sizes``, ``image_bound``, ``temporal_ids`` as numpy arrays, and
             ``supervised`` [N] int64: the places, in the flattened [B * T] batch, whose next token is
             supervised. ``position_ids`` only with packing. ``rows``: (source, row) of every sample.
+            ``supervised_sources`` [N]: the source each of those tokens comes from.
             ``on_cpu`` [2 or 3, B, T] int64, ids, mask and positions, with ``copies``.
         """
         samples = [join(row if isinstance(row, list) else [row]) for row in rows] if self.packing else list(rows)
@@ -48,10 +49,22 @@ class BatchMaker:
             if name in batch:
                 batch[name] = batch[name].numpy()
         batch["supervised"] = supervised_places(batch["labels"])
+        batch["supervised_sources"] = self._sources(samples, batch)
         if self.copies:
             copied = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
             batch["on_cpu"] = np.stack([batch[name].numpy() for name in copied])
         return batch
+
+
+    def _sources(self, samples: Sequence[Sample], batch: dict[str, Any]) -> np.ndarray:
+        """[N] int64: the source of the sample that holds each supervised place."""
+        rows, columns = np.divmod(batch["supervised"], batch["labels"].shape[1])
+        if not self.packing:
+            return np.array([samples[row]["source"] for row in rows], dtype=np.int64)
+        # A place's sample is the number of restarts up to it, within its row.
+        numbers = (batch["position_ids"] == 0).cumsum(dim=1).numpy()[rows, columns] - 1
+        parts = (samples[row]["parts"][number] for row, number in zip(rows, numbers, strict=True))
+        return np.array([source for source, _ in parts], dtype=np.int64)
 
 
 def supervised_places(labels: torch.Tensor) -> np.ndarray:

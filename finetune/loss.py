@@ -26,11 +26,13 @@ class SupervisedLoss:
         loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats.
         token_count: int64 scalar, how many tokens were supervised.
         correct_count: int64 scalar, how many of them the most likely token got right.
+        token_losses: [N] fp32, each token's cross entropy, without a gradient; for reports.
     """
 
     loss_sum: Tensor
     token_count: Tensor
     correct_count: Tensor
+    token_losses: Tensor
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -46,14 +48,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if need_hidden else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             part, target = hidden[start : start + chunk], labels[start : start + chunk]
             logits = F.linear(part, weight, bias).float()
             correct += (logits.argmax(dim=-1) == target).sum()
             log_sum = torch.logsumexp(logits, dim=-1)
-            loss_sum += (log_sum - logits.gather(-1, target[:, None])[:, 0]).sum()
+            token_losses[start : start + chunk] = log_sum - logits.gather(-1, target[:, None])[:, 0]
             if not (need_hidden or need_weight or need_bias):
                 continue
             # d loss_sum / d logits = softmax - one-hot, written over the logits themselves.
@@ -71,13 +73,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_grad.to(weight.dtype) if need_weight else None,
             bias_grad.to(bias.dtype) if need_bias else None,
         )
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
+        ctx.mark_non_differentiable(correct, token_losses)
+        return token_losses.sum(), correct, token_losses
 
     @staticmethod
-    def backward(ctx, loss_slope, _):
+    def backward(ctx, loss_slope, *_):
         # In place: the gradient of an 8B model's output layer is a gibibyte.
-        grads = [None if grad is None else grad.mul_(loss_slope.to(grad.dtype)) for grad in ctx.grads]
+        grads = [None if grad is None else grad.mul_(loss_slope) for grad in ctx.grads]
         ctx.grads = (None, None, None)
         return (*grads, None, None)
 
@@ -91,7 +93,7 @@ class LMHead(nn.Linear):
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Give logits, or the loss of the tokens in ``labels``.
 
         With labels it gives a plain tuple: DeepSpeed hooks its gathering of the weight for the
@@ -104,7 +106,7 @@ class LMHead(nn.Linear):
 
         Returns:
             [..., V] logits in the dtype of ``hidden``; or the fp32 sum of the tokens' cross entropies in
-            nats, and the int64 number of tokens predicted right.
+            nats, the int64 number of tokens predicted right, and [N] fp32 each token's cross entropy.
         """
         # There is no autocast on the meta device, where plan_memory.py runs a step.
         if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
@@ -136,8 +138,8 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
     else:
         index = torch.from_numpy(places).to(hidden.device, non_blocking=True)
         chosen, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]
-    loss_sum, correct = head(chosen, labels=targets)
-    return SupervisedLoss(loss_sum, torch.full_like(correct, targets.numel()), correct)
+    loss_sum, correct, token_losses = head(chosen, labels=targets)
+    return SupervisedLoss(loss_sum, torch.full_like(correct, targets.numel()), correct, token_losses)
 
 
 def as_lm_head(linear: nn.Linear) -> LMHead:

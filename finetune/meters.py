@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -58,6 +61,47 @@ class ThroughputMeter:
             "padding_share": round(1 - tokens / max(slots, 1), 4),
             "peak_memory_gib": round(peak_memory_gib(), 3),
         }
+
+
+class SourceLosses:
+    """Adds up the training loss of every data file of a mixture; read once per log line.
+
+    Args:
+        names: The data files, by source number.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = _short(names)
+        self._sums: torch.Tensor | None = None
+
+    def add(self, token_losses: torch.Tensor, sources: np.ndarray) -> None:
+        """Count one batch.
+
+        Args:
+            token_losses: [N] fp32 cross entropies, in nats.
+            sources: [N] int64, the source each supervised token comes from.
+        """
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.names), 2, device=token_losses.device)
+        index = torch.from_numpy(sources).to(token_losses.device, non_blocking=True)
+        counted = torch.stack([token_losses, torch.ones_like(token_losses)], dim=1)
+        self._sums.index_add_(0, index, counted)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss since the last call of every source that was seen, ``loss/<file>``, over all processes."""
+        if self._sums is None:
+            return {}
+        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        return {
+            f"loss/{name}": loss / tokens for name, (loss, tokens) in zip(self.names, sums, strict=True) if tokens
+        }
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """File names without their folders, numbered where two are alike."""
+    stems = [Path(name).name for name in names]
+    return [f"{number}:{stem}" if stems.count(stem) > 1 else stem for number, stem in enumerate(stems)]
 
 
 def peak_memory_gib() -> float:

@@ -38,6 +38,7 @@ class MiniCPMVOutput(ModelOutput):
         loss_sum: fp32 scalar, summed cross entropy in nats. With labels.
         token_count: int64 scalar, supervised tokens. With labels.
         correct_count: int64 scalar, those predicted right. With labels.
+        token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
     """
 
     loss: Tensor | None = None
@@ -45,6 +46,7 @@ class MiniCPMVOutput(ModelOutput):
     loss_sum: Tensor | None = None
     token_count: Tensor | None = None
     correct_count: Tensor | None = None
+    token_losses: Tensor | None = None
 
 
 class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
@@ -260,6 +262,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             loss_sum=found.loss_sum,
             token_count=found.token_count,
             correct_count=found.correct_count,
+            token_losses=found.token_losses,
         )
 
     def _run_llm(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

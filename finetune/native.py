@@ -112,6 +112,7 @@ class _NativeMiniCPMV(ChatMixin):
             loss_sum=found.loss_sum,
             token_count=found.token_count,
             correct_count=found.correct_count,
+            token_losses=found.token_losses,
         )
 
     def _last_hidden(self, input_ids: Tensor, host: Tensor, pixel_values: Any, tgt_sizes: Any) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from generations import Generation
 from guarded_trainer import GuardedTrainer
 from learning_rates import split_by_rate
-from meters import ThroughputMeter
+from meters import SourceLosses, ThroughputMeter
 from parts import count_parts
 from sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
 
@@ -51,6 +51,7 @@ class CPMTrainer(GuardedTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._meter = ThroughputMeter()
+        self._source_losses = SourceLosses(self.train_dataset.rows.source_names if self.train_dataset else [])
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
         self._eval_sums: Tensor | None = None
 
@@ -93,13 +94,17 @@ class CPMTrainer(GuardedTrainer):
     ) -> Any:
         """Count the batch, and leave the rest to Trainer and the model's forward."""
         inputs = dict(inputs)
+        sources = inputs["supervised_sources"]
         self._meter.add(inputs, samples=_take_rows(inputs))
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if len(self._source_losses.names) > 1:
+            self._source_losses.add(outputs["token_losses"], sources)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, shares and memory to every line that reports a training loss."""
+        """Add the sources' losses, speed, shares and memory to every line that reports a training loss."""
         if "loss" in logs:
-            logs = {**logs, **self._meter.read(self.accelerator)}
+            logs = {**logs, **self._source_losses.read(self.accelerator), **self._meter.read(self.accelerator)}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -149,4 +154,5 @@ def _order(rows: Any, *, seed: int, shuffle: bool) -> Order:
 
 def _take_rows(inputs: dict[str, Any]) -> int:
     """Remove the bookkeeping that is not for the model; give the number of real samples."""
+    del inputs["supervised_sources"]
     return sum(row is not None for row in inputs.pop("rows"))

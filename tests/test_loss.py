@@ -32,9 +32,10 @@ def test_chunks_give_the_loss_and_the_gradients_of_full_logits(chunk):
     expected_gradients = torch.autograd.grad(expected, (hidden, head.weight, head.bias))
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    found, _ = head(hidden[:, :-1][supervised], labels=targets[supervised], chunk=chunk)
+    found, _, token_losses = head(hidden[:, :-1][supervised], labels=targets[supervised], chunk=chunk)
     gradients = torch.autograd.grad(found, (hidden, head.weight, head.bias))
     assert abs(found - expected) < LOSS_TOLERANCE
+    assert abs(token_losses.sum() - expected) < LOSS_TOLERANCE
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert (gradient - wanted).abs().max() < GRADIENT_TOLERANCE * wanted.abs().max().clamp(min=1)
 

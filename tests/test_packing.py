@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_goldens_forward import GOLDENS, SIX, as_patches, golden_model
 
 from batching import BatchMaker, supervised_places
 from packing import best_fit, join
+from meters import SourceLosses
 from mixtures import epoch_order
 from sampling import PADDING, EpochSampler, PackingSampler, grouped_by_length
 
@@ -52,7 +54,7 @@ def samples_of(generation):
 
 def run(model, batch):
     """Logits, loss sum and gradients of a batch."""
-    batch = {name: value for name, value in batch.items() if name not in ("rows", "attention_mask")}
+    batch = {name: value for name, value in batch.items() if name not in ("rows", "attention_mask", "supervised_sources")}
     model.zero_grad()
     output = model(**batch, num_items_in_batch=1)
     output.loss.backward()
@@ -113,7 +115,7 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_batch(generation):
 def test_the_places_of_supervised_tokens_give_the_loss_that_labels_give():
     model, _ = golden_model("v2_6", attention="sdpa")
     batch = BatchMaker(0)(samples_of("v2_6"))
-    del batch["rows"]
+    del batch["rows"], batch["supervised_sources"]
     with_places = model(**batch)
     del batch["supervised"]
     without = model(**batch)
@@ -131,6 +133,21 @@ def test_joined_samples_keep_their_rows_and_never_learn_their_first_token():
     assert joined["labels"][starts].tolist() == [-100] * 3
     assert joined["parts"] == [(0, 0), (0, 1), (0, 2)]
     assert samples[0]["labels"][0] == 5
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_supervised_token_is_counted_for_its_source(packing):
+    samples = samples_of("v2_6")
+    for source, sample in enumerate(samples):
+        sample["source"] = source
+    batch = BatchMaker(0, packing=packing)([samples] if packing else samples)
+    counts = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
+    assert np.bincount(batch["supervised_sources"]).tolist() == counts
+    losses = SourceLosses(["a/x.json", "b/x.json", "y.json"])
+    losses.add(torch.arange(sum(counts), dtype=torch.float32), batch["supervised_sources"])
+    found = losses.read(Accelerator(cpu=True))
+    assert list(found) == ["loss/0:x.json", "loss/1:x.json", "loss/y.json"]
+    assert found["loss/0:x.json"] == pytest.approx(np.arange(counts[0]).mean())
 
 
 @settings(max_examples=200, deadline=None)
