@@ -60,7 +60,6 @@ def run(argv: list[str], control: RunControl) -> None:
     run_folder.open()
     control.begin(training)
     record = start_record(argv, model_args, data_args, training, lora)
-    set_seed(training.seed)
 
     with training.main_process_first(desc="checkpoint files"):
         folder = resolve_model_folder(model_args.model_name_or_path, cache_dir=training.cache_dir)
@@ -89,6 +88,7 @@ def run(argv: list[str], control: RunControl) -> None:
     )
     apply_liger(model, training)
     set_checkpointing(model, generation, training)
+    set_seed(training.seed)  # here: how weights are loaded must not decide what adapters start from
     if training.use_lora:
         model = add_adapter(
             model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler

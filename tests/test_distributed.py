@@ -1,0 +1,185 @@
+"""Processes with uneven work: no hang, a gradient for everything in every batch, the losses of one process.
+
+Rows have two images, none, one, or many slices. All generations run one after another in the same
+processes, which saves the time that imports take.
+"""
+
+import json
+import subprocess
+import sys
+
+import live_runs
+import pytest
+import runs
+from live_runs import LORA, STAGES
+
+from generations import GENERATIONS
+
+TIME_LIMIT = 280  # seconds, for all generations of one kind
+# Relative; worst values measured (torch 2.13, CPU, gloo) behind each.
+LOSS_TOLERANCE = 1e-5  # 8e-7 (V-4.7, ZeRO-3)
+NORM_TOLERANCE = 1e-4  # 4e-6 (V-4.7, ZeRO-3)
+KINDS = {"full": (), "lora": (*LORA, "--lora_dropout", 0)}
+
+
+class Place:
+    """Checkpoints, data, and the runs of a module's tests."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.data = live_runs.uneven_rows(folder / "data")
+        self.rows = json.loads(self.data.read_text())
+        for name in GENERATIONS:
+            live_runs.tiny(folder / name, name)
+
+    def write(self, name, rows):
+        """Another data file beside the pictures."""
+        path = self.data.with_name(name)
+        path.write_text(json.dumps(rows))
+        return path
+
+    def start(self, tag, generations, *flags, processes, batch, data=None, steps=4):
+        """Start a run of each generation, in the same processes."""
+        report = self.folder / tag / "gradients"
+        report.mkdir(parents=True)
+        commands = [
+            live_runs.flags(
+                self.folder / name, data or self.data, self.folder / tag / name, "--save_strategy", "no", *flags,
+                steps=steps, batch=batch,
+            )
+            for name in generations
+        ]  # fmt: skip
+        start = [sys.executable]
+        if processes > 1:
+            start += [live_runs.START, "--nproc_per_node", processes, "--rdzv_backend", "c10d"]
+            start += ["--rdzv_endpoint", "localhost:0"]
+        faults = {"several": True, "count_gradients": str(report)}
+        return subprocess.Popen(
+            [str(word) for word in [*start, live_runs.WORKER, json.dumps(commands)]],
+            env={**runs.environment(), "FAULTS": json.dumps(faults)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, tag, generations, *flags, **kwargs):
+        """Run to the end; give the losses by generation, and every process's report of its batches."""
+        finish(self.start(tag, generations, *flags, **kwargs))
+        return self.losses(tag, generations), self.reports(tag)
+
+    def losses(self, tag, generations):
+        return {name: runs.losses(self.folder / tag / name) for name in generations}
+
+    def reports(self, tag):
+        paths = sorted((self.folder / tag / "gradients").glob("rank*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+
+def finish(process):
+    try:
+        printed, _ = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, printed[-6000:]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """A process that takes all rows of a step itself, beside two that divide them (full, DDP)."""
+    both = [
+        place.start("full-alone", GENERATIONS, processes=1, batch=2),
+        place.start("full-none", GENERATIONS, processes=2, batch=1),
+    ]
+    for process in both:
+        finish(process)
+    return place.losses("full-alone", GENERATIONS)
+
+
+@pytest.fixture(scope="module")
+def lora_alone(place):
+    return place.run("lora-alone", GENERATIONS, *KINDS["lora"], processes=1, batch=2)[0]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for line, wanted in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=LOSS_TOLERANCE)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=NORM_TOLERANCE)
+
+
+def assert_every_gradient(reports, *, processes, batches):
+    assert [len(report) for report in reports] == [batches] * processes
+    for rank, report in enumerate(reports):
+        for number, batch in enumerate(report):
+            assert batch["parameters"] > 0
+            assert batch["without"] == [], f"process {rank}, batch {number}"
+
+
+def test_ranks_with_uneven_work_give_the_run_of_one_process(place, alone):
+    reports = place.reports("full-none")
+    assert_every_gradient(reports, processes=2, batches=4 * len(GENERATIONS))
+    slices = [[batch["slices"] for batch in report[:4]] for report in reports]
+    # Text alone beside images, in both directions; different numbers of slices; the last step is half filled.
+    assert slices == [[0, 1, 2, 0], [10, 0, 5, 0]]
+    found = place.losses("full-none", GENERATIONS)
+    for name in GENERATIONS:
+        assert_same(found[name], alone[name])
+
+
+def test_zero_3_with_adapters_and_uneven_work(place):
+    names = ["v2_6", "v4_6"]
+    one, _ = place.run("some-lora-alone", names, *KINDS["lora"], processes=1, batch=2, steps=3)
+    two, reports = place.run(
+        "some-lora-zero3", names, *KINDS["lora"], *STAGES["zero3"], processes=2, batch=1, steps=3
+    )
+    assert_every_gradient(reports, processes=2, batches=6)
+    for name in names:
+        assert_same(two[name], one[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_generation_under_every_stage(place, alone, lora_alone, stage, kind):
+    if (stage, kind) != ("none", "full"):
+        place.run(f"{kind}-{stage}", GENERATIONS, *KINDS[kind], *STAGES[stage], processes=2, batch=1)
+    assert_every_gradient(place.reports(f"{kind}-{stage}"), processes=2, batches=4 * len(GENERATIONS))
+    expected = alone if kind == "full" else lora_alone
+    for name, found in place.losses(f"{kind}-{stage}", GENERATIONS).items():
+        assert_same(found, expected[name])
+
+
+def three_processes(place, stage, data):
+    names = ["v2_6", "v4_6"]
+    one, _ = place.run(f"few-alone-{stage}", names, processes=1, batch=3, data=data, steps=2)
+    three, reports = place.run(f"few-{stage}", names, *STAGES[stage], processes=3, batch=1, data=data, steps=2)
+    assert_every_gradient(reports, processes=3, batches=4)
+    for name in names:
+        assert_same(three[name], one[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_fewer_rows_than_processes(place, stage):
+    three_processes(place, stage, place.write("few.json", [place.rows[0], place.rows[3]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_whose_every_row_is_bad_keeps_in_step(place, stage):
+    whole = (place.data.parent / "3-0.png").read_bytes()
+    (place.data.parent / "cut.png").write_bytes(whole[: len(whole) // 2])
+    bad = {**place.rows[4], "image": "cut.png"}
+    rows = [place.rows[0], bad, place.rows[1], bad, place.rows[6], bad]
+    data = place.write("bad.json", rows)
+    skip = ("--on_bad_row", "skip")
+    one, _ = place.run(f"bad-alone-{stage}", ["v2_6"], *skip, processes=1, batch=2, data=data)
+    two, reports = place.run(f"bad-{stage}", ["v2_6"], *skip, *STAGES[stage], processes=2, batch=1, data=data)
+    assert_every_gradient(reports, processes=2, batches=4)
+    assert_same(two["v2_6"], one["v2_6"])
