@@ -146,10 +146,8 @@ def load_onto(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
     if unknown or missing:
         raise AdapterError(
             f"{adapter.path}: {len(unknown)} tensors have no place in this model and {len(missing)} are "
-            "missing "
-            f"(the first is {[*unknown, *missing][0]}), expected an adapter of this model. Give the base it "
-            "was "
-            "trained on."
+            f"missing (the first is {[*unknown, *missing][0]}), expected an adapter of this model. Give the "
+            "base model it was trained on."
         )
     if adapter.is_legacy:
         load_legacy_tensors(wrapped, adapter.path / LEGACY_NAME)

@@ -29,6 +29,12 @@ _PROBE = "It's 12 <image> cats.\n 你好"
 class GenerateMixin:
     """``generate`` for V-2 to V-4.5: image embeddings go into the LLM's own ``generate``."""
 
+    # What the model class brings.
+    llm: Any
+    embed: Any
+    embedding_scale: float
+    get_input_embeddings: Any
+
     def generate(
         self,
         input_ids: Tensor,
@@ -83,6 +89,9 @@ class GenerateMixin:
 
 class ChatMixin:
     """``chat`` in the calling form of the released models."""
+
+    config: Any  # the model class brings it
+    _processing: Any = None  # the checkpoint's ``Processing``, once asked for
 
     def chat(
         self,
@@ -172,7 +181,7 @@ class ChatMixin:
         from chat_messages import MessageError
         from processing import load_processing
 
-        if getattr(self, "_processing", None) is None:
+        if self._processing is None:
             if not self.config.name_or_path:
                 raise MessageError("the model is of no checkpoint folder: pass its Processing as processor.")
             self._processing = load_processing(self.config.name_or_path)
@@ -183,9 +192,10 @@ def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool, **
     from chat_messages import as_one_video, read_messages
 
     turns, pictures = read_messages(msgs, **given)
-    if times is not None:
-        turns, pictures = as_one_video(turns, pictures, times)
-    return processing.encode_prompt(turns, pictures, thinking=thinking)
+    if times is None:
+        return processing.encode_prompt(turns, pictures, thinking=thinking)
+    turns, video = as_one_video(turns, pictures, times)
+    return processing.encode_prompt(turns, video, thinking=thinking)
 
 
 def _check_length(samples: Sequence[Sample], limit: int | None) -> None:

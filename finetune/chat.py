@@ -20,7 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_flags import CommandParser, add_generation_flags, add_model_flags, generation_options
+from command_flags import (
+    CommandParser,
+    add_generation_flags,
+    add_model_flags,
+    generation_options,
+    run_command,
+)
 
 
 def img2base64(file_name: str | Path) -> bytes:
@@ -112,11 +118,14 @@ class Conversation:
 
         generation, rules = self.processing.generation, self.processing.video
         options = ImageOptions(Path(), upright=generation.native)
-        if kind == "video" and rules is None:
+        if kind == "image":
+            picture = open_image(path, options)
+        elif rules is not None:
+            picture = open_video(path, options, rules)
+        else:
             raise RowError(
                 "video", f"{generation.title} was not trained on video, expected images. Use --image."
             )
-        picture = open_image(path, options) if kind == "image" else open_video(path, options, rules)
         frames = list(picture.frames())
         return replace(picture, frames=lambda: frames)
 
@@ -162,16 +171,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Run one conversation, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    values = parse_flags(argv)
-    from run_control import RunControl
-
-    control = RunControl()
-    with control.user_errors_as_messages():
-        try:
-            run(values)
-        except KeyboardInterrupt:
-            _say("\n")
-    return control.end()
+    return run_command(run, parse_flags(argv), interrupted="")
 
 
 def run(values: argparse.Namespace) -> None:

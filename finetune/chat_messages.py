@@ -115,8 +115,8 @@ def _checked(message: Any, number: int) -> tuple[str, Any]:
         )
     if message["role"] not in ROLES:
         raise MessageError(
-            f"msgs[{number}]: found role {message['role']!r}, expected one of {', '.join(ROLES)}. "
-            "Rename the role."
+            f"msgs[{number}]: found role {message['role']!r}, expected one of {', '.join(ROLES)}. Rename "
+            "the role."
         )
     return message["role"], message["content"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -19,6 +20,26 @@ class CommandParser(argparse.ArgumentParser):
         """Say what is wrong, without the list of all flags."""
         sys.stderr.write(f"\nerror: {message}. {self.prog} --help lists every flag.\n")
         raise SystemExit(1)
+
+
+def run_command(run: Callable[[Any], None], values: argparse.Namespace, *, interrupted: str) -> int:
+    """Run a command; give its exit code: 0, 1 after a message for a user's mistake, 130 after Ctrl-C.
+
+    Args:
+        run: Does the work.
+        values: Its flags.
+        interrupted: What is said after Ctrl-C.
+    """
+    from run_control import RunControl
+
+    control = RunControl()
+    with control.user_errors_as_messages():
+        try:
+            run(values)
+        except KeyboardInterrupt:
+            control.exit_code = 130  # 128 + SIGINT, as shells count
+            sys.stderr.write(f"\n{interrupted}\n")
+    return control.end()
 
 
 def switch(text: str) -> bool:
@@ -45,8 +66,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Model")
     group.add_argument(
         "--model_name_or_path",
-        help="The model: a checkpoint's folder or a hub id. May be left out with --adapter, which names its "
-        "base.",
+        help="The model: a checkpoint's folder or a hub id. May be left out with --adapter, which names "
+        "its base.",
     )
     group.add_argument("--adapter", help="Folder of a LoRA adapter, also of the early official scripts.")
     group.add_argument(

@@ -140,7 +140,7 @@ def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stops: Seque
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 class TextPieces(BaseStreamer):

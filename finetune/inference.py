@@ -134,8 +134,9 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         dtype=choose_dtype(choice.dtype, found.folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
+        # Straight to the GPU: quantised layers can't all be moved later, and the CPU need not hold the model.
+        **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )
-    model = model.to(device)
     if adapter is not None:
         model = load_onto(model, adapter)
         logger.info("Adapter: %s", adapter.path)

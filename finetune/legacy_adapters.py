@@ -70,8 +70,7 @@ def load_legacy_tensors(model: PeftModel, path: Path) -> None:
             )
             raise AdapterError(
                 f"{path}: {name}, of shape {tuple(tensor.shape)}, is {found}. Give the base model that the "
-                "adapter was "
-                "trained on."
+                "adapter was trained on."
             )
         places[plain].data.copy_(tensor)
         loaded += 1

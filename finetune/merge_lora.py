@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_flags import DTYPES, CommandParser, add_switch
+from command_flags import DTYPES, CommandParser, add_switch, run_command
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("merge_lora")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -37,9 +37,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--base_precision", default="original", choices=["original", "quantized"],
-        help="What an adapter trained on a 4- or 8-bit model is merged into: the full-precision weights, or "
-        "the "
-        "values that the quantised weights stand for, which are what it was trained on.",
+        help="What an adapter trained on a 4- or 8-bit model is merged into: the full-precision weights, "
+        "or the values that the quantised weights stand for, which are what it was trained on.",
     )  # fmt: skip
     parser.add_argument(
         "--quant_bits", type=int, choices=[4, 8],
@@ -59,14 +58,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Run one merge, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    values = parse_flags(argv)
-    from run_control import RunControl
-
-    control = RunControl()
-    logger.setLevel(logging.INFO)
-    with control.user_errors_as_messages():
-        run(values)
-    return control.end()
+    return run_command(run, parse_flags(argv), interrupted="Interrupted; no merged model was written.")
 
 
 def run(values: argparse.Namespace) -> None:
@@ -78,6 +70,7 @@ def run(values: argparse.Namespace) -> None:
 
     output = _free_folder(values.output_dir)
     base, adapter = resolve_base(values.model_name_or_path, values.adapter, cache_dir=values.cache_dir)
+    assert adapter is not None, values.adapter
     processing = load_processing(base)
     check_base(adapter, base, processing.generation, allow_other_base=values.allow_other_base)
     dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
@@ -148,8 +141,7 @@ def _write(merged: Any, output: Path, *, max_shard_size: str, safetensors: bool)
         shutil.rmtree(partial, ignore_errors=True)
         raise MergeError(
             f"--output_dir {output}: writing failed ({error}). Free disk space or give another folder; "
-            "nothing is "
-            "left of this attempt."
+            "nothing is left of this attempt."
         ) from error
 
 

@@ -58,11 +58,9 @@ class ProbeReport:
 
     def __str__(self) -> str:
         return (
-            f"probe of {self.tokens} tokens, largest logit {self.largest:.3g}: the adapter changes logits by "
-            "up to "
-            f"{self.adapter_change:.3g}, merging it by up to {self.merge_change:.3g}; the most likely token "
-            "is the "
-            f"same at {self.same_top} of {self.tokens} positions."
+            f"probe of {self.tokens} tokens, largest logit {self.largest:.3g}: the adapter changes logits "
+            f"by up to {self.adapter_change:.3g}, merging it by up to {self.merge_change:.3g}; the most "
+            f"likely token is the same at {self.same_top} of {self.tokens} positions."
         )
 
 
@@ -103,7 +101,8 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
         base = probe_logits(model, processing)
     before = probe_logits(model, processing)
     if model.active_peft_config.layer_replication:
-        _give_layers_their_own_weights(model.get_base_model().llm.model.layers)
+        base_model: Any = model.get_base_model()
+        _give_layers_their_own_weights(base_model.llm.model.layers)
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         with _in_fp32(layer.get_base_layer()):
             layer.merge(safe_merge=True)
@@ -123,8 +122,7 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
     if not report.merge_change <= LARGEST_CHANGE * report.largest:
         raise MergeError(
             f"merging changed the model: {report} Expected at most {LARGEST_CHANGE:.0%} of the largest "
-            "logit. "
-            "Merge in a higher precision with --dtype fp32."
+            "logit. Merge in a higher precision with --dtype fp32."
         )
     return merged, report
 
@@ -188,9 +186,8 @@ def check_saved(saved: Path, base: Path, *, taller: bool) -> None:
     if missing or new:
         raise MergeError(
             f"{saved}: {len(missing)} tensors of the base model are missing and {len(new)} are new (the "
-            "first is "
-            f"{[*missing, *new][0]}), expected the same names. Please report this with the adapter's "
-            "configuration."
+            f"first is {[*missing, *new][0]}), expected the same names. Please report this with the "
+            "adapter's configuration."
         )
 
 

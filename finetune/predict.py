@@ -16,9 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_flags import CommandParser, add_generation_flags, add_model_flags, add_switch, generation_options
+from command_flags import (
+    CommandParser,
+    add_generation_flags,
+    add_model_flags,
+    add_switch,
+    generation_options,
+    run_command,
+)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("predict")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -43,14 +50,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Run one prediction, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    values = parse_flags(argv)
-    from run_control import RunControl
-
-    control = RunControl()
-    logger.setLevel(logging.INFO)
-    with control.user_errors_as_messages():
-        run(values)
-    return control.end()
+    told = "Interrupted; the rows answered so far are kept, and the same command goes on with the others."
+    return run_command(run, parse_flags(argv), interrupted=told)
 
 
 def run(values: argparse.Namespace) -> None:

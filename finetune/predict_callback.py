@@ -99,7 +99,7 @@ class PredictionCallback(TrainerCallback):
     @contextmanager
     def _ready_to_answer(self) -> Iterator[Any]:
         """The model in eval mode and in the run's precision; its mode is put back at the end."""
-        model = self.trainer.model
+        model: Any = self.trainer.model
         was_training = model.training
         model.eval()
         try:
@@ -140,10 +140,8 @@ def check_training_with_answers(native: bool) -> None:
     if native and is_deepspeed_zero3_enabled():
         raise PredictWhileTrainingError(
             "--predict_with_generate true: under ZeRO-3 all processes must run the vision tower together, "
-            "and "
-            "transformers' generate of 4.6 and 4.7 runs it only where a batch has images. Use ZeRO-2, or "
-            "leave "
-            "the flag out and run predict.py on the checkpoints."
+            "and transformers' generate of 4.6 and 4.7 runs it only where a batch has images. Use ZeRO-2, "
+            "or leave the flag out and run predict.py on the checkpoints."
         )
 
 

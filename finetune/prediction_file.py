@@ -64,8 +64,7 @@ class PredictionFile:
         if not self.settings_path.is_file():
             raise PredictionFileError(
                 f"--output {self.path}: the file is there, but not {self.settings_path.name}, so it is not "
-                "known what "
-                "wrote it. Give another file, or start over with --overwrite true."
+                "known what wrote it. Give another file, or start over with --overwrite true."
             )
         known = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
         changed = [name for name in settings if known.get(name) != settings[name]]
@@ -73,8 +72,7 @@ class PredictionFile:
             name = changed[0]
             raise PredictionFileError(
                 f"--output {self.path}: it was written with {name} {known.get(name)!r}, now it is "
-                f"{settings[name]!r}. "
-                "Give another file, or start over with --overwrite true."
+                f"{settings[name]!r}. Give another file, or start over with --overwrite true."
             )
 
     def done(self) -> list[Line]:
@@ -128,8 +126,7 @@ def read_lines(path: Path) -> list[Line]:
         except (ValueError, KeyError, TypeError) as error:
             raise PredictionFileError(
                 f"{path}: line {number} is no prediction ({error!r}), expected a JSON object with 'row'. "
-                "Give another "
-                "--output, or start over with --overwrite true."
+                "Give another --output, or start over with --overwrite true."
             ) from error
     return lines
 

@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 import torch
 from PIL import Image
 
+import merge_lora
 from adapters import add_adapter
 from base_record import write_base_record
 from generations import GENERATIONS
@@ -57,6 +58,16 @@ def saved_adapter(folder, name, *, base=None, record=True, quantization=None, **
     if record:
         write_base_record(folder, base, GENERATIONS[name], quantization=quantization)
     return wrapped
+
+
+@cache
+def merged_checkpoint(name):
+    """A checkpoint that merge_lora.py made with the default adapter, and the logits it must give."""
+    folder = Path(mkdtemp(prefix="minicpmv-merged-"))
+    expected = logits(saved_adapter(folder / "adapter", name, vision=True), name)
+    words = ["--adapter", folder / "adapter", "--output_dir", folder / "merged"]
+    merge_lora.run(merge_lora.parse_flags([str(word) for word in words]))
+    return folder / "merged", expected
 
 
 def logits(model, name):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import chat
 from answer_helpers import ALL, IMAGES, checkpoint, edit_json, loaded, picture, saved_adapter
 from chat_messages import MessageError, read_messages
+from command_flags import run_command
 from data_helpers import WITH_GOLDENS, checkpoint_folder, processing
 from decoding import GREEDY, INCOMPLETE, TextPieces, answer, decoded, left_padded, stop_ids
 from inference import InferenceError, ModelChoice, choose_device, load_for_inference
@@ -82,16 +83,17 @@ def without_cache(model, name, sample, *, steps):
 def test_cache_and_batch_change_nothing(name, monkeypatch):
     model, rules = asking(name), rules_of(name)
     monkeypatch.setattr("decoding.stop_ids", lambda _: [0])  # random weights would stop by chance
+    small = picture().resize((100, 80))
     prompts = [
         [{"role": "user", "content": [picture(), "What is it?"]}],
-        [{"role": "user", "content": [picture("big"), picture(), "Compare the two pictures."]}],
+        [{"role": "user", "content": [small, small.rotate(90), "Compare the two pictures."]}],
         [{"role": "user", "content": "Hi"}],
     ]
     samples = [rules.encode_prompt(*read_messages(msgs)) for msgs in prompts]
-    alone = [answer(model, rules, [sample], max_new_tokens=6, **GREEDY)[0] for sample in samples]
-    assert alone[0] == without_cache(model, name, samples[0], steps=6)
-    assert len(set(alone)) == 3
-    assert model.chat(msgs=prompts, processor=rules, **SHORT | {"max_new_tokens": 6}) == alone
+    alone = [answer(model, rules, [sample], max_new_tokens=4, **GREEDY)[0] for sample in samples]
+    assert alone[0] == without_cache(model, name, samples[0], steps=4)
+    assert len(set(alone)) > 1
+    assert model.chat(msgs=prompts, processor=rules, **SHORT | {"max_new_tokens": 4}) == alone
 
 
 def test_the_stop_tokens_are_the_turn_end_and_the_ends_of_a_text():
@@ -353,8 +355,12 @@ def test_the_command_answers_with_an_adapter_as_the_library_does(tmp_path):
 
 
 def test_a_conversation_obeys_its_lines(capsys, monkeypatch):
-    lines = iter(["What is it?\n", "\n", f"/image {IMAGES / 'small.png'}\n", "And this?\n", "/image gone.png\n",
-                  "say <image>\n", "/reset\n", "What is it?\n", "/quit\n", "never asked\n"])  # fmt: skip
+    lines = iter(
+        [
+            "What is it?\n", "\n", f"/image {IMAGES / 'small.png'}\n", "And this?\n", "/image gone.png\n",
+            "say <image>\n", "/reset\n", "What is it?\n", "/quit\n", "never asked\n",
+        ]
+    )  # fmt: skip
     monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
     values = ["--model_name_or_path", str(checkpoint("v2_6")), "--sampling", "false", "--max_new_tokens", "4"]
     chat.run(chat.parse_flags(values))
@@ -405,3 +411,13 @@ def test_an_unreadable_adapter_configuration_is_an_error(tmp_path):
     edit_json(edit_json_target, base_model_name_or_path=None)
     with pytest.raises(InferenceError, match="no model is given"):
         load_for_inference(ModelChoice(adapter=str(tmp_path)))
+
+
+def test_ctrl_c_ends_a_command_with_its_own_words(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    assert run_command(stopped, None, interrupted="The rows so far are kept.") == 130
+    assert "The rows so far are kept." in capsys.readouterr().err

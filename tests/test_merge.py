@@ -9,12 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merge_lora
 from adapter_folders import check_base, load_onto, read_adapter_folder
 from adapters import AdapterError
-from answer_helpers import ALL, checkpoint, copied, edit_json, loaded, logits, saved_adapter, tuned
+from answer_helpers import (
+    ALL,
+    checkpoint,
+    copied,
+    edit_json,
+    loaded,
+    logits,
+    merged_checkpoint,
+    saved_adapter,
+    tuned,
+)
 from base_record import read_base_record, record_of
 from generations import GENERATIONS
 from inference import InferenceError, ModelChoice, load_for_inference, resolve_base
@@ -32,22 +42,16 @@ def run(*words):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_merged_checkpoint_gives_the_logits_of_base_and_adapter(name, tmp_path):
-    model = saved_adapter(tmp_path / "adapter", name, vision=name != "o2_6")
-    expected = logits(model, name)
-    run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
-    found = logits(loaded(tmp_path / "merged", name), name)
-    assert (found - expected).abs().max() < LOGIT_TOLERANCE
+def test_a_merged_checkpoint_gives_the_logits_of_base_and_adapter(name):
+    folder, expected = merged_checkpoint(name)
+    assert (logits(loaded(folder, name), name) - expected).abs().max() < LOGIT_TOLERANCE
     assert (logits(loaded(checkpoint(name), name), name) - expected).abs().max() > 0.1
-    assert not (tmp_path / "merged.partial").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter", "merged"]
 
 
-def test_tensors_that_the_model_does_not_use_survive_byte_for_byte(tmp_path):
-    saved_adapter(tmp_path / "adapter", "o2_6", vision=True)
-    run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
-    before, after = (
-        load_file(folder / "model.safetensors") for folder in (checkpoint("o2_6"), tmp_path / "merged")
-    )
+def test_tensors_that_the_model_does_not_use_survive_byte_for_byte():
+    folders = checkpoint("o2_6"), merged_checkpoint("o2_6")[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
     speech = [key for key in before if key.startswith(("apm.", "audio_projection_layer.", "tts."))]
     assert speech
     assert all(torch.equal(before[key], after[key]) for key in speech)
@@ -97,6 +101,22 @@ def test_a_replicated_layer_gets_its_own_adapter(tmp_path):
     merged = loaded(tmp_path / "merged", "v2_6")
     assert len(merged.llm.model.layers) == 4
     assert (logits(merged, "v2_6") - expected).abs().max() < LOGIT_TOLERANCE
+
+
+def test_embeddings_that_an_adapter_took_from_the_output_layer_stay_apart(tmp_path):
+    """Other tools train shared embeddings without the output layer; the merged model must not share them."""
+    saved_adapter(tmp_path / "adapter", "v4_6", lora_modules_to_save=["embed_tokens"])
+    edit_json(
+        tmp_path / "adapter/adapter_config.json", ensure_weight_tying=False, modules_to_save=["embed_tokens"]
+    )
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "lm_head" not in key}, file)
+    model, _ = load_for_inference(ModelChoice(adapter=str(tmp_path / "adapter"), device="cpu"))
+    expected = logits(model, "v4_6")
+    run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    merged = loaded(tmp_path / "merged", "v4_6")
+    assert merged.lm_head.weight is not merged.get_input_embeddings().weight
+    assert (logits(merged, "v4_6") - expected).abs().max() < LOGIT_TOLERANCE
 
 
 def test_an_adapter_of_a_4_bit_run_goes_into_the_original_weights_unless_told(tmp_path, caplog):
@@ -179,8 +199,6 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
-    from safetensors.torch import save_file
-
     save_file({key.replace("layers.1.", "layers.30."): value for key, value in tensors.items()}, file)
     with pytest.raises(AdapterError, match=r"8 tensors have no place in this model and 8 are missing"):
         load_onto(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(tmp_path / "adapter"))
