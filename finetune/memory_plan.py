@@ -139,7 +139,8 @@ def host_bytes(folder: Path, training: Training) -> int:
 
 def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Module:
     """The model on the meta device, with what trains marked."""
-    model: Any = build_on_meta(folder, generation).to(DTYPES[training.precision])
+    model: Any = build_on_meta(folder, generation)
+    model = model.to(DTYPES[training.precision])
     base = model
     if training.method == "qlora":
         quantise_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])

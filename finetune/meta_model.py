@@ -24,6 +24,8 @@ class QuantisedShape(nn.Linear):
     never kept.
     """
 
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear, *, bits: int, dtype: torch.dtype):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         numbers = self.weight.numel()

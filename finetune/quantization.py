@@ -95,7 +95,7 @@ def loading_arguments(quantization: Quantization | None, config: PreTrainedConfi
     return {"quantization_config": quantization.settings}
 
 
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
     """Name -> module of every layer whose weight is held in 4 or 8 bit."""
     return {name: module for name, module in model.named_modules() if _is_quantised(module)}
 
@@ -150,7 +150,7 @@ def bytes_by_part(model: nn.Module, generation: Generation) -> Counter[str]:
     return found
 
 
-def _scales(parameter: nn.Parameter) -> Iterator[Tensor]:
+def _scales(parameter: Any) -> Iterator[Tensor]:
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (state.absmax, state.code)
@@ -196,8 +196,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     model.config.__dict__.pop("quantization_config", None)
     # What turned the stored tensors into quantised ones; saving would run it backwards.
     if "_weight_conversions" in model.__dict__:
-        kept = [each for each in model._weight_conversions if not _deserialises(each)]
-        model._weight_conversions = kept
+        conversions: Any = model.__dict__["_weight_conversions"]
+        model.__dict__["_weight_conversions"] = [each for each in conversions if not _deserialises(each)]
     return model
 
 
@@ -206,7 +206,7 @@ def _deserialises(conversion: Any) -> bool:
     return any(type(each).__module__.endswith("integrations.bitsandbytes") for each in operations)
 
 
-def _values(module: nn.Module) -> Tensor:
+def _values(module: Any) -> Tensor:
     import bitsandbytes
 
     weight = module.weight

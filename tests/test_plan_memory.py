@@ -248,16 +248,13 @@ def test_what_can_not_be_planned_says_why(options, message):
         Training(**options)
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "finetune" / "plan_memory.py"), *map(str, arguments)],
-        env=runs.environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def test_the_command_prints_parts_that_add_up(tmp_path):
     (tmp_path / "config.json").write_text((GOLDENS / "v2_6" / "config.json").read_text())
-    finished = command("--model_name_or_path", tmp_path, "--method", "qlora", "--zero", 3, "--offload", "all")
+    arguments = ["--model_name_or_path", tmp_path, "--method", "qlora", "--zero", "3", "--offload", "all"]
+    finished = subprocess.run(
+        [sys.executable, ROOT / "finetune" / "plan_memory.py", *arguments],
+        env=runs.environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     first, *lines = finished.stdout.splitlines()
     assert first == "MiniCPM-V 2.6, qlora, bf16: GiB per GPU (GPUs: 1)"
@@ -267,10 +264,3 @@ def test_the_command_prints_parts_that_add_up(tmp_path):
     assert {"surcharge", "gathered weights"} <= values.keys()
     assert total == pytest.approx(sum(values.values()), abs=0.03)
     assert json.loads((tmp_path / "config.json").read_text())["version"] == 2.6
-
-
-def test_the_command_shows_mistakes_as_one_message(tmp_path):
-    finished = command("--model_name_or_path", tmp_path)
-    assert finished.returncode == 1
-    assert "no config.json" in finished.stderr
-    assert "Traceback" not in finished.stderr

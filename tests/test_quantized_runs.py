@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,6 @@ from generations import GENERATIONS
 from quantized_cases import golden_loss, load, save_golden, save_released_int4
 from quantized_checkpoints import QuantizationError, check_training, stored_quantization
 from test_goldens_forward import GOLDENS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +76,8 @@ class TestQuantizeCommand:
 
     def test_a_folder_with_a_model_is_left_alone(self, written):
         source, output = written
-        command = [sys.executable, ROOT / "finetune" / "quantize.py", "--model_name_or_path", source]
-        finished = subprocess.run(
-            [*command, "--output_dir", output],
-            env=runs.environment(), capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert finished.returncode == 1
-        assert "it holds a model already" in finished.stderr
-        assert "Traceback" not in finished.stderr
+        with pytest.raises(QuantizationError, match="it holds a model already. Give another folder"):
+            quantize.quantize_checkpoint(source, output)
 
 
 class TestRuns:
