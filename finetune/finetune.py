@@ -7,8 +7,8 @@ Started by ``finetune_ds.sh`` and ``finetune_lora.sh`` through torchrun, or by i
 
 from __future__ import annotations
 
+import logging
 import sys
-
 from typing import TYPE_CHECKING
 
 from help_page import show_help_when_asked
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run one fine-tuning, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
     show_help_when_asked(argv)
+    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Imported here: torch and transformers take seconds that --help need not wait for.
     from run_control import RunControl
 
@@ -79,6 +81,7 @@ def run(argv: list[str], control: RunControl) -> None:
     check_resume(training, train_rows)
     record.add_rows(train_rows, eval_rows)
 
+    set_seed(training.seed)  # reading data has drawn random numbers; a new adapter must not depend on how many
     model = load_model(
         folder,
         generation,
