@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 from functools import cache
@@ -21,6 +22,7 @@ WITH_GOLDENS = ALL[1:]
 def checkpoint_folder(name: str) -> Path:
     """A folder with a golden generation's config and tokenizer files, as a checkpoint has them."""
     folder = Path(mkdtemp(prefix=f"minicpmv-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copy(GOLDENS / name / "config.json", folder)
     for file in (GOLDENS / name / "tokenizer").iterdir():
         shutil.copy(file, folder)
