@@ -414,7 +414,9 @@ def test_an_unreadable_adapter_configuration_is_an_error(tmp_path):
 
 
 def test_ctrl_c_ends_a_command_with_its_own_words(capsys, monkeypatch):
+    # What a command sets up for the rest of its process.
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr("run_control._log_to_screen", lambda: None)
 
     def stopped(_):
         raise KeyboardInterrupt
