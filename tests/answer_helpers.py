@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 from functools import cache
@@ -26,10 +27,17 @@ SIX = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5")
 ALL = (*SIX, "v4_6", "v4_7")
 
 
+def _temporary(prefix):
+    """A folder that is removed when the tests end."""
+    folder = Path(mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @cache
 def checkpoint(name, seed=0):
     """A small checkpoint in the released layout; the same folder for all tests, which leave it alone."""
-    folder = Path(mkdtemp(prefix="minicpmv-")) / f"MiniCPM-{name}-{seed}"
+    folder = _temporary("minicpmv-") / f"MiniCPM-{name}-{seed}"
     return make_checkpoint(folder, name, size="tiny", seed=seed)
 
 
@@ -63,7 +71,7 @@ def saved_adapter(folder, name, *, base=None, record=True, quantization=None, **
 @cache
 def merged_checkpoint(name):
     """A checkpoint that merge_lora.py made with the default adapter, and the logits it must give."""
-    folder = Path(mkdtemp(prefix="minicpmv-merged-"))
+    folder = _temporary("minicpmv-merged-")
     expected = logits(saved_adapter(folder / "adapter", name, vision=True), name)
     words = ["--adapter", folder / "adapter", "--output_dir", folder / "merged"]
     merge_lora.run(merge_lora.parse_flags([str(word) for word in words]))
