@@ -23,6 +23,8 @@ _AT_LEAST_ONE = (
     "model_max_length",
     "max_slice_nums",
     "packing_window",
+    "generation_samples",
+    "generation_max_new_tokens",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -186,6 +188,8 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
             yield "--do_eval needs --eval_data_path: give the file with the evaluation rows."
         elif str(training.eval_strategy) != "no":
             yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
+    if training.predict_with_generate and not data.eval_data_path:
+        yield "--predict_with_generate true needs --eval_data_path: give the file with the evaluation rows."
     if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
         yield f"--image_folder: there is no folder {data.image_folder!r}."
 

@@ -41,6 +41,7 @@ def run(argv: list[str], control: RunControl) -> None:
     from loading import load_model, resolve_model_folder
     from parts import freeze
     from preparation import (
+        answer_while_training,
         check_resume,
         finish_adapter,
         load_data_rules,
@@ -109,6 +110,7 @@ def run(argv: list[str], control: RunControl) -> None:
     trainer = make_trainer(
         model, training, processing, train_rows=train_rows, eval_rows=eval_rows, watch=control.watch
     )
+    answer_while_training(trainer, data_args, processing)
     if training.do_train:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         if trainer.was_stopped:

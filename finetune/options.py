@@ -192,6 +192,19 @@ class RunOptions:
             "const": "true",
         },
     )
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the model answer some evaluation rows at every evaluation: exact match, ANLS and ROUGE-L, and "
+            "examples with their pictures in TensorBoard."
+        },
+    )
+    generation_samples: int = field(
+        default=16, metadata={"help": "How many evaluation rows are answered with --predict_with_generate true."}
+    )
+    generation_max_new_tokens: int = field(
+        default=128, metadata={"help": "Longest answer, in tokens, with --predict_with_generate true."}
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={

@@ -20,6 +20,8 @@ from initial_adapter import convert_saved_adapter
 from loss_curve import LossCurve
 from options import DataArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
+from predict_callback import PredictionCallback
+from prediction_rows import PredictionRows
 from processing import Processing, load_processing
 from rank_watch import RankWatch
 from run_control import StepLog
@@ -113,6 +115,23 @@ def make_trainer(
     trainer.add_callback(StepLog())
     trainer.add_callback(LossCurve())
     return trainer
+
+
+def answer_while_training(trainer: CPMTrainer, data: DataArguments, processing: Processing) -> None:
+    """With ``--predict_with_generate true``: have evaluation rows answered at every evaluation."""
+    training = trainer.args
+    if not training.predict_with_generate:
+        return
+    rows = PredictionRows(data.eval_data_path, processing, data.data_options(None))
+    trainer.add_callback(
+        PredictionCallback(
+            trainer,
+            rows,
+            samples=training.generation_samples,
+            batch_size=training.per_device_eval_batch_size,
+            max_new_tokens=training.generation_max_new_tokens,
+        )
+    )
 
 
 def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | None) -> None:
