@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ def run_command(run: Callable[[Any], None], values: argparse.Namespace, *, inter
         values: Its flags.
         interrupted: What is said after Ctrl-C.
     """
+    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from run_control import RunControl
 
     control = RunControl()

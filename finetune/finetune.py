@@ -42,6 +42,7 @@ def run(argv: list[str], control: RunControl) -> None:
     from parts import freeze
     from preparation import (
         answer_while_training,
+        base_recorder,
         check_resume,
         finish_adapter,
         load_data_rules,
@@ -108,7 +109,13 @@ def run(argv: list[str], control: RunControl) -> None:
     log_what_trains(model, generation, training)
 
     trainer = make_trainer(
-        model, training, processing, train_rows=train_rows, eval_rows=eval_rows, watch=control.watch
+        model,
+        training,
+        processing,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        watch=control.watch,
+        after_save=base_recorder(folder, generation, training, quant_bits=quant_bits),
     )
     answer_while_training(trainer, data_args, processing)
     if training.do_train:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from arguments import TrainingArguments
 from bad_rows import FILE_NAME as BAD_ROWS_FILE
+from base_record import write_base_record
 from batching import BatchMaker
 from checkpointing import check_continues, run_shape
 from dataset import SupervisedDataset, padding_sample
@@ -94,6 +97,7 @@ def make_trainer(
     train_rows: SupervisedDataset | None,
     eval_rows: SupervisedDataset | None,
     watch: RankWatch,
+    after_save: Callable[[Path], None] | None,
 ) -> CPMTrainer:
     """Put everything together."""
     needs_lengths = training.do_train and (training.packing or training.train_sampling_strategy == "group_by_length")
@@ -103,6 +107,7 @@ def make_trainer(
         padding_sample=padding,
         lengths=train_rows.lengths() if needs_lengths else None,
         watch=watch,
+        after_save=after_save,
         files=[] if train_rows is None else train_rows.source_names,
         model=model,
         args=training,
@@ -132,6 +137,16 @@ def answer_while_training(trainer: CPMTrainer, data: DataArguments, processing: 
             max_new_tokens=training.generation_max_new_tokens,
         )
     )
+
+
+def base_recorder(
+    folder: Path, generation: Generation, training: TrainingArguments, *, quant_bits: int | None
+) -> Callable[[Path], None] | None:
+    """What keeps beside every saved adapter which base it was trained on; None where no adapter is saved."""
+    if not training.use_lora:
+        return None
+    held = None if quant_bits is None else f"{quant_bits} bit"
+    return partial(write_base_record, base=folder, generation=generation, quantization=held)
 
 
 def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | None) -> None:

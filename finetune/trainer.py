@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class CPMTrainer(GuardedTrainer):
         generation: The model's generation.
         padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
         lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
+        after_save: Called on the saving process with every folder a model or adapter was saved to.
         **kwargs: As for ``GuardedTrainer``.
     """
 
@@ -39,6 +41,7 @@ class CPMTrainer(GuardedTrainer):
         generation: Generation,
         padding_sample: dict[str, Any],
         lengths: Sequence[int] | None = None,
+        after_save: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ) -> None:
         for name in ("train_dataset", "eval_dataset"):
@@ -47,6 +50,7 @@ class CPMTrainer(GuardedTrainer):
         super().__init__(**kwargs)
         self.generation = generation
         self.lengths = lengths
+        self.after_save = after_save
         # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -106,6 +110,11 @@ class CPMTrainer(GuardedTrainer):
         if "loss" in logs:
             logs = {**logs, **self._source_losses.read(self.accelerator), **self._meter.read(self.accelerator)}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.after_save is not None and self.args.should_save:
+            self.after_save(Path(output_dir or self.args.output_dir))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x tokens x parameters; Trainer's own counts the parameters anew in every step."""
