@@ -47,7 +47,9 @@ def measure(kind: str, length: int, share: float) -> dict[str, float]:
     start = time.perf_counter()
     if kind == "full":
         logits = head(hidden)[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
     else:
         loss = supervised_loss(head, hidden, labels).loss_sum
     loss.backward()
@@ -74,7 +76,9 @@ def main() -> None:
     if options.one:
         sys.stdout.write(json.dumps(measure(options.one, options.lengths[0], options.share)))
         return
-    print(f"vocabulary {VOCABULARY:,}, {options.share:.0%} of the tokens supervised, median of {options.repeats}\n")
+    print(
+        f"vocabulary {VOCABULARY:,}, {options.share:.0%} of the tokens supervised, median of {options.repeats}\n"
+    )
     print(f"{'length':>7}  {'':<32}{'peak GiB':>10}{'seconds':>9}{'memory':>8}{'time':>7}")
     for length in options.lengths:
         # Logits, their fp32 copy's log-softmax and the gradient live at once.
@@ -90,7 +94,11 @@ def main() -> None:
         }
         for kind, found in medians.items():
             base = medians.get("full")
-            ratios = f"{found['gib'] / base['gib']:>8.2f}{found['seconds'] / base['seconds']:>7.2f}" if base else ""
+            ratios = (
+                f"{found['gib'] / base['gib']:>8.2f}{found['seconds'] / base['seconds']:>7.2f}"
+                if base
+                else ""
+            )
             print(f"{length:>7}  {KINDS[kind]:<32}{found['gib']:>10.2f}{found['seconds']:>9.2f}{ratios}")
 
 

@@ -42,9 +42,8 @@ def main() -> None:
     times = seconds_of([sys.executable, str(ROOT / "finetune" / "finetune.py"), "--help"], options.repeats)
     print(f"finetune.py --help: {statistics.median(times):.2f} s ({times[0]:.2f} to {times[-1]:.2f})")
 
-    from make_checkpoint import make_checkpoint
-
     from dataset import SupervisedDataset
+    from make_checkpoint import make_checkpoint
     from processing import load_processing
     from row_files import open_rows
 

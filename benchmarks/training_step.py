@@ -25,11 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "demo"):
     sys.path.insert(0, str(ROOT / folder))
 
-from make_checkpoint import make_checkpoint  # noqa: E402 (needs the path above)
-
 from batching import BatchMaker  # noqa: E402
 from generations import GENERATIONS  # noqa: E402
 from loading import load_model  # noqa: E402
+from make_checkpoint import make_checkpoint  # noqa: E402 (needs the path above)
 from packing import best_fit  # noqa: E402
 from parts import freeze  # noqa: E402
 from pictures import Picture  # noqa: E402
@@ -46,7 +45,10 @@ def draw_samples(processing: Processing) -> list[dict[str, Any]]:
     samples = []
     for number in range(SAMPLES):
         answer = " ".join(random.choice(WORDS, size=max(1, int(random.lognormal(3.2, 1.0)))))
-        turns = [{"role": "user", "content": "<image>\nDescribe it."}, {"role": "assistant", "content": answer}]
+        turns = [
+            {"role": "user", "content": "<image>\nDescribe it."},
+            {"role": "assistant", "content": answer},
+        ]
         conversation = parse_row({"image": "x.png", "conversations": turns})
         side = (280, 260) if number % 4 == 0 else (112, 98)
         picture = Picture.of(Image.fromarray(random.integers(0, 255, (*side, 3), dtype=np.uint8)))

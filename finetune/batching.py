@@ -39,7 +39,9 @@ class BatchMaker:
             ``supervised_sources`` [N]: the source each of those tokens comes from.
             ``on_cpu`` [2 or 3, B, T] int64, ids, mask and positions, with ``copies``.
         """
-        samples = [join(row if isinstance(row, list) else [row]) for row in rows] if self.packing else list(rows)
+        samples = (
+            [join(row if isinstance(row, list) else [row]) for row in rows] if self.packing else list(rows)
+        )
         batch = data_collator(samples, pad_token_id=self.pad_token_id)
         del batch["position_ids"]
         if self.packing:
@@ -54,7 +56,6 @@ class BatchMaker:
             copied = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
             batch["on_cpu"] = np.stack([batch[name].numpy() for name in copied])
         return batch
-
 
     def _sources(self, samples: Sequence[Sample], batch: dict[str, Any]) -> np.ndarray:
         """[N] int64: the source of the sample that holds each supervised place."""
@@ -81,5 +82,8 @@ def supervised_places(labels: torch.Tensor) -> np.ndarray:
 def _positions(samples: Sequence[Sample], length: int) -> torch.Tensor:
     """[B, T] positions that restart with each sample; padding counts as one more."""
     return torch.stack(
-        [torch.cat([sample["position_ids"], torch.arange(length - len(sample["position_ids"]))]) for sample in samples]
+        [
+            torch.cat([sample["position_ids"], torch.arange(length - len(sample["position_ids"]))])
+            for sample in samples
+        ]
     )

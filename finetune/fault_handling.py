@@ -86,7 +86,9 @@ class NonFiniteSteps:
         self.steps += 1
         self.in_a_row = 0
 
-    def refused(self, step: int, norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]) -> None:
+    def refused(
+        self, step: int, norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]
+    ) -> None:
         """A step's gradients were not finite, and it was not applied.
 
         Args:
@@ -146,7 +148,10 @@ def _rows_text(rows: Sequence[Row], files: Sequence[str]) -> str:
     by_file: dict[str, list[int]] = {}
     for source, row in rows[:_SHOWN_ROWS]:
         by_file.setdefault(files[source] if source < len(files) else f"source {source}", []).append(row)
-    parts = [f"row{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {file}" for file, found in by_file.items()]
+    parts = [
+        f"row{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {file}"
+        for file, found in by_file.items()
+    ]
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     return " and ".join(parts) + more if parts else "no row (filling up the last step)"
 
@@ -156,7 +161,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
-def memory_advice(error: RuntimeError, training: TrainingArguments, batch: MicroBatch | None, files: Sequence[str]) -> str:
+def memory_advice(
+    error: RuntimeError, training: TrainingArguments, batch: MicroBatch | None, files: Sequence[str]
+) -> str:
     """The message about memory that ran out: how much was used, by what, and the three flags that save most.
 
     Args:
@@ -194,16 +201,26 @@ def _savings(training: TrainingArguments) -> list[str]:
         found.append("--activation_checkpointing true (computes activations twice instead of keeping them)")
     if batch > 1:
         accumulation = training.gradient_accumulation_steps * batch
-        found.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation} (the same run)")
+        found.append(
+            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation} (the same run)"
+        )
     if not training.use_lora:
         found.append("--use_lora true --tune_llm false (no gradients and optimizer for the language model)")
     if stage.get("stage", 0) < 3 and training.world_size > 1:
-        found.append("--deepspeed ds_config_zero3.json (divides weights, gradients and optimizer among the GPUs)")
+        found.append(
+            "--deepspeed ds_config_zero3.json (divides weights, gradients and optimizer among the GPUs)"
+        )
     if "offload_optimizer" not in stage:
         number = 3 if training.world_size > 1 else 2
-        found.append(f"--deepspeed ds_config_zero{number}_offload.json (keeps the optimizer in the CPU's memory)")
-    found.append(f"--model_max_length {max(256, training.model_max_length // 2)} (now {training.model_max_length})")
+        found.append(
+            f"--deepspeed ds_config_zero{number}_offload.json (keeps the optimizer in the CPU's memory)"
+        )
+    found.append(
+        f"--model_max_length {max(256, training.model_max_length // 2)} (now {training.model_max_length})"
+    )
     if training.max_slice_nums is None or training.max_slice_nums > 1:
         now = training.max_slice_nums or "the checkpoint's"
-        found.append(f"--max_slice_nums {max(1, (training.max_slice_nums or 9) // 2)} (slices per image, now {now})")
+        found.append(
+            f"--max_slice_nums {max(1, (training.max_slice_nums or 9) // 2)} (slices per image, now {now})"
+        )
     return found

@@ -83,7 +83,9 @@ def run(argv: list[str], control: RunControl) -> None:
     check_resume(training, train_rows)
     record.add_rows(train_rows, eval_rows)
 
-    set_seed(training.seed)  # reading data has drawn random numbers; a new adapter must not depend on how many
+    set_seed(
+        training.seed
+    )  # reading data has drawn random numbers; a new adapter must not depend on how many
     model = load_model(
         folder,
         generation,

@@ -171,7 +171,7 @@ def _generation_without_version(config: dict[str, Any], tokens: Collection[str])
     raise UnknownCheckpointError(
         "config.json: model_type is 'minicpmv' but nothing in it tells the generation (looked at "
         "version, scale_emb, vision_encoder, batch_3d_resampler, vision_config.model_type, "
-        "max_window_layers, head_dim). Add the checkpoint's \"version\" to its config.json."
+        'max_window_layers, head_dim). Add the checkpoint\'s "version" to its config.json.'
     )
 
 

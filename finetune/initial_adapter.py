@@ -25,7 +25,9 @@ def remember_start(model: PeftModel) -> None:
     config = model.peft_config["default"]
     if str(config.init_lora_weights).startswith(STARTS_FROM_WEIGHTS):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model.initial_lora = {key: value.detach().cpu().clone() for key, value in state.items() if "lora_" in key}
+        model.initial_lora = {
+            key: value.detach().cpu().clone() for key, value in state.items() if "lora_" in key
+        }
 
 
 def convert_saved_adapter(folder: Path, initial: dict[str, Tensor]) -> None:

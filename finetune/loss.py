@@ -46,7 +46,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, chunk):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.zeros_like(hidden) if need_hidden else None
-        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        weight_grad = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        )
         bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
         token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)

@@ -25,11 +25,15 @@ class LossCurve(TrainerCallback):
     def __init__(self) -> None:
         self._next = 0.0
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and time.monotonic() >= self._next:
             self._draw(args, state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._draw(args, state)
 
@@ -62,7 +66,11 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="training")
         axes.plot(steps, _smooth(losses), linewidth=1.6, label="training, running mean")
-    evaluated = [(line["step"], line["eval_loss"]) for line in history if math.isfinite(line.get("eval_loss", math.nan))]
+    evaluated = [
+        (line["step"], line["eval_loss"])
+        for line in history
+        if math.isfinite(line.get("eval_loss", math.nan))
+    ]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), marker="o", label="evaluation")
     axes.set_xlabel("step")

@@ -94,7 +94,9 @@ class SourceLosses:
         sums = accelerator.reduce(self._sums, reduction="sum").tolist()
         self._sums = None
         return {
-            f"loss/{name}": loss / tokens for name, (loss, tokens) in zip(self.names, sums, strict=True) if tokens
+            f"loss/{name}": loss / tokens
+            for name, (loss, tokens) in zip(self.names, sums, strict=True)
+            if tokens
         }
 
 

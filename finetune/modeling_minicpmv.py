@@ -114,7 +114,12 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             initialization.normal_(module.pos_embed, std=0.02)
 
     def encode_slices(
-        self, pixel_values: Tensor, grids: list[tuple[int, int]], *, samples: list[int], packs: FramePacks | None
+        self,
+        pixel_values: Tensor,
+        grids: list[tuple[int, int]],
+        *,
+        samples: list[int],
+        packs: FramePacks | None,
     ) -> Tensor:
         """Run vision tower and resampler once, on all slices of the batch.
 
@@ -244,7 +249,9 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         Returns:
             A ``MiniCPMVOutput``.
         """
-        unknown = [name for name, value in kwargs.items() if value and name not in ("return_dict", "use_cache")]
+        unknown = [
+            name for name, value in kwargs.items() if value and name not in ("return_dict", "use_cache")
+        ]
         if unknown:
             raise TypeError(f"MiniCPMV.forward does not know the arguments {', '.join(unknown)}.")
         embeddings = self.embed(
@@ -278,7 +285,11 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         return output.last_hidden_state.view(shape)
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save in the released format, with everything of the source checkpoint that is not ours.
 
@@ -289,7 +300,9 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         if is_main_process:
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
             state_dict |= untouched_tensors(source, known=state_dict.keys())
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
         if is_main_process:
             copy_carried_files(source, Path(save_directory))
 

@@ -200,7 +200,8 @@ class RunOptions:
         },
     )
     generation_samples: int = field(
-        default=16, metadata={"help": "How many evaluation rows are answered with --predict_with_generate true."}
+        default=16,
+        metadata={"help": "How many evaluation rows are answered with --predict_with_generate true."},
     )
     generation_max_new_tokens: int = field(
         default=128, metadata={"help": "Longest answer, in tokens, with --predict_with_generate true."}

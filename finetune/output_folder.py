@@ -95,7 +95,9 @@ def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
-def remove_old_checkpoints(folder: str | Path, *, keep: int | None, best: str | Path | None = None) -> list[Path]:
+def remove_old_checkpoints(
+    folder: str | Path, *, keep: int | None, best: str | Path | None = None
+) -> list[Path]:
     """Delete checkpoints beyond a number; only whole ones count, so that the last of them always stays.
 
     Args:

@@ -68,7 +68,9 @@ def pack_in_windows(
         window: Samples that are put together at a time.
     """
     starts = range(0, len(order), window)
-    return [row for start in starts for row in best_fit(order[start : start + window], lengths, capacity=capacity)]
+    return [
+        row for start in starts for row in best_fit(order[start : start + window], lengths, capacity=capacity)
+    ]
 
 
 def join(samples: Sequence[Sample]) -> Sample:
@@ -97,6 +99,8 @@ def join(samples: Sequence[Sample]) -> Sample:
     joined["image_bound"] = torch.cat(bounds)
     if any("temporal_ids" in sample for sample in samples):
         joined["temporal_ids"] = temporal_ids(samples)
-    joined["parts"] = [None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples]
+    joined["parts"] = [
+        None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples
+    ]
     joined |= {"row": samples[0]["row"], "source": samples[0]["source"]}
     return joined

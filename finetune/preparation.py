@@ -100,7 +100,9 @@ def make_trainer(
     after_save: Callable[[Path], None] | None,
 ) -> CPMTrainer:
     """Put everything together."""
-    needs_lengths = training.do_train and (training.packing or training.train_sampling_strategy == "group_by_length")
+    needs_lengths = training.do_train and (
+        training.packing or training.train_sampling_strategy == "group_by_length"
+    )
     padding = padding_sample(processing)
     trainer = CPMTrainer(
         generation=processing.generation,

@@ -206,11 +206,14 @@ class RankWatch:
         if waited < limit:
             return None
         others = self._others()
-        behind = {rank: sign for rank, (sign, _) in others.items() if sign.count < self._count and not sign.done}
+        behind = {
+            rank: sign for rank, (sign, _) in others.items() if sign.count < self._count and not sign.done
+        }
         if not behind:
             return None
         stages = "; ".join(
-            f"process {rank} on {sign.host} is still at: {sign.stage}" for rank, sign in sorted(behind.items())
+            f"process {rank} on {sign.host} is still at: {sign.stage}"
+            for rank, sign in sorted(behind.items())
         )
         return (
             f"waited {waited:.0f} s for {len(behind)} of {self.world} processes (--ddp_timeout {self.limit:.0f}). "

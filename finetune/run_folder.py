@@ -56,7 +56,9 @@ class RunFolder:
             training.save_on_each_node = True
             if training.deepspeed:
                 training.deepspeed.setdefault("checkpoint", {})["use_node_local_storage"] = True
-            logger.info("Machines have output folders of their own: each keeps the checkpoints of its processes.")
+            logger.info(
+                "Machines have output folders of their own: each keeps the checkpoints of its processes."
+            )
         if not training.do_train:
             return
         self._raise_first(self._take() if training.should_save else None)
@@ -117,11 +119,15 @@ class RunFolder:
                     "wait until that run has ended."
                 )
             except OSError as error:
-                logger.warning("%s: this file system has no locks (%s); see that no other run uses it.", path, error)
+                logger.warning(
+                    "%s: this file system has no locks (%s); see that no other run uses it.", path, error
+                )
             break
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
         file.flush()
         self._lock = file
         return None

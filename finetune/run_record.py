@@ -64,7 +64,9 @@ class RunRecord:
         """
         with self._lock:
             self._entry.update(values)
-            text = json.dumps({"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False)
+            text = json.dumps(
+                {"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False
+            )
             partial = self.path.with_name(f"{RECORD_FILE}.partial")
             partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(self.path)

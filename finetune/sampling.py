@@ -96,7 +96,9 @@ class PackingSampler(EpochSampler):
         rows = self._plan(epoch)
         if len(rows) > self.count:
             rows = best_fit(self.order(epoch), self.lengths, capacity=self.capacity)
-        mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed * 999_983 + epoch))
+        mixed = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(self.seed * 999_983 + epoch)
+        )
         return [rows[place] for place in mixed.tolist()]
 
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:

@@ -108,7 +108,11 @@ class CPMTrainer(GuardedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the sources' losses, speed, shares and memory to every line that reports a training loss."""
         if "loss" in logs:
-            logs = {**logs, **self._source_losses.read(self.accelerator), **self._meter.read(self.accelerator)}
+            logs = {
+                **logs,
+                **self._source_losses.read(self.accelerator),
+                **self._meter.read(self.accelerator),
+            }
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 import runs
 from make_checkpoint import make_checkpoint
-from PIL import Image
 
 TESTS = Path(__file__).resolve().parent
 START = runs.FINETUNE.with_name("start_processes.py")
@@ -46,7 +47,9 @@ def uneven_rows(folder, *, count=7):
         question = "".join(f"{name}\n" for name in images) + "What is it?"
         answer = runs.ANSWERS[number % len(runs.ANSWERS)] + " Yes." * (number % 3)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append({"id": f"uneven-{number}", "conversations": turns} | ({"image": images} if images else {}))
+        rows.append(
+            {"id": f"uneven-{number}", "conversations": turns} | ({"image": images} if images else {})
+        )
     path = folder / "uneven.json"
     path.write_text(json.dumps(rows))
     return path
@@ -79,7 +82,15 @@ class LiveRun:
         program = runs.FINETUNE if faults is None else WORKER
         started = [sys.executable]
         if processes:
-            started += [START, "--nproc_per_node", processes, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+            started += [
+                START,
+                "--nproc_per_node",
+                processes,
+                "--rdzv_backend",
+                "c10d",
+                "--rdzv_endpoint",
+                "localhost:0",
+            ]
         planted = {} if faults is None else {"FAULTS": json.dumps(faults)}
         self.output = Path(arguments[arguments.index("--output_dir") + 1])
         self.process = subprocess.Popen(

@@ -14,11 +14,25 @@ ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = ROOT / "finetune" / "finetune.py"
 TIME_LIMIT = 240  # seconds, for one run
 # Rows differ in supervised tokens, image sizes, turns; one has no image, one is sliced.
-ANSWERS = ("Red.", "A cat on a mat.", "Two.", "It is a dog and a house.", "No.", "Green, and then blue.", "Yes.", "Left")
+ANSWERS = (
+    "Red.",
+    "A cat on a mat.",
+    "Two.",
+    "It is a dog and a house.",
+    "No.",
+    "Green, and then blue.",
+    "Yes.",
+    "Left",
+)
 
 
 def environment():
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
     return {**os.environ, **quiet, "CUDA_VISIBLE_DEVICES": ""}
 
 

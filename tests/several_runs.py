@@ -1,6 +1,6 @@
 """Runs finetune.py several times in one process, which saves the time that imports take.
 
-    python several_runs.py '[["--model_name_or_path", ...], ...]'
+python several_runs.py '[["--model_name_or_path", ...], ...]'
 """
 
 import json

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from make_checkpoint import make_checkpoint
 from peft import PeftModel
-from test_goldens_forward import full_batch, golden_model
 
 from adapters import add_adapter, load_adapter
 from generations import GENERATIONS
 from initial_adapter import convert_saved_adapter
-from loading import load_model
 from learning_rates import LearningRates, split_by_rate
+from loading import load_model
+from make_checkpoint import make_checkpoint
 from options import LoraArguments
 from parts import part_of
+from test_goldens_forward import full_batch, golden_model
 
 ROW = GENERATIONS["v2_6"]
 LOGIT_TOLERANCE = 2e-4  # 2.1e-5 (olora), on logits up to 9
@@ -73,14 +73,17 @@ def test_every_parameter_is_in_the_group_of_its_rate():
     model, _ = wrapped_model()
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
-        [{"params": list(trained.values())[:5], "weight_decay": 0.1}, {"params": list(trained.values())[5:]}], lr=1e-4
+        [{"params": list(trained.values())[:5], "weight_decay": 0.1}, {"params": list(trained.values())[5:]}],
+        lr=1e-4,
     )
     rates = LearningRates(1e-4, {"resampler": 1e-5, "embeddings": 1e-6, "vision": None}, lora_ratio=16)
     split_by_rate(optimizer, model, ROW, rates)
     rate_of = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
     expected = {"resampler": 1e-5, "embeddings": 1e-6, "lora": 1e-4}
     for name, value in trained.items():
-        assert rate_of[id(value)] == pytest.approx(expected[part_of(name, ROW)] * (16 if "lora_B" in name else 1))
+        assert rate_of[id(value)] == pytest.approx(
+            expected[part_of(name, ROW)] * (16 if "lora_B" in name else 1)
+        )
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.01}
 
@@ -104,7 +107,9 @@ def test_tied_embeddings_train_and_merge_as_one(tmp_path, generation):
     wrapped.eval()
     with torch.no_grad():
         expected = wrapped(input_ids=ids).logits
-        again = load_adapter(load_model(folder, row, dtype=torch.float32), tmp_path / "adapter", trainable=False)
+        again = load_adapter(
+            load_model(folder, row, dtype=torch.float32), tmp_path / "adapter", trainable=False
+        )
         assert (again.eval()(input_ids=ids).logits - expected).abs().max() < LOGIT_TOLERANCE
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = load_model(tmp_path / "merged", row, dtype=torch.float32).eval()

@@ -8,12 +8,12 @@ import json
 import subprocess
 import sys
 
-import live_runs
 import pytest
-import runs
-from live_runs import LORA, STAGES
 
+import live_runs
+import runs
 from generations import GENERATIONS
+from live_runs import LORA, STAGES
 
 TIME_LIMIT = 280  # seconds, for all generations of one kind
 # Relative; worst values measured (torch 2.13, CPU, gloo) behind each.
@@ -158,7 +158,9 @@ def test_every_generation_under_every_stage(place, alone, lora_alone, stage, kin
 def three_processes(place, stage, data):
     names = ["v2_6", "v4_6"]
     one, _ = place.run(f"few-alone-{stage}", names, processes=1, batch=3, data=data, steps=2)
-    three, reports = place.run(f"few-{stage}", names, *STAGES[stage], processes=3, batch=1, data=data, steps=2)
+    three, reports = place.run(
+        f"few-{stage}", names, *STAGES[stage], processes=3, batch=1, data=data, steps=2
+    )
     assert_every_gradient(reports, processes=3, batches=4)
     for name in names:
         assert_same(three[name], one[name])

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
+
+import runs
 from test_goldens_forward import GOLDENS, ZERO_GRADIENTS, golden_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +17,11 @@ LOSS_TOLERANCE = 2e-5  # 1.6e-6 of 5.9 (ZeRO-3, third step)
 NORM_TOLERANCE = 1e-4  # 1.1e-5
 WEIGHT_TOLERANCE = 6e-4  # 2.7e-4 (ZeRO-3), after three AdamW steps of 1e-3, which amplify rounding
 LORA = ("--use_lora", "true", "--tune_llm", "false", "--lora_dropout", 0, "--lora_r", 8)
-STAGES = {"ddp": (), "zero2": ("--deepspeed", "ds_config_zero2.json"), "zero3": ("--deepspeed", "ds_config_zero3.json")}
+STAGES = {
+    "ddp": (),
+    "zero2": ("--deepspeed", "ds_config_zero2.json"),
+    "zero3": ("--deepspeed", "ds_config_zero3.json"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,12 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
 def test_batch_times_accumulation_does_not_change_the_run(small, reference, tmp_path, batch, accumulation):
     found = runs.train(
-        tmp_path, model=small["model"], data=small["data"], batch=batch, accumulation=accumulation, launcher=False
+        tmp_path,
+        model=small["model"],
+        data=small["data"],
+        batch=batch,
+        accumulation=accumulation,
+        launcher=False,
     )
     assert_same(found, reference["full"][0])
 
@@ -88,16 +98,18 @@ def test_the_asked_for_cosine_is_what_runs(small, tmp_path):
         *STAGES["zero2"], model=small["model"], data=small["data"], steps=4, batch=1,
     )  # fmt: skip
     rates = [line["learning_rate"] for line in found]
-    expected = [0.5 * 1e-3 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item()) for step in (1, 2, 3, 4)]
-    assert rates == pytest.approx(expected, abs=1e-9) or rates == pytest.approx([1e-3, *expected[:-1]], abs=1e-9)
+    expected = [
+        0.5 * 1e-3 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item()) for step in (1, 2, 3, 4)
+    ]
+    assert rates == pytest.approx(expected, abs=1e-9) or rates == pytest.approx(
+        [1e-3, *expected[:-1]], abs=1e-9
+    )
 
 
 def test_every_row_counts_once_when_the_last_step_is_uneven(small, tmp_path):
     rows = json.loads(small["data"].read_text())[:3]
     data = small["data"].parent / "three.json"
     data.write_text(json.dumps(rows))
-    one = runs.train(
-        tmp_path / "one", model=small["model"], data=data, batch=4, steps=2, launcher=False
-    )
+    one = runs.train(tmp_path / "one", model=small["model"], data=data, batch=4, steps=2, launcher=False)
     two = runs.train(tmp_path / "two", model=small["model"], data=data, batch=2, steps=2, processes=2)
     assert_same(two, one)

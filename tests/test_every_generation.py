@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
-from make_checkpoint import make_checkpoint
 from safetensors import safe_open
 
+import runs
 from generations import GENERATIONS
+from make_checkpoint import make_checkpoint
 from parts import part_of
 
 TIME_LIMIT = 400  # seconds, for all runs of one kind
@@ -65,7 +65,7 @@ def tensors(folder, name="model.safetensors"):
     found = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found |= {key: file.get_tensor(key) for key in file.keys()}
     return found
 
 

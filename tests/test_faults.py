@@ -4,16 +4,16 @@ import json
 import math
 import time
 
-import live_runs
 import pytest
-import runs
 import torch
-from live_runs import STAGES, LiveRun
 from safetensors.torch import load_file
 
 import fault_handling
+import live_runs
+import runs
 from arguments import TrainingArguments
 from fault_handling import MicroBatch, NonFiniteError, NonFiniteSteps, memory_advice
+from live_runs import STAGES, LiveRun
 
 ALL_END_WITHIN = 30  # seconds after a process failed
 
@@ -160,7 +160,9 @@ def test_rows_are_named_by_file_and_only_those_of_bad_losses():
     batches = [report(1.0, (0, 1)), report(math.nan, (0, 4), (1, 7), rank=1)]
     steps.refused(5, math.nan, batches, ["a.json", "b.json"])
     steps.refused(6, math.inf, [report(1.0, (0, 1), (0, 2))], ["a.json"])
-    with pytest.raises(NonFiniteError, match=r"row 4 of a.json and row 7 of b.json \(process 1\).*those of step 4"):
+    with pytest.raises(
+        NonFiniteError, match=r"row 4 of a.json and row 7 of b.json \(process 1\).*those of step 4"
+    ):
         steps.refused(7, math.nan, batches, ["a.json", "b.json"])
 
 

@@ -47,13 +47,22 @@ def test_another_checkpoint_is_refused(config, message):
 
 @pytest.mark.parametrize(
     ("generation", "llm_type"),
-    [("v2", "minicpm"), ("v2_5", "llama3"), ("v2_6", "qwen"), ("v2_6", "qwen2"), ("v4", "llama"), ("v4", "auto")],
+    [
+        ("v2", "minicpm"),
+        ("v2_5", "llama3"),
+        ("v2_6", "qwen"),
+        ("v2_6", "qwen2"),
+        ("v4", "llama"),
+        ("v4", "auto"),
+    ],
 )
 def test_the_documented_llm_type_is_accepted(generation, llm_type):
     check_llm_type(GENERATIONS[generation], llm_type)
 
 
-@pytest.mark.parametrize(("generation", "llm_type", "right"), [("v2_6", "minicpm", "qwen"), ("v2", "llama3", "minicpm")])
+@pytest.mark.parametrize(
+    ("generation", "llm_type", "right"), [("v2_6", "minicpm", "qwen"), ("v2", "llama3", "minicpm")]
+)
 def test_a_contradicting_llm_type_is_an_error_that_says_which_is_right(generation, llm_type, right):
     with pytest.raises(ValueError, match=f"expected --llm_type {right}"):
         check_llm_type(GENERATIONS[generation], llm_type)

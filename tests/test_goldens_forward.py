@@ -51,7 +51,9 @@ def golden_model(generation, *, attention="eager", dtype=torch.float32):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "resampler.pos_embed":
-                values = golden_weight(name, tuple(parameter.shape), seed=about["fill_seed"], v2=generation == "v2")
+                values = golden_weight(
+                    name, tuple(parameter.shape), seed=about["fill_seed"], v2=generation == "v2"
+                )
                 parameter.copy_(torch.from_numpy(values))
     return model.to(dtype).train(), about
 
@@ -65,7 +67,10 @@ def as_patches(pixels):
 def golden_batch(generation, case, rows):
     """The case's rows, in the batch form of the collator."""
     arrays = np.load(GOLDENS / generation / "forward.npz")
-    read = {name: [arrays[f"{case}.{row}.{name}"] for row in rows] for name in ("input_ids", "labels", "tgt_sizes")}
+    read = {
+        name: [arrays[f"{case}.{row}.{name}"] for row in rows]
+        for name in ("input_ids", "labels", "tgt_sizes")
+    }
     length = max(len(ids) for ids in read["input_ids"])
     batch = {
         "input_ids": torch.zeros(len(rows), length, dtype=torch.int64),
@@ -80,7 +85,9 @@ def golden_batch(generation, case, rows):
         count = len(read["tgt_sizes"][place])
         pixels += [as_patches(arrays[f"{case}.{row}.pixels.{index}"]) for index in range(count)]
     batch["image_bound"] = torch.tensor(bounds).reshape(-1, 3)
-    batch["pixel_values"] = torch.from_numpy(np.concatenate([np.zeros((3, 14, 0), np.uint8), *pixels], axis=-1))
+    batch["pixel_values"] = torch.from_numpy(
+        np.concatenate([np.zeros((3, 14, 0), np.uint8), *pixels], axis=-1)
+    )
     return batch
 
 
@@ -100,14 +107,18 @@ def full_batch(generation, case, about):
 def logit_error(generation, case, logits):
     arrays = np.load(GOLDENS / generation / "forward.npz")
     return max(
-        np.abs(row.detach().numpy()[arrays[f"{case}.{i}.logit_positions"]] - arrays[f"{case}.{i}.logits"]).max()
+        np.abs(
+            row.detach().numpy()[arrays[f"{case}.{i}.logit_positions"]] - arrays[f"{case}.{i}.logits"]
+        ).max()
         for i, row in enumerate(logits)
     )
 
 
 def feature_error(model, generation, case, batch):
     arrays = np.load(GOLDENS / generation / "forward.npz")
-    expected = [arrays[name] for name in sorted(arrays.files) if name.startswith(f"{case}.") and "features" in name]
+    expected = [
+        arrays[name] for name in sorted(arrays.files) if name.startswith(f"{case}.") and "features" in name
+    ]
     embeddings = model.embed(**{name: value for name, value in batch.items() if name != "labels"})
     found = torch.stack([embeddings[row, start:end] for row, start, end in batch["image_bound"].tolist()])
     return np.abs(found.detach().numpy() - np.concatenate(expected)).max()
@@ -133,7 +144,11 @@ def test_forward_equals_the_released_code(generation, case):
         "features": feature_error(model, generation, case, batch),
         "gradients": gradients[worst],
     }
-    print(f"\n{generation:5} {case:12}", "  ".join(f"{name} {error:.1e}" for name, error in errors.items()), worst)
+    print(
+        f"\n{generation:5} {case:12}",
+        "  ".join(f"{name} {error:.1e}" for name, error in errors.items()),
+        worst,
+    )
     assert output.token_count == (labels[:, 1:] != -100).sum()
     assert errors["loss"] < LOSS_TOLERANCE
     assert errors["logits"] < LOGIT_TOLERANCE

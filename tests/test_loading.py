@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from make_checkpoint import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from configuration_minicpmv import MiniCPMVConfig
 from generations import GENERATIONS
 from loading import load_model, resolve_model_folder
+from make_checkpoint import make_checkpoint
 from test_goldens_forward import GOLDENS, SIX, full_batch, golden_model
 from weights import WeightFileError, copy_carried_files, weight_files
 
@@ -81,7 +81,9 @@ def test_missing_weights_are_refused(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     del weights["resampler.proj"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightFileError, match=r"lack 1 of the model's parameters, the first is resampler\.proj"):
+    with pytest.raises(
+        WeightFileError, match=r"lack 1 of the model's parameters, the first is resampler\.proj"
+    ):
         load_model(checkpoint, ROW, dtype=torch.float32)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(WeightFileError, match="no weights found"):
@@ -99,7 +101,9 @@ def test_a_missing_shard_is_named(checkpoint):
 def test_an_export_carries_the_files_and_the_tensors_it_does_not_use(tmp_path):
     make_checkpoint(tmp_path / "source", "o2_6", size="tiny")
     source = load_file(tmp_path / "source" / "model.safetensors")
-    unused = {key: value for key, value in source.items() if key.startswith(("apm.", "audio_projection", "tts."))}
+    unused = {
+        key: value for key, value in source.items() if key.startswith(("apm.", "audio_projection", "tts."))
+    }
     assert unused
     model = load_model(tmp_path / "source", GENERATIONS["o2_6"], dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "export")
@@ -121,7 +125,10 @@ def test_carrying_files_overwrites_nothing(tmp_path):
     (tmp_path / "source" / "notes.bin").write_text("weights")
     copy_carried_files(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target" / "config.json").read_text() == "new"
-    assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["config.json", "modeling_minicpmv.py"]
+    assert sorted(path.name for path in (tmp_path / "target").iterdir()) == [
+        "config.json",
+        "modeling_minicpmv.py",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def head_hidden_labels(seed=0):
 
 def plain_loss(head, hidden, labels):
     logits = F.linear(hidden, head.weight, head.bias)[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits.float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(
+        logits.float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_goldens_forward import GOLDENS, SIX, as_patches, golden_model
 
 from batching import BatchMaker, supervised_places
-from packing import best_fit, join
 from meters import SourceLosses
 from mixtures import epoch_order
+from packing import best_fit, join
 from sampling import PADDING, EpochSampler, PackingSampler, grouped_by_length
+from test_goldens_forward import GOLDENS, SIX, as_patches, golden_model
 
 LOGIT_TOLERANCE = 2e-5  # 5.2e-6 (v2_5)
 GRADIENT_TOLERANCE = 1e-5  # 1.9e-6, relative to the largest gradient of the parameter
@@ -54,11 +54,17 @@ def samples_of(generation):
 
 def run(model, batch):
     """Logits, loss sum and gradients of a batch."""
-    batch = {name: value for name, value in batch.items() if name not in ("rows", "attention_mask", "supervised_sources")}
+    batch = {
+        name: value
+        for name, value in batch.items()
+        if name not in ("rows", "attention_mask", "supervised_sources")
+    }
     model.zero_grad()
     output = model(**batch, num_items_in_batch=1)
     output.loss.backward()
-    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    gradients = {
+        name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+    }
     without_labels = {name: value for name, value in batch.items() if name not in ("labels", "supervised")}
     with torch.no_grad():
         return model(**without_labels).logits, output.loss_sum.item(), gradients
@@ -181,7 +187,9 @@ def test_packed_rows_are_nearly_full_on_a_skewed_distribution(window):
 
 def test_every_epoch_packs_every_sample_once_in_another_order():
     lengths = skewed_lengths(700)
-    sampler = PackingSampler(shuffled(700, seed=3), multiple=4, lengths=lengths, capacity=2048, window=100, seed=3)
+    sampler = PackingSampler(
+        shuffled(700, seed=3), multiple=4, lengths=lengths, capacity=2048, window=100, seed=3
+    )
     epochs = []
     for epoch in range(4):
         sampler.set_epoch(epoch)
@@ -210,7 +218,9 @@ def test_grouping_by_length_saves_padding():
     lengths = skewed_lengths(2000)
 
     def padding(order, batch=8):
-        batches = [[lengths[index] for index in order[start : start + batch]] for start in range(0, 2000, batch)]
+        batches = [
+            [lengths[index] for index in order[start : start + batch]] for start in range(0, 2000, batch)
+        ]
         return 1 - sum(map(sum, batches)) / sum(max(rows) * len(rows) for rows in batches)
 
     grouped = grouped_by_length(shuffled(2000, seed=0), lengths, batch_size=8, seed=0)(0)

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from test_goldens_forward import SIX, golden_model
 
 import adapters
-from adapters import AdapterError, add_adapter, adapted_modules, load_adapter
+from adapters import AdapterError, adapted_modules, add_adapter, load_adapter
 from generations import GENERATIONS
 from options import LoraArguments
 from parts import count_parts, freeze, part_of, raise_precision_of_trained
+from test_goldens_forward import SIX, golden_model
 
 
 def trained_parts(model, generation):
-    return {part_of(name, generation) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        part_of(name, generation) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 @pytest.mark.parametrize("generation", SIX)
@@ -114,7 +116,9 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     model, _ = golden_model("v4")
-    add_adapter(model, GENERATIONS["v4"], LoraArguments(), vision=False, resampler=True).save_pretrained(tmp_path)
+    add_adapter(model, GENERATIONS["v4"], LoraArguments(), vision=False, resampler=True).save_pretrained(
+        tmp_path
+    )
     other, _ = golden_model("v2_6")
     with pytest.raises(AdapterError, match="don't fit this model"):
         load_adapter(other, tmp_path, trainable=False)

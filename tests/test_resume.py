@@ -10,15 +10,15 @@ import sys
 import time
 from argparse import Namespace
 
-import live_runs
 import pytest
-import runs
-from live_runs import LORA, STAGES, LiveRun, finish
 from safetensors.torch import load_file
 
 import checkpointing
+import live_runs
 import output_folder
+import runs
 from checkpointing import CheckpointError, CheckpointWriter, RunShape, check_continues, choose_checkpoint
+from live_runs import LORA, STAGES, LiveRun, finish
 from stop_request import command_to_continue
 
 STEPS = 6
@@ -43,7 +43,9 @@ def numbers(output):
 
 
 def weights(output):
-    name = next(name for name in ("adapter_model.safetensors", "model.safetensors") if (output / name).is_file())
+    name = next(
+        name for name in ("adapter_model.safetensors", "model.safetensors") if (output / name).is_file()
+    )
     return load_file(output / name)
 
 
@@ -150,7 +152,9 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
     assert step < STEPS
     assert f"Stopped after step {step} of {STEPS}; checkpoint-{step} holds everything." in printed
     assert json.loads((output / "run.json").read_text())["starts"][0]["outcome"] == "stopped"
-    command = shlex.split(next(line for line in printed.splitlines() if "--resume_from_checkpoint true" in line))
+    command = shlex.split(
+        next(line for line in printed.splitlines() if "--resume_from_checkpoint true" in line)
+    )
     assert command[:3] == ["torchrun", "--nproc_per_node", "2"]
     # What a killed run may leave: a later checkpoint cut short, and one that was being written.
     cut = output / "checkpoint-900"
@@ -160,14 +164,19 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
     (output / output_folder.UNFINISHED / "checkpoint-901").mkdir(parents=True)
     flags = command[command.index("--model_name_or_path") :]
     printed = finish(flags, processes=2)
-    assert "checkpoint-900 is not whole and is passed over: model.safetensors has 1000 bytes, expected" in printed
+    assert (
+        "checkpoint-900 is not whole and is passed over: model.safetensors has 1000 bytes, expected"
+        in printed
+    )
     assert "checkpoint-901 was being written when the run ended, and is deleted" in printed
     assert f"Continuing from {output / f'checkpoint-{step}'}" in printed
     assert_same_run(output, whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("processes", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
+)
 def test_signals_to_single_processes(small, tmp_path, processes, number):
     run = LiveRun(arguments(small, tmp_path / "out"), processes=processes, faults={"slow": 0.4})
     run.wait_for_step(1)
@@ -241,7 +250,12 @@ def checkpoint(folder, step, *, sizes=None, **shape):
 
 def settled(folder, **values):
     return Namespace(
-        **{"output_dir": str(folder), "continues_last": True, "resume_from_checkpoint": None, "process_index": 0}
+        **{
+            "output_dir": str(folder),
+            "continues_last": True,
+            "resume_from_checkpoint": None,
+            "process_index": 0,
+        }
         | values
     )
 
@@ -325,14 +339,19 @@ def test_a_checkpoint_appears_whole_at_once_and_replaces_a_damaged_one(tmp_path)
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file data/0"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file data/0"
+        ),
         OSError(28, "No space left on device"),
     ],
 )
 def test_every_way_of_not_being_written_is_one_message(tmp_path, error):
     checkpoint(tmp_path, 2)
     new = writer(tmp_path, 4)
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*checkpoint-2 is whole"), new.writing():
+    with (
+        pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*checkpoint-2 is whole"),
+        new.writing(),
+    ):
         (new.staging / new.name).mkdir()
         raise error
     assert not (new.staging / new.name).exists()
@@ -375,12 +394,26 @@ def test_a_checkpoint_of_transformers_own_is_taken_as_it_is(tmp_path):
 def test_the_command_that_continues_leaves_out_what_contradicts_it(monkeypatch):
     for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    words = ["--data_path", "it's.json", "--overwrite_output_dir", "--seed", "1", "--resume_from_checkpoint=x"]
+    words = [
+        "--data_path",
+        "it's.json",
+        "--overwrite_output_dir",
+        "--seed",
+        "1",
+        "--resume_from_checkpoint=x",
+    ]
     command = command_to_continue(words, script="finetune.py")
-    assert command == "python finetune.py --data_path 'it'\"'\"'s.json' --seed 1 --resume_from_checkpoint true"
+    assert (
+        command == "python finetune.py --data_path 'it'\"'\"'s.json' --seed 1 --resume_from_checkpoint true"
+    )
     for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
-    for name, value in {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "GROUP_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     start = "torchrun --nproc_per_node 2 --nnodes 2 --node_rank 1 --master_addr a --master_port 1 finetune.py"
     assert command_to_continue([], script="finetune.py") == f"{start} --resume_from_checkpoint true"

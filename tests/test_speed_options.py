@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from make_checkpoint import make_checkpoint
-from test_goldens_forward import full_batch, golden_model
 
 from generations import GENERATIONS
 from loading import load_model
+from make_checkpoint import make_checkpoint
 from speed_options import SpeedOptionError, apply_liger, set_checkpointing
+from test_goldens_forward import full_batch, golden_model
 
 GRADIENT_TOLERANCE = 1e-6  # 0: the same operations twice
 
@@ -56,7 +56,9 @@ def test_checkpointing_changes_no_gradient(generation):
     def gradients():
         model.zero_grad()
         model(**batch).loss.backward()
-        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+        return {
+            name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+        }
 
     expected = gradients()
     set_checkpointing(model, GENERATIONS[generation], arguments(True, None))
