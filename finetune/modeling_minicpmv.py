@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,11 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     # o-2.6's speech parts: not run here, saved unchanged.
-    _keys_to_ignore_on_load_unexpected = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GraniteDecoderLayer"]
+    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GraniteDecoderLayer"]
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)

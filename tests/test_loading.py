@@ -73,7 +73,7 @@ def test_tables_that_are_in_no_file_come_back_filled(tmp_path):
 def test_an_lfs_pointer_is_refused(checkpoint):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 16000000000\n"
     (checkpoint / "model.safetensors").write_text(pointer)
-    with pytest.raises(WeightFileError, match="a Git LFS pointer of 74 bytes.*git lfs pull"):
+    with pytest.raises(WeightFileError, match=r"a Git LFS pointer of 74 bytes.*git lfs pull"):
         load_model(checkpoint, ROW, dtype=torch.float32)
 
 

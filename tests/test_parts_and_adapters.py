@@ -110,7 +110,7 @@ def test_an_adapter_continues_where_it_was_saved(tmp_path):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     model, _ = golden_model("v2_6")
-    with pytest.raises(AdapterError, match="no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
         load_adapter(model, tmp_path, trainable=False)
 
 
