@@ -17,6 +17,7 @@ from generations import Generation
 from initial_adapter import remember_start
 from loss import LMHead
 from options import LoraArguments
+from safe_loading import reading
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder}: no adapter_config.json. Expected the folder that a LoRA run wrote.")
     try:
-        with _layers_reachable(model):
+        with _layers_reachable(model), reading(folder):
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except RuntimeError as error:
         raise AdapterError(

@@ -160,7 +160,9 @@ def _is_write_failure(error: Exception) -> bool:
 
 def _cannot_write(folder: Path, error: Exception) -> str:
     free = shutil.disk_usage(folder.parent).free
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).split("\n")[0]
+    reason = (
+        os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).split("\n")[0]
+    )
     text = f"{folder} could not be written: {reason}. {free / _GIB:.1f} GiB are free there. "
     if free < _GIB or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
@@ -178,7 +180,9 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
     """
     if not training.continues_last:
         return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
-    found = {step: output_folder.damage(path) for step, path in output_folder.checkpoints(training.output_dir)}
+    found = {
+        step: output_folder.damage(path) for step, path in output_folder.checkpoints(training.output_dir)
+    }
     views = gathered(found)
     everywhere = set.intersection(*(set(view) for view in views))
     problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
@@ -218,7 +222,9 @@ def check_continues(checkpoint: Path, shape: RunShape, *, skips_data: bool) -> N
     before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
     problems = []
     if before.trains != shape.trains:
-        problems.append(f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was.")
+        problems.append(
+            f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."
+        )
     elif before.deepspeed_stage != shape.deepspeed_stage:
         problems.append(
             f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."

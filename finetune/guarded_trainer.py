@@ -23,6 +23,7 @@ import output_folder
 from checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape
 from fault_handling import MemoryExhaustedError, MicroBatch, NonFiniteSteps, is_out_of_memory, memory_advice
 from rank_watch import RankWatch
+from safe_loading import allow_deepspeed_states, reading
 from stop_request import StopRequest
 
 
@@ -58,11 +59,14 @@ class GuardedTrainer(Trainer):
         self.add_callback(_StopBetweenSteps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; a lack of memory anywhere in it is told with the batch that was in work."""
+        """Train; a lack of memory, or a checkpoint that can't be read, becomes a message."""
         self.stop.listen()
         self.watch.mark("preparing to train")
+        if self.is_deepspeed_enabled:
+            allow_deepspeed_states()
         try:
-            output = super().train(*args, **kwargs)
+            with reading(self.args.resume_from_checkpoint):
+                output = super().train(*args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -14,6 +14,7 @@ from configuration_minicpmv import MiniCPMVConfig
 from generations import Generation
 from modeling_minicpmv import MiniCPMV
 from quantization import finish_loading, loading_arguments, loading_quantization
+from safe_loading import reading
 from weights import WeightFileError, weight_files
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def load_model(
     else:
         kind, config = MiniCPMV, MiniCPMVConfig.from_folder(folder)
     kwargs |= loading_arguments(quantization, config)
-    model, report = kind.from_pretrained(folder, config=config, **kwargs)
+    with reading(folder):
+        model, report = kind.from_pretrained(folder, config=config, **kwargs)
     missing = sorted(report["missing_keys"])
     # V-2's query positions are a fixed table; a checkpoint may leave it out.
     missing = [key for key in missing if key != "resampler.pos_embed"]

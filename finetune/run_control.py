@@ -26,6 +26,7 @@ from arguments import TrainingArguments
 from hardware import process_rank
 from rank_watch import LOG_ONLY, RankWatch
 from run_folder import LOGS
+from safe_loading import refuse_pickles
 
 # Warnings of libraries that a user of this script can do nothing about: patterns of how they begin.
 _QUIET_WARNINGS = (
@@ -54,6 +55,7 @@ class RunControl:
         self.watch: RankWatch | None = None
         self._log: IO[str] | None = None
         self._screen = sys.stderr
+        refuse_pickles()
         _log_to_screen()
         sys.excepthook = self._end_by
 

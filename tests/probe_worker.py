@@ -1,6 +1,7 @@
 """finetune.py with faults planted, or with every gradient counted. The variable FAULTS says what, as JSON:
 
-    {"several": true}                         the only argument is a JSON list of command lines, run in turn
+    {"several": true}                         the last argument is a JSON list of command lines, run in turn
+    {"go_on": true}                           ... the next ones also after an error
     {"count_gradients": "folder"}             into folder/rank<N>.json: batches, and parameters without a gradient
     {"raise": [rank, step]}                   an error of the program's
     {"bad_row": [rank, step]}                 an error of the user's
@@ -106,12 +107,12 @@ class Probed(GuardedTrainer):
 
 def main():
     guarded_trainer.GuardedTrainer = Probed
-    command_lines = json.loads(sys.argv[1]) if FAULTS.get("several") else [sys.argv[1:]]
+    command_lines = json.loads(sys.argv[-1]) if FAULTS.get("several") else [sys.argv[1:]]
     for argv in command_lines:
         control = RunControl()
         with control.user_errors_as_messages():
             finetune.run(argv, control)
-        if control.exit_code:
+        if control.exit_code and not FAULTS.get("go_on"):
             break
     if "count_gradients" in FAULTS:
         Path(FAULTS["count_gradients"], f"rank{RANK}.json").write_text(json.dumps(batches))
