@@ -1,16 +1,17 @@
 """Draws a picture-question data set: real image files, and rows in the official JSON format.
 
-    python draw_pictures.py FOLDER [--train 1500] [--eval 72] [--held_out 144] [--seed 0]
+    python draw_pictures.py FOLDER [--train 1536] [--eval 48] [--held_out 144] [--seed 0]
 
-Every picture shows one shape in one colour at one of nine places. Most pictures are small; one in eight
-is large enough to be cut into slices by a checkpoint with ``scale_resolution`` 112. Two tasks are asked
-about the same pictures:
+Every picture shows one shape in one colour on a ground of another; which shape it is, where it stands and
+how large it is, distract. Most pictures are small; one in eight is large enough to be cut into slices by a
+checkpoint with ``scale_resolution`` 112. Two tasks are asked about the same pictures:
 
-- ``questions``: what colour, what shape and where, three turns per picture, one or two words each;
-- ``descriptions``: one sentence with all three, in words the first task never used.
+- ``questions``: the colour of the shape, then that of the background, in two turns of one word each;
+- ``descriptions``: one sentence with both, in words that the first task never used.
 
-Colours, shapes and places are drawn equally often and independently of each other, in each of the three
-files of a task, so that an answer can't be told from the question. ``chance`` counts that exactly.
+Each task has rows to train on and to evaluate; ``held_out.json`` asks both tasks about further pictures, one
+row per question. Everywhere all pairs of colours come equally often, in random company, so that neither the
+question nor an earlier answer tells the next one. ``chance`` counts that exactly.
 """
 
 from __future__ import annotations
@@ -21,49 +22,55 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (40, 150, 60),
-    "blue": (40, 80, 210),
-    "yellow": (240, 205, 30),
-    "purple": (140, 60, 170),
-    "orange": (245, 130, 20),
-    "black": (25, 25, 25),
-    "cyan": (40, 190, 205),
+Colour = tuple[int, int, int]
+
+# What the first task calls a colour -> what the second calls it, and its red, green and blue.
+COLOURS: dict[str, tuple[str, Colour]] = {
+    "red": ("crimson", (205, 30, 35)),
+    "green": ("emerald", (25, 130, 50)),
+    "blue": ("sapphire", (35, 70, 205)),
+    "yellow": ("golden", (235, 205, 20)),
+    "purple": ("violet", (130, 45, 165)),
+    "orange": ("amber", (240, 125, 15)),
+    "black": ("ebony", (20, 20, 20)),
+    "cyan": ("teal", (20, 175, 190)),
+}
+BACKGROUNDS: dict[str, tuple[str, Colour]] = {
+    "white": ("ivory", (245, 245, 242)),
+    "grey": ("slate", (140, 140, 145)),
+    "pink": ("rose", (250, 180, 200)),
+    "sky": ("azure", (165, 205, 250)),
+    "mint": ("jade", (165, 240, 185)),
+    "brown": ("chestnut", (120, 80, 50)),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = (
-    "top left", "top", "top right",
-    "left", "centre", "right",
-    "bottom left", "bottom", "bottom right",
-)  # fmt: skip
-QUESTIONS = {
-    "colour": "What colour is the shape?",
-    "shape": "What shape is it?",
-    "place": "Where is it?",
-}
+PLACES = 9  # three by three, row by row
+QUESTIONS = {"colour": "What colour is the shape?", "background": "What colour is the background?"}
 REQUEST = "Describe the picture."
 TASKS = ("questions", "descriptions")
-PARTS = ("train", "eval", "held_out")
+PARTS = {"train": 1536, "eval": 48, "held_out": 144}
 _LARGE_EVERY = 8
+_SHADE = 8  # how far a colour may lie from its list value, of 255
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """What a picture shows; ``place`` is a number below ``PLACES``."""
 
     colour: str
-    shape: str
-    place: str
+    background: str
+    shape: str = SHAPES[0]
+    place: int = 0
 
 
 def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str, Path]:
-    """Draw all pictures and write the six files of rows.
+    """Draw all pictures and write the five files of rows.
 
     Args:
         folder: Where to; pictures go into ``pictures``, rows beside it.
@@ -71,80 +78,88 @@ def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
         seed: The same seed draws the same pictures.
 
     Returns:
-        ``<task>_<part>`` -> file of rows.
+        ``<task>_<part>`` or ``held_out`` -> file of rows.
     """
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    files = {}
+    files: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for part in PARTS:
-        rows: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
         for index, scene in enumerate(_balanced_scenes(sizes[part], rng)):
             name = f"{part}_{index:05d}"
             path = folder / "pictures" / (name + (".jpg" if index % 3 == 0 else ".png"))
             draw(scene, rng, large=index % _LARGE_EVERY == 0).save(path, quality=92)
             for task in TASKS:
-                rows[task].append(
-                    {"id": name, "image": f"pictures/{path.name}", "conversations": ask(task, scene)}
-                )
-        for task in TASKS:
-            files[f"{task}_{part}"] = file = folder / f"{task}_{part}.json"
-            file.write_text(json.dumps(rows[task], indent=1), encoding="utf-8")
-    return files
+                row = {"id": name, "image": f"pictures/{path.name}", "conversations": ask(task, scene)}
+                if part == "held_out":
+                    files[part] += _one_per_question(row)
+                else:
+                    files[f"{task}_{part}"].append(row)
+    for name, rows in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return {name: folder / f"{name}.json" for name in files}
 
 
 def ask(task: str, scene: Scene) -> list[dict[str, str]]:
     """The conversation about a picture."""
     if task == "descriptions":
-        answer = f"A {scene.shape}, painted {scene.colour}, near the {scene.place}."
-        return _turns([(REQUEST, answer)])
+        figure, ground = COLOURS[scene.colour][0], BACKGROUNDS[scene.background][0]
+        return _turns([(REQUEST, f"The figure is {figure} and the ground is {ground}.")])
     return _turns([(text, getattr(scene, kind)) for kind, text in QUESTIONS.items()])
 
 
 def sentences() -> Iterator[str]:
     """Every question and answer there is; what a small tokenizer should have whole words for."""
-    for colour in COLOURS:
-        for shape in SHAPES:
-            for place in PLACES:
-                for task in TASKS:
-                    yield from (turn["content"] for turn in ask(task, Scene(colour, shape, place)))
+    for colour, background, task in product(COLOURS, BACKGROUNDS, TASKS):
+        yield from (turn["content"] for turn in ask(task, Scene(colour, background)))
 
 
-def chance(rows: list[dict[str, Any]]) -> float:
-    """Share of answers that the best guess from the text alone gets right.
+def chance(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of rows in which the best guess from the text alone gives the last answer.
 
-    The text in front of an answer is the question (the earlier answers of a row are independent of it);
-    the best guess is the most frequent answer to it.
+    The text is all that was said before, earlier answers included; the best guess is the answer that follows
+    that text most often.
 
     Args:
         rows: Rows in the official format.
 
     Returns:
-        The share, from 0 to 1.
+        Last question -> the share, from 0 to 1.
+
+    Example:
+        >>> turn = lambda content: {"content": content}
+        >>> chance([{"conversations": [turn("<image>\\nHow many?"), turn(n)]} for n in "1121"])
+        {'How many?': 0.75}
     """
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for row in rows:
-        turns = row["conversations"]
-        for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            answers[question["content"].removeprefix("<image>\n")][answer["content"]] += 1
-    right = sum(counter.most_common(1)[0][1] for counter in answers.values())
-    return right / sum(counter.total() for counter in answers.values())
+        *said, question, answer = [turn["content"] for turn in row["conversations"]]
+        answers[without_placeholder(question)]["\n".join(said)][answer] += 1
+    shares = {}
+    for question, counters in answers.items():
+        right = sum(counter.most_common(1)[0][1] for counter in counters.values())
+        shares[question] = right / sum(counter.total() for counter in counters.values())
+    return shares
+
+
+def without_placeholder(text: str) -> str:
+    """A question without the mark for its picture."""
+    return text.removeprefix("<image>\n")
 
 
 def draw(scene: Scene, rng: random.Random, *, large: bool) -> Image.Image:
     """Draw a scene: about 84 to 112 pixels a side, or 160 to 280 when large."""
     low, high = (160, 280) if large else (84, 112)
     width, height = rng.randint(low, high), rng.randint(low, high)
-    light = tuple(rng.randint(215, 250) for _ in range(3))
-    image = Image.new("RGB", (width, height), light)
-    third = PLACES.index(scene.place)
-    x, y = (_jitter(third % 3, width, rng), _jitter(third // 3, height, rng))
+    image = Image.new("RGB", (width, height), _shade(BACKGROUNDS[scene.background][1], rng))
+    fill = _shade(COLOURS[scene.colour][1], rng)
+    x, y = (_jitter(scene.place % 3, width, rng), _jitter(scene.place // 3, height, rng))
     radius = min(width, height) * rng.uniform(0.13, 0.165)
     pencil = ImageDraw.Draw(image)
     if scene.shape == "circle":
-        pencil.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[scene.colour])
+        pencil.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     else:
         outline = [(x + dx * radius, y + dy * radius) for dx, dy in _OUTLINES[scene.shape]]
-        pencil.polygon(outline, fill=COLOURS[scene.colour])
+        pencil.polygon(outline, fill=fill)
     return image
 
 
@@ -159,21 +174,33 @@ _OUTLINES = {
 }  # fmt: skip
 
 
+def _shade(colour: Colour, rng: random.Random) -> Colour:
+    red, green, blue = (min(max(value + rng.randint(-_SHADE, _SHADE), 0), 255) for value in colour)
+    return red, green, blue
+
+
 def _jitter(third: int, side: int, rng: random.Random) -> float:
     """A coordinate near the middle of a third of a side, in pixels."""
     return side * (1 + 2 * third + rng.uniform(-0.1, 0.1)) / 6
 
 
 def _balanced_scenes(count: int, rng: random.Random) -> list[Scene]:
-    """Scenes in which each colour, each shape and each place comes equally often, in random company."""
+    """Scenes in which each pair of colours, each shape and each place comes equally often."""
 
-    def deal(values: tuple[str, ...]) -> list[str]:
+    def deal(values: list[Any]) -> list[Any]:
         dealt = [values[index % len(values)] for index in range(count)]
         rng.shuffle(dealt)
         return dealt
 
-    dealt = zip(deal(tuple(COLOURS)), deal(SHAPES), deal(PLACES), strict=True)
-    return [Scene(*values) for values in dealt]
+    pairs = rng.sample(list(product(COLOURS, BACKGROUNDS)), len(COLOURS) * len(BACKGROUNDS))
+    dealt = zip(deal(pairs), deal(list(SHAPES)), deal(list(range(PLACES))), strict=True)
+    return [Scene(*pair, shape, place) for pair, shape, place in dealt]
+
+
+def _one_per_question(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that end with the first answer, the second, and so on."""
+    turns = row["conversations"]
+    return [{**row, "conversations": turns[:end]} for end in range(2, len(turns) + 1, 2)]
 
 
 def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -188,7 +215,7 @@ def main() -> None:
     """Draw a data set, as the command line says."""
     parser = argparse.ArgumentParser(description="Draw a picture-question data set.")
     parser.add_argument("folder", type=Path)
-    for part, count in (("train", 1500), ("eval", 72), ("held_out", 144)):
+    for part, count in PARTS.items():
         parser.add_argument(f"--{part}", type=int, default=count, help=f"pictures (default: {count})")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

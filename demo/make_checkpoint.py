@@ -165,6 +165,8 @@ def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:
         "num_key_value_heads": text["num_attention_heads"] if "scale_emb" in text else size.kv_heads,
         "intermediate_size": size.ffn,
         "vocab_size": max(ids.values()) + 1,
+        # With the released 0.02, made for far wider layers, a narrow model starts to learn much later.
+        "initializer_range": size.width**-0.5,
     }
     if "layer_types" in text:
         text["layer_types"] = ["full_attention" if n % 4 == 3 else "linear_attention" for n in range(layers)]

@@ -95,7 +95,8 @@ def test_a_full_step_moves_every_part_and_saves_the_released_layout(checkpoints,
 def test_a_lora_step_saves_adapter_resampler_and_embeddings_and_nothing_frozen(outputs, generation):
     saved = tensors(outputs / "lora" / generation, "adapter_model.safetensors")
     row = GENERATIONS[generation]
-    parts = {part_of(key, row) for key in saved}
+    # In 4.6 and 4.7 the output layer is the embeddings' transpose, so it trains and is saved with them.
+    parts = {part_of(key, row) for key in saved if not (row.native and "lm_head" in key)}
     assert parts == {"lora", "resampler", "embeddings"}
     assert all("self_attn" in key for key in saved if "lora_" in key)
     assert any(saved[key].abs().max() > 0 for key in saved if "lora_B" in key)

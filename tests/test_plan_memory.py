@@ -191,7 +191,7 @@ class TestZero:
         assert found["weights"] == 2 * self.WEIGHTS
         assert found["gradients"] == 2 * self.WEIGHTS // 4
         assert found["optimizer"] == 12 * self.WEIGHTS // 4
-        assert found["communication"] == 2 * 500_000_000 * 2  # two buckets of the ds_config
+        assert found["communication"] == 2 * 50_000_000 * 2  # two buckets of the ds_config
 
     def test_zero3_divides_weights_too(self, folder):
         found = plan(folder, Training(method="full", zero=3, gpus=8))

@@ -1,0 +1,72 @@
+#!/bin/sh
+# Tunes a small MiniCPM-V on drawn pictures with the real launchers, and shows what it learned:
+#
+#     bash demo.sh                       MiniCPM-V 2.6
+#     bash demo.sh --generation v4_5     another generation: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7
+#     bash demo.sh --steps 120           steps of each of the two runs
+#     bash demo.sh --output FOLDER       where everything goes (default: demo_output/<generation>)
+#
+# What an earlier start has finished is used again; remove the folder to start over.
+set -eu
+ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+
+GENERATION=v2_6
+STEPS=120
+OUTPUT=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --generation) GENERATION=$2 ;;
+        --steps) STEPS=$2 ;;
+        --output) OUTPUT=$2 ;;
+        *)
+            echo "demo.sh knows --generation NAME, --steps N and --output FOLDER; found $1." >&2
+            exit 1
+            ;;
+    esac
+    shift 2
+done
+OUTPUT=${OUTPUT:-$ROOT/demo_output/$GENERATION}
+
+# Everything after the dot belongs to the sourced script.
+prepare() { . "$ROOT/setup_environment.sh"; }
+prepare "$ROOT/finetune/requirements.txt"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+step() { printf '\n=== %s\n' "$*"; }
+
+mkdir -p "$OUTPUT"
+if [ ! -e "$OUTPUT/base/generation_config.json" ]; then
+    step "1. A small checkpoint of $GENERATION with random weights: $OUTPUT/base"
+    python "$ROOT/demo/make_checkpoint.py" "$OUTPUT/base" --generation "$GENERATION"
+else
+    step "1. The checkpoint is there: $OUTPUT/base"
+fi
+if [ ! -e "$OUTPUT/data/descriptions_held_out.json" ]; then
+    step "2. Pictures and questions: $OUTPUT/data"
+    python "$ROOT/demo/draw_pictures.py" "$OUTPUT/data"
+else
+    step "2. The pictures are there: $OUTPUT/data"
+fi
+
+# The official flags stand in the launchers; these are for a small model that starts from nothing.
+tune() {
+    launcher=$1 model=$2 task=$3 name=$4
+    shift 4
+    if [ -e "$OUTPUT/$name/run.json" ] && grep -q '"finished"' "$OUTPUT/$name/run.json"; then
+        echo "That run is finished: $OUTPUT/$name"
+        return
+    fi
+    MODEL=$model DATA=$OUTPUT/data/${task}_train.json EVAL_DATA=$OUTPUT/data/${task}_eval.json \
+        OUTPUT_DIR=$OUTPUT/$name sh "$ROOT/finetune/$launcher" \
+        --max_steps "$STEPS" --per_device_train_batch_size 16 --per_device_eval_batch_size 16 \
+        --group_by_length true --activation_checkpointing false --logging_steps 10 --eval_steps 40 \
+        --save_strategy no --overwrite_output_dir true "$@"
+}
+
+step "3. Full tuning on the questions, with finetune_ds.sh: $OUTPUT/full"
+tune finetune_ds.sh "$OUTPUT/base" questions full --learning_rate 1e-3
+step "4. LoRA on the descriptions, from that result, with finetune_lora.sh: $OUTPUT/lora"
+tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --vision_lr 1e-4 --resampler_lr 1e-4
+
+step "5. Held-out pictures, before and after"
+python "$ROOT/demo/compare.py" "$OUTPUT"

@@ -1,0 +1,108 @@
+"""Ask held-out pictures before and after tuning: a table of exact matches beside chance, and the loss curves.
+
+    python compare.py FOLDER        # what demo.sh made: base, full, lora, data
+
+Chance is the best that the text alone allows, see ``draw_pictures.chance``: a model that does not look at the
+picture can't do better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "finetune"))
+
+from draw_pictures import chance, without_placeholder  # noqa: E402 (finetune stands behind it on the path)
+
+BATCH = 24
+MAX_NEW_TOKENS = 24
+STAGES = {"before": "base", "after full tuning": "full", "after LoRA": "lora"}
+
+
+def split_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per question: the conversation up to its answer."""
+    return [
+        {**row, "conversations": row["conversations"][:end]}
+        for row in rows
+        for end in range(2, len(row["conversations"]) + 1, 2)
+    ]
+
+
+def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
+    """Let a model answer every row of a file; last question -> share of exact answers."""
+    from decoding import GREEDY
+    from predict import answered
+    from prediction_rows import PredictionRows
+
+    rows = PredictionRows(str(data), processing)
+    right, asked = Counter(), Counter()
+    options = GREEDY | {"max_new_tokens": MAX_NEW_TOKENS}
+    for lines in answered(model, rows, range(len(rows)), batch_size=BATCH, options=options):
+        for line in lines:
+            question = without_placeholder(line["question"])
+            asked[question] += 1
+            right[question] += line["prediction"].strip() == line["answer"]
+    return {question: right[question] / asked[question] for question in asked}
+
+
+def draw_losses(folder: Path, target: Path) -> None:
+    """Draw the training losses of both runs beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, (name, title) in zip(axes, {"full": "full tuning", "lora": "LoRA"}.items(), strict=True):
+        history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+        for key, label in {"loss": "training", "eval_loss": "held-out rows"}.items():
+            points = [(line["step"], line[key]) for line in history if key in line]
+            axis.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss, nats per supervised token")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    """Print the table and say where the curves are."""
+    parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    from inference import ModelChoice, load_for_inference
+
+    files, chances = [], {}
+    for task in ("questions", "descriptions"):
+        rows = split_turns(json.loads((folder / "data" / f"{task}_held_out.json").read_text()))
+        files.append(folder / "data" / f"{task}_asked.json")
+        files[-1].write_text(json.dumps(rows))
+        chances |= chance(rows)
+    found: dict[str, dict[str, float]] = {}
+    for title, name in STAGES.items():
+        adapter = str(folder / name) if name == "lora" else None
+        base = folder / ("full" if adapter else name)
+        model, processing = load_for_inference(ModelChoice(str(base), adapter=adapter))
+        found[title] = {}
+        for file in files:
+            found[title] |= exact_matches(model, processing, file)
+    lines = [f"{'exact match on held-out pictures':<34}{'chance':>8}" + "".join(f"{title:>19}" for title in STAGES)]
+    lines += [
+        f"{question:<34}{chances[question]:>8.1%}" + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
+        for question in chances
+    ]
+    draw_losses(folder, folder / "loss.png")
+    text = "\n".join(lines)
+    (folder / "accuracy.txt").write_text(text + "\n")
+    sys.stdout.write(f"\n{text}\n\nLoss curves: {folder / 'loss.png'}\n")
+
+
+if __name__ == "__main__":
+    main()
