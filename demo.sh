@@ -41,7 +41,7 @@ if [ ! -e "$OUTPUT/base/generation_config.json" ]; then
 else
     step "1. The checkpoint is there: $OUTPUT/base"
 fi
-if [ ! -e "$OUTPUT/data/descriptions_held_out.json" ]; then
+if [ ! -e "$OUTPUT/data/held_out.json" ]; then
     step "2. Pictures and questions: $OUTPUT/data"
     python "$ROOT/demo/draw_pictures.py" "$OUTPUT/data"
 else

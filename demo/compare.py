@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,15 +24,6 @@ from draw_pictures import chance, without_placeholder  # noqa: E402 (finetune st
 BATCH = 24
 MAX_NEW_TOKENS = 24
 STAGES = {"before": "base", "after full tuning": "full", "after LoRA": "lora"}
-
-
-def split_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per question: the conversation up to its answer."""
-    return [
-        {**row, "conversations": row["conversations"][:end]}
-        for row in rows
-        for end in range(2, len(row["conversations"]) + 1, 2)
-    ]
 
 
 def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
@@ -77,22 +69,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from inference import ModelChoice, load_for_inference
 
-    files, chances = [], {}
-    for task in ("questions", "descriptions"):
-        rows = split_turns(json.loads((folder / "data" / f"{task}_held_out.json").read_text()))
-        files.append(folder / "data" / f"{task}_asked.json")
-        files[-1].write_text(json.dumps(rows))
-        chances |= chance(rows)
+    held_out = folder / "data" / "held_out.json"
+    chances = chance(json.loads(held_out.read_text(encoding="utf-8")))
     found: dict[str, dict[str, float]] = {}
     for title, name in STAGES.items():
         adapter = str(folder / name) if name == "lora" else None
         base = folder / ("full" if adapter else name)
         model, processing = load_for_inference(ModelChoice(str(base), adapter=adapter))
-        found[title] = {}
-        for file in files:
-            found[title] |= exact_matches(model, processing, file)
+        found[title] = exact_matches(model, processing, held_out)
     lines = [f"{'exact match on held-out pictures':<34}{'chance':>8}" + "".join(f"{title:>19}" for title in STAGES)]
     lines += [
         f"{question:<34}{chances[question]:>8.1%}" + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
