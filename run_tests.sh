@@ -16,6 +16,13 @@ fi
 prepare() { . "$ROOT/setup_environment.sh"; }
 prepare "$ROOT/finetune/requirements.txt" "$ROOT/tests/requirements.txt"
 
+# Two tests at a time, unless told otherwise or their output is wanted.
+side_by_side='-n 2'
+for word in "$@"; do
+    case $word in -n* | -s | --pdb) side_by_side='' ;; esac
+done
+
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest -m "$selection" "$@"
+# shellcheck disable=SC2086  (no word, or two)
+exec python -m pytest -m "$selection" $side_by_side "$@"
