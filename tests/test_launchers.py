@@ -349,10 +349,10 @@ def test_the_test_command_installs_once_and_passes_arguments_on(shell, own_copy)
         ["-m", "pip", "install"],
         ["-m", "pytest", "-m"],
     ]
-    assert first[2] == "1|-m|pytest|-m|not slow|-k|two words|"
+    assert first[2] == "1|-m|pytest|-m|not slow|-n|2|-k|two words|"
     log.unlink()
-    run_tests(root, "--all", shell=shell)
-    assert log.read_text() == "1|-m|pytest|-m||\n"
+    run_tests(root, "--all", "-s", shell=shell)
+    assert log.read_text() == "1|-m|pytest|-m||-s|\n"
     log.unlink()
     with (root / "tests" / "requirements.txt").open("a") as file:
         file.write("another==1\n")
