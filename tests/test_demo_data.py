@@ -1,14 +1,13 @@
 """The demo's pictures and its small checkpoints."""
 
 import json
-from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 
 import draw_pictures
-from draw_pictures import COLOURS, PARTS, PLACES, SHAPES, TASKS, chance, draw_data_set
+from draw_pictures import BACKGROUNDS, COLOURS, QUESTIONS, REQUEST, TASKS, chance, draw_data_set
 from generations import GENERATIONS
 from loading import load_model
 from make_checkpoint import SIZES, make_checkpoint
@@ -28,7 +27,7 @@ def drawn(tmp_path_factory):
 
 def test_the_data_set_has_both_tasks_in_three_parts_with_real_pictures(drawn):
     folder, rows = drawn
-    assert set(rows) == {f"{task}_{part}" for task in TASKS for part in PARTS}
+    assert set(rows) == {f"{task}_{part}" for task in TASKS for part in ("train", "eval")} | {"held_out"}
     kinds = set()
     for row in rows["questions_train"]:
         with Image.open(folder / row["image"]) as picture:
@@ -40,7 +39,7 @@ def test_the_data_set_has_both_tasks_in_three_parts_with_real_pictures(drawn):
 def test_no_held_out_picture_is_trained_on(drawn):
     folder, rows = drawn
     seen = {(folder / row["image"]).read_bytes() for row in rows["questions_train"]}
-    assert not seen & {(folder / row["image"]).read_bytes() for row in rows["questions_held_out"]}
+    assert not seen & {(folder / row["image"]).read_bytes() for row in rows["held_out"]}
 
 
 def test_the_same_seed_draws_the_same_pictures(tmp_path):
@@ -59,14 +58,25 @@ def test_the_same_seed_draws_the_same_pictures(tmp_path):
 
 def test_answers_are_dealt_evenly_so_text_alone_has_little_chance(drawn):
     _, rows = drawn
-    answers = Counter(
-        turn["content"] for row in rows["questions_held_out"] for turn in row["conversations"][1::2]
+    found = chance(rows["held_out"])
+    assert set(found) == {*QUESTIONS.values(), REQUEST}
+    assert found[QUESTIONS["colour"]] == pytest.approx(1 / len(COLOURS))
+    assert found[QUESTIONS["background"]] == pytest.approx(1 / len(BACKGROUNDS))
+    assert found[REQUEST] == pytest.approx(1 / (len(COLOURS) * len(BACKGROUNDS)))
+
+
+def test_the_second_task_uses_words_that_the_first_never_did(drawn):
+    _, rows = drawn
+    first, second = (
+        {
+            word
+            for row in rows[f"{task}_train"]
+            for turn in row["conversations"][1::2]
+            for word in turn["content"].split()
+        }
+        for task in TASKS
     )
-    assert answers == (
-        dict.fromkeys(COLOURS, 144 // 8) | dict.fromkeys(SHAPES, 144 // 4) | dict.fromkeys(PLACES, 144 // 9)
-    )
-    assert chance(rows["questions_held_out"]) == pytest.approx((1 / 8 + 1 / 4 + 1 / 9) / 3)
-    assert chance(rows["descriptions_held_out"]) < 0.05
+    assert not first & second
 
 
 def test_chance_is_the_best_answer_to_each_question():
@@ -74,7 +84,7 @@ def test_chance_is_the_best_answer_to_each_question():
         {"conversations": [{"content": f"<image>\n{question}"}, {"content": answer}]}
         for question, answer in [("a?", "1"), ("a?", "1"), ("a?", "2"), ("b?", "3"), ("b?", "4")]
     ]
-    assert chance(rows) == 3 / 5
+    assert chance(rows) == {"a?": 2 / 3, "b?": 1 / 2}
 
 
 @pytest.fixture(scope="module", params=list(GENERATIONS))
@@ -98,7 +108,7 @@ def test_its_tokenizer_takes_any_text_and_knows_the_demos_words(checkpoint):
     tokenizer = load_processing(folder).tokenizer
     text = "Grüße, 日本! 12 34"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).strip() == text
-    assert len(tokenizer("A circle, painted purple, near the centre.").input_ids) <= 12
+    assert len(tokenizer("The figure is crimson and the ground is ivory.").input_ids) <= 12
 
 
 def test_its_sample_cuts_large_pictures_and_leaves_small_ones_whole(checkpoint):
