@@ -61,8 +61,9 @@ def run(argv: list[str], control: RunControl) -> None:
 
     model_args, data_args, training, lora = parse_arguments(argv)
     run_folder = RunFolder(training)
-    run_folder.open()
+    run_folder.take()
     control.begin(training)
+    run_folder.prepare()
     record = start_record(argv, model_args, data_args, training, lora)
 
     with training.main_process_first(desc="checkpoint files"):
@@ -117,6 +118,7 @@ def run(argv: list[str], control: RunControl) -> None:
         train_rows=train_rows,
         eval_rows=eval_rows,
         watch=control.watch,
+        moves=run_folder.moves,
         after_save=base_recorder(folder, generation, training, quant_bits=quant_bits),
     )
     answer_while_training(trainer, data_args, processing)

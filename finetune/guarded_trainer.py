@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,35 +28,43 @@ from safe_loading import allow_deepspeed_states, reading
 from stop_request import StopRequest
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What training needs to know of the run around it.
+
+    Attributes:
+        watch: The watch over the other processes.
+        moves: Whether this process moves checkpoints to their place and deletes old ones.
+        files: Names of the training data's files, for messages that name rows.
+    """
+
+    watch: RankWatch
+    moves: bool
+    files: Sequence[str] = ()
+
+
 class GuardedTrainer(Trainer):
     """Training that survives faults; see the module.
 
     Args:
-        watch: The watch over the other processes.
-        stop: Where a signal is noted.
-        files: Names of the training data's files, for messages that name rows.
+        surroundings: The run around it; by default one that has nothing but this process.
         **kwargs: As for ``transformers.Trainer``.
     """
 
-    def __init__(
-        self,
-        *,
-        watch: RankWatch | None = None,
-        stop: StopRequest | None = None,
-        files: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, surroundings: Surroundings | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.watch = RankWatch(limit=self.args.ddp_timeout) if watch is None else watch
-        self.stop = StopRequest(speaks=self.args.world_size == 1) if stop is None else stop
-        self.files = files
+        if surroundings is None:
+            watch = RankWatch(limit=self.args.ddp_timeout)
+            surroundings = Surroundings(watch=watch, moves=self.args.process_index == 0)
+        self.watch, self.moves, self.files = surroundings.watch, surroundings.moves, surroundings.files
+        self.stop = StopRequest(speaks=self.args.world_size == 1)
+        self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.was_stopped = False
         self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
         self._batches: list[MicroBatch] = []
         self._asked_to_stop: Tensor | None = None
         self._loss_before: Tensor | None = None
         self._writer: CheckpointWriter | None = None
-        self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.add_callback(_StopBetweenSteps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -157,7 +166,7 @@ class GuardedTrainer(Trainer):
         """Write a checkpoint aside, and move it to its place when every process has written its part."""
         self.watch.mark(f"saving checkpoint-{self.state.global_step}")
         writer = CheckpointWriter(
-            self.args.output_dir, self.state.global_step, moves=self.args.should_save, shape=self.shape
+            self.args.output_dir, self.state.global_step, moves=self.moves, shape=self.shape
         )
         best = self.state.best_model_checkpoint
         self._writer = writer
@@ -171,7 +180,7 @@ class GuardedTrainer(Trainer):
             self._writer = None
         self.accelerator.wait_for_everyone()
         writer.move_into_place()
-        if self.args.should_save:
+        if self.moves:
             output_folder.remove_old_checkpoints(
                 self.args.output_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint
             )

@@ -30,7 +30,10 @@ torchrun() {
         set -- --max_restarts "$MAX_RESTARTS" "$@" --resume_from_checkpoint true
     fi
     if [ -n "${RDZV:-}" ]; then
-        set -- --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "${RDZV_ID:-finetune}" "$@"
+        # Where a machine can't tell that the address is its own: RDZV_CONF=is_host=1 there, is_host=0 elsewhere,
+        # and LOCAL_ADDR, the address under which the others reach it.
+        set -- --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "${RDZV_ID:-finetune}" \
+            ${RDZV_CONF:+--rdzv_conf "$RDZV_CONF"} ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"} "$@"
     fi
     exec "$PYTHON" "$HERE/start_processes.py" "$@"
 }

@@ -19,6 +19,7 @@ from batching import BatchMaker
 from checkpointing import check_continues, run_shape
 from dataset import SupervisedDataset, padding_sample
 from generations import Generation
+from guarded_trainer import Surroundings
 from initial_adapter import convert_saved_adapter
 from loss_curve import LossCurve
 from options import DataArguments
@@ -97,6 +98,7 @@ def make_trainer(
     train_rows: SupervisedDataset | None,
     eval_rows: SupervisedDataset | None,
     watch: RankWatch,
+    moves: bool,
     after_save: Callable[[Path], None] | None,
 ) -> CPMTrainer:
     """Put everything together."""
@@ -108,9 +110,10 @@ def make_trainer(
         generation=processing.generation,
         padding_sample=padding,
         lengths=train_rows.lengths() if needs_lengths else None,
-        watch=watch,
+        surroundings=Surroundings(
+            watch=watch, moves=moves, files=[] if train_rows is None else train_rows.source_names
+        ),
         after_save=after_save,
-        files=[] if train_rows is None else train_rows.source_names,
         model=model,
         args=training,
         train_dataset=train_rows,

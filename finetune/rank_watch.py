@@ -69,6 +69,7 @@ class RankWatch:
         self._store: torch.distributed.Store | None = None
         self._prefix, self._beat, self._done = "", 0, False
         self._seen: dict[int, tuple[Sign, float]] = {}
+        self._failed_on = ""
 
     def start(self) -> None:
         """Start watching; every process calls it, once they have joined."""
@@ -107,9 +108,16 @@ class RankWatch:
         """
         if self._store is None:
             return True
-        mine = json.dumps([self.rank, socket.gethostname(), text])
+        mine = json.dumps([self.rank, socket.gethostname(), _machine(), text])
         kept = self._try(lambda: self._store.compare_set(self._key("failed"), "", mine).decode())
         return kept is None or kept == mine
+
+    def show_elsewhere(self) -> None:
+        """Show on this machine's screen, once, that a process on another machine has failed."""
+        failure = self._try(self._failure) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        if failure is not None and self._failed_on != _machine():
+            sys.stderr.write(f"\nerror: {failure}\n")
+            sys.stderr.flush()
 
     def reason_of_others(self, patience: float) -> str | None:
         """Why an operation with the others may have failed here: who failed, is gone, or is missing.
@@ -164,6 +172,7 @@ class RankWatch:
             sys.stderr.flush()
         else:
             time.sleep(_GRACE)
+            self.show_elsewhere()
         logger.info("Ending, because of another process: %s", failure or missing)
         self.dump()
         logging.shutdown()
@@ -172,7 +181,7 @@ class RankWatch:
     def _failure(self) -> str | None:
         if not self._store.check([self._key("failed")]):
             return None
-        rank, host, text = json.loads(self._store.get(self._key("failed")))
+        rank, host, self._failed_on, text = json.loads(self._store.get(self._key("failed")))
         return None if rank == self.rank else f"process {rank} on {host} failed: {text}"
 
     def _others(self) -> dict[int, tuple[Sign, float]]:
@@ -220,6 +229,11 @@ class RankWatch:
             f"{stages}; the others are at: {self._stage}. logs/rank<number>.log of each says where it stands. If it "
             "is only slow, raise --ddp_timeout."
         )
+
+
+def _machine() -> str:
+    """The machine's number in the run, as torchrun counts."""
+    return os.environ.get("GROUP_RANK", "0")
 
 
 def _is_running(pid: int) -> bool:

@@ -126,6 +126,8 @@ class RunControl:
         if first:
             self._screen.write(f"\n{text}\n")
             self._screen.flush()
+        elif self.watch is not None:
+            self.watch.show_elsewhere()
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:

@@ -14,6 +14,7 @@ from typing import IO
 
 import output_folder
 from arguments import TrainingArguments
+from checkpoint_sharing import fill_in
 from checkpointing import choose_checkpoint, gathered
 from output_folder import UNFINISHED
 
@@ -30,45 +31,57 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """The output folder of this run, from ``open`` until the process ends.
+    """The output folder of this run, from ``take`` until the process ends.
 
     Every process of the run makes one. The lock is the system's own, held by one process per folder, and
     gone with it however it ends; the file's text only says whose it is.
 
     Args:
-        training: The arguments; ``save_on_each_node`` and ``resume_from_checkpoint`` are settled here.
+        training: The arguments; ``resume_from_checkpoint`` is settled here.
+
+    Attributes:
+        moves: Whether this process, one of those that see the folder, arranges things in it.
     """
 
     def __init__(self, training: TrainingArguments):
         self.training = training
         self.path = Path(training.output_dir)
+        self.moves = training.process_index == 0
+        self._shared = True
         self._lock: IO[str] | None = None
 
-    def open(self) -> None:
-        """Make the folder, take it for this run, clear what was asked to be cleared, choose the checkpoint.
+    def take(self) -> None:
+        """Make the folder, and take it for this run.
 
         Raises:
             RunFolderError: On every process alike, when one of them can't use the folder.
         """
         self._raise_first(self._writable())
         training = self.training
-        if training.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not self._is_shared():
-            training.save_on_each_node = True
-            if training.deepspeed:
-                training.deepspeed.setdefault("checkpoint", {})["use_node_local_storage"] = True
-            logger.info(
-                "Machines have output folders of their own: each keeps the checkpoints of its processes."
-            )
+        if training.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            self._shared = self._is_shared()
+            self.moves = training.process_index == 0 if self._shared else training.local_process_index == 0
+        if training.do_train:
+            self._raise_first(self._lock_it() if self.moves else None)
+
+    def prepare(self) -> None:
+        """Clear what was asked to be cleared and what was half written, and choose the checkpoint."""
+        training = self.training
         if not training.do_train:
             return
-        self._raise_first(self._take() if training.should_save else None)
-        if training.should_save:
+        if not self._shared:
+            logger.info("Each machine has an output folder of its own, and keeps its processes' part of checkpoints.")
+        if self.moves:
             self._clean()
         gathered(None)  # nobody looks for checkpoints before all is cleaned
         chosen = choose_checkpoint(training)
         training.resume_from_checkpoint = None if chosen is None else str(chosen)
-        if chosen is not None:
-            logger.info("Continuing from %s.", chosen)
+        if chosen is None:
+            return
+        logger.info("Continuing from %s.", chosen)
+        if not self._shared:
+            fetched = fill_in(chosen, writes=self.moves, device=training.device)
+            logger.info("Sent to machines without them: %s.", ", ".join(fetched) or "nothing")
 
     def _raise_first(self, problem: str | None) -> None:
         problems = [text for text in gathered(problem) if text is not None]
@@ -101,7 +114,7 @@ class RunFolder:
             probe.unlink()
         return shared
 
-    def _take(self) -> str | None:
+    def _lock_it(self) -> str | None:
         path = self.path / LOGS / LOCK_FILE
         file = path.open("a+", encoding="utf-8")
         for last in (False,) * (_LOCK_TRIES - 1) + (True,):
