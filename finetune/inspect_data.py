@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from command_flags import CommandParser, add_switch
 from data_flags import DataFlags
 
-_TYPES = {"str": str, "int": int, "float": float}
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -68,15 +69,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``DataFlags``, with their own help texts."""
     group = parser.add_argument_group("Data, as in training")
+    hints = get_type_hints(DataFlags)
     for one in fields(DataFlags):
-        kind = str(one.type).removesuffix(" | None")
+        # ``str | None`` is read as str. Not ``one.type``: HfArgumentParser writes over it.
+        kind = next(kind for kind in (get_args(hints[one.name]) or [hints[one.name]]) if kind is not NoneType)
         text, choices = one.metadata["help"].replace("%", "%%"), one.metadata.get("choices")
-        if kind == "bool":
+        if kind is bool:
             add_switch(group, f"--{one.name}", default=bool(one.default), help=text)
         else:
-            group.add_argument(
-                f"--{one.name}", type=_TYPES[kind], default=one.default, choices=choices, help=text
-            )
+            group.add_argument(f"--{one.name}", type=kind, default=one.default, choices=choices, help=text)
 
 
 def main(argv: list[str]) -> int:
