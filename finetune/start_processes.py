@@ -4,7 +4,8 @@
 
 torchrun kills its processes half a minute after a signal and then reports a failure of its own. A run that
 is asked to stop finishes its step and writes a checkpoint, which may take longer, and that is no failure:
-here a signal is passed on to the processes, and their end is waited for.
+here a signal is passed on to the processes, and their end is waited for. And where two runs on one machine
+take the same port at the same moment, the second takes another.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import sys
 from types import FrameType
 
 import psutil
-from torch.distributed import run
+from torch.distributed import DistNetworkError, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from hardware import free_port
 from stop_request import NOTE
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 # What is left for torchrun's own handler, which ends the processes at once.
-_LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+_SIGNALS_TO_HANDLE = "--signals_to_handle=SIGHUP,SIGQUIT"
 _FAILED = 1
 
 
@@ -40,12 +42,32 @@ def pass_on(number: int, frame: FrameType | None) -> None:
             continue
 
 
+def with_another_port(argv: list[str], error: DistNetworkError) -> list[str]:
+    """The options with a port that is free, after another run took the one that was free a moment ago.
+
+    Raises:
+        DistNetworkError: The one given, when it says something else, or when the port is also what other
+            machines look for.
+    """
+    options = dict(zip(argv, argv[1:], strict=False))
+    port = options.get("--master_port")
+    if "EADDRINUSE" not in str(error) or options.get("--nnodes") != "1" or port is None:
+        raise error
+    found = str(free_port(0))
+    sys.stderr.write(f"Port {port} was taken by another run just now; using {found}.\n")
+    at = argv.index("--master_port") + 1
+    return [*argv[:at], found, *argv[at + 1 :]]
+
+
 def main(argv: list[str]) -> int:
     """Run the processes, and give 0 when all of them ended well."""
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     try:
-        run.main([f"--signals_to_handle={_LEFT_TO_TORCHRUN}", *argv])
+        try:
+            run.main([_SIGNALS_TO_HANDLE, *argv])
+        except DistNetworkError as error:
+            run.main([_SIGNALS_TO_HANDLE, *with_another_port(argv, error)])
     except ChildFailedError as error:
         # The process that failed has shown why; torchrun's own report would bury it.
         _, failure = error.get_first_failure()

@@ -358,3 +358,21 @@ def test_the_test_command_installs_once_and_passes_arguments_on(shell, own_copy)
         file.write("another==1\n")
     run_tests(root, shell=shell, script=".ci/run")
     assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_port_taken_between_the_look_and_the_start_is_replaced(tmp_path):
+    script = tmp_path / "trained.py"
+    script.write_text("import os; print('port', os.environ['MASTER_PORT'])")
+    with socket.socket() as other_run:
+        other_run.bind(("", 0))
+        other_run.listen()
+        port = str(other_run.getsockname()[1])
+        options = "--nproc_per_node 1 --nnodes 1 --node_rank 0 --master_addr localhost --master_port".split()
+        done = subprocess.run(
+            [sys.executable, FINETUNE / "start_processes.py", *options, port, script],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()[1]
+    assert found != port
+    assert f"Port {port} was taken by another run just now; using {found}." in done.stderr
