@@ -33,8 +33,9 @@ from merging import MergeError, check_saved, merge
 from processing import load_processing
 from weights import tensor_names
 
-# Worst value measured: 3.7e-6 (V-2), where the adapter itself changes logits by 1 to 4.
-LOGIT_TOLERANCE = 2e-5
+# Worst value measured: 2.2e-5 (replicated layers, logits up to 4.7; without them 1e-5), where the adapter
+# itself changes logits by 1 to 4.
+LOGIT_TOLERANCE = 8e-5
 
 
 def run(*words):

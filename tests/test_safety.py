@@ -45,7 +45,8 @@ def no_pickles(monkeypatch):
     os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
 
 
-def test_the_bomb_would_go_off(tmp_path):
+def test_the_bomb_would_go_off(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     torch.save({"optimizer": Bomb(tmp_path / "mark")}, tmp_path / "state.pt")
     torch.load(tmp_path / "state.pt", weights_only=False)
     assert (tmp_path / "mark").exists()
