@@ -69,4 +69,4 @@ step "4. LoRA on the descriptions, from that result, with finetune_lora.sh: $OUT
 tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --vision_lr 1e-4 --resampler_lr 1e-4
 
 step "5. Held-out pictures, before and after"
-python "$ROOT/demo/compare.py" "$OUTPUT"
+OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"

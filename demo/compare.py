@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "finetune"))
 from draw_pictures import chance, without_placeholder  # noqa: E402 (finetune stands behind it on the path)
 
 BATCH = 24
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 12  # the longest answer has 10 and its end
 STAGES = {"before": "base", "after full tuning": "full", "after LoRA": "lora"}
 
 

@@ -85,8 +85,10 @@ if [ "$device" = cpu ]; then
     threads=$((cores / GPUS_PER_NODE))
     if [ "$threads" -lt 1 ]; then threads=1; fi
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    # Threads that wait for each other by spinning take ten times as long when something else runs too.
+    OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-    export OMP_NUM_THREADS DS_ACCELERATOR
+    export OMP_NUM_THREADS OMP_WAIT_POLICY DS_ACCELERATOR
 fi
 
 EVAL_STRATEGY=${EVAL_DATA:+steps}

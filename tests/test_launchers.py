@@ -149,6 +149,7 @@ def test_what_is_not_set_follows_the_machine(launcher, stage):
         "false",
     )
     assert "OMP_NUM_THREADS" not in call.env
+    assert "OMP_WAIT_POLICY" not in call.env
     stage.hardware("gpu 1 fp16 16 6001")
     _, call = stage.start(launcher, MODEL="m", DATA="d")
     assert (call.value("--bf16"), call.value("--fp16"), call.value("--fp16_full_eval")) == (
@@ -160,6 +161,7 @@ def test_what_is_not_set_follows_the_machine(launcher, stage):
     _, call = stage.start(launcher, MODEL="m", DATA="d", GPUS_PER_NODE="2")
     assert (call.value("--bf16"), call.value("--fp16")) == ("false", "false")
     assert call.env["OMP_NUM_THREADS"] == "4"
+    assert call.env["OMP_WAIT_POLICY"] == "passive"
     _, call = stage.start(launcher, MODEL="m", DATA="d", OMP_NUM_THREADS="3")
     assert call.env["OMP_NUM_THREADS"] == "3"
     assert "ACCELERATE_USE_CPU" not in call.env
