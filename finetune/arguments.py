@@ -19,6 +19,7 @@ from deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
 from hardware import data_workers, has_accelerator, process_rank
 from learning_rates import LearningRates
 from legacy_flags import LegacyFlagError, translate
+from nccl_settings import apply_settings
 from options import DataArguments, LoraArguments, ModelArguments, RunOptions, TuningOptions
 
 __all__ = [
@@ -45,6 +46,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if not has_accelerator():
             # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
             self.use_cpu = True
+        elif not self.use_cpu:
+            _note(apply_settings())
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = data_workers(accelerator=not self.use_cpu)
         # torch refuses the one without workers, and warns of the other without a GPU
@@ -141,8 +144,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return model, data, _pick(TrainingArguments, values), lora
 
 
-def _note(text: str) -> None:
-    if process_rank() == 0:
+def _note(text: str | None) -> None:
+    if text is not None and process_rank() == 0:
         logger.info(text)
 
 

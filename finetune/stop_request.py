@@ -65,7 +65,7 @@ def command_to_continue(argv: list[str], *, script: str) -> str:
         >>> command_to_continue(words, script="finetune.py").partition(" ")[2]
         "finetune.py --data_path 'my rows.json' --resume_from_checkpoint true"
     """
-    words = _without(argv, _NEXT_RUN_DECIDES) + ["--resume_from_checkpoint", "true"]
+    words = [*_without(argv, _NEXT_RUN_DECIDES), "--resume_from_checkpoint", "true"]
     return shlex.join([*_start(), script, *words])
 
 
