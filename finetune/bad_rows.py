@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "bad_rows.jsonl"
 
@@ -53,12 +56,18 @@ class BadRowLog:
         self._seen.add((bad.file, bad.row))
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(asdict(bad), ensure_ascii=False, default=str) + "\n"
+        try:
+            self._append(line.encode("utf-8", "replace"))
+        except OSError as error:  # a full disk: the run may outlive it
+            logger.warning("%s was not written: %s. It is about %s", self.path, error, bad)
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         # One write on a file opened for appending: lines of several workers don't mix.
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode("utf-8", "replace"))
+            os.write(handle, line)
         finally:
             os.close(handle)
 
@@ -68,7 +77,10 @@ class BadRowLog:
             return []
         found: dict[tuple[str, int], dict[str, Any]] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines():
-            bad = json.loads(line)
+            try:
+                bad = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut short when the disk was full
             found.setdefault((bad["file"], bad["row"]), bad)
         return list(found.values())
 

@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,12 +28,30 @@ from output_folder import MANIFEST, UNFINISHED
 logger = logging.getLogger(__name__)
 
 _GIB = 1024**3
+_NOTHING = 2**24  # bytes; a disk with less is full
 # What torch's writer says when the system did not take its bytes (torch 2.13); it raises RuntimeError.
 _TORCH_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be written, or not be continued by this run."""
+    """A checkpoint that can't be written, or not be continued by this run.
+
+    Args:
+        text: The message.
+        leftover: A folder that was half written.
+    """
+
+    def __init__(self, text: str, *, leftover: Path | None = None):
+        super().__init__(text)
+        self.leftover = leftover
+
+    def clean_up(self) -> None:
+        """Free the space of what was half written.
+
+        Call when the message is out: other processes write there too, would fail of it, and be heard first.
+        """
+        if self.leftover is not None:
+            shutil.rmtree(self.leftover, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -98,19 +117,10 @@ class CheckpointWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn the system's refusal to write into a message, and free the space of what was written.
-
-        Raises:
-            CheckpointError: When the disk is full, the folder can't be written, or a quota is reached.
-        """
-        try:
+        """Turn the system's refusal to write into a message; see ``write_failures_told``."""
+        with write_failures_told(self.final, leftover=self.staging / self.name):
             self.staging.mkdir(parents=True, exist_ok=True)
             yield
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not _is_write_failure(error):
-                raise
-            shutil.rmtree(self.staging / self.name, ignore_errors=True)
-            raise CheckpointError(_cannot_write(self.final, error)) from error
 
     def best(self, step: int | None, before: str | None) -> str | None:
         """Where the best checkpoint is, or will be once this one is in its place.
@@ -131,6 +141,10 @@ class CheckpointWriter:
         """
         if not self.moves:
             return
+        with write_failures_told(self.final, leftover=self.staging / self.name):
+            self._move()
+
+    def _move(self) -> None:
         written = self.staging / self.name
         files = {
             path.relative_to(written).as_posix(): path.stat().st_size
@@ -152,21 +166,42 @@ class CheckpointWriter:
             self.staging.rmdir()
 
 
+@contextmanager
+def write_failures_told(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
+    """Turn the system's refusal to write something into a message.
+
+    Args:
+        path: What is written: the output folder, or a checkpoint in it.
+        leftover: What to delete afterwards.
+
+    Raises:
+        CheckpointError: When the disk is full, the folder can't be written, or a quota is reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_write_failure(error):
+            raise
+        raise CheckpointError(_cannot_write(path, error), leftover=leftover) from error
+
+
 def _is_write_failure(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     return isinstance(error, SafetensorError) or any(text in str(error) for text in _TORCH_WRITE_FAILURES)
 
 
-def _cannot_write(folder: Path, error: Exception) -> str:
-    free = shutil.disk_usage(folder.parent).free
-    reason = (
-        os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).split("\n")[0]
-    )
-    text = f"{folder} could not be written: {reason}. {free / _GIB:.1f} GiB are free there. "
-    if free < _GIB or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+def _cannot_write(path: Path, error: Exception) -> str:
+    output_dir = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+    free = shutil.disk_usage(output_dir).free
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and free < _NOTHING:
+        number = errno.ENOSPC  # torch and safetensors don't pass on the system's reason
+    reason = os.strerror(number) if number else str(error).split("\n")[0]
+    text = f"{path} could not be written: {reason}. {free / _GIB:.1f} GiB are free there. "
+    if free < _GIB or number in (errno.ENOSPC, errno.EDQUOT):
         text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
-    last = output_folder.look(folder.parent).last_checkpoint
+    last = output_folder.look(output_dir).last_checkpoint
     if last is None:
         return f"{text}There is no earlier checkpoint."
     return f"{text}{last.name} is whole: continue from it with --resume_from_checkpoint true."

@@ -37,6 +37,7 @@ def run(argv: list[str], control: RunControl) -> None:
 
     from adapters import add_adapter
     from arguments import parse_arguments
+    from checkpointing import write_failures_told
     from generations import check_llm_type
     from loading import load_model, resolve_model_folder
     from parts import freeze
@@ -128,9 +129,10 @@ def run(argv: list[str], control: RunControl) -> None:
             say_how_to_continue(trainer, argv)
             record.end("stopped", step=trainer.state.global_step)
             return
-        trainer.save_state()
-        trainer.save_model()  # on every process: under ZeRO-3 it gathers
-        finish_adapter(trainer)
+        with write_failures_told(run_folder.path):
+            trainer.save_state()
+            trainer.save_model()  # on every process: under ZeRO-3 it gathers
+            finish_adapter(trainer)
     if training.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -30,7 +30,6 @@ logger = logging.getLogger(LOG_ONLY)
 _INTERVAL = 1.0  # seconds between two looks
 _GRACE = 5.0  # seconds that a process whose peer failed gets to end by itself
 _SILENCE = 90.0  # seconds without a sign, after which a process on another machine counts as gone
-_STORE_TIMEOUT = 20.0  # seconds
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from arguments import TrainingArguments
+from checkpointing import CheckpointError
 from hardware import process_rank
 from rank_watch import LOG_ONLY, RankWatch
 from run_folder import LOGS
@@ -96,6 +97,8 @@ class RunControl:
                 raise
             self.exit_code = 1
             self._show(f"error: {error}")
+            if isinstance(error, CheckpointError):
+                error.clean_up()
         except KeyboardInterrupt:
             self.exit_code = _INTERRUPTED
             self._show("Interrupted before training began; there is nothing to save.")
@@ -131,8 +134,9 @@ class RunControl:
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            self._log.write(f"{text}\n")
-            self._log.flush()
+            with suppress(OSError):  # a full disk, say, which may be what the message is about
+                self._log.write(f"{text}\n")
+                self._log.flush()
 
     def end(self) -> int:
         """Leave the other processes, and end.

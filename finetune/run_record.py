@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from dataset import SupervisedDataset
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE = "run.json"
 _PACKAGES = (
@@ -57,7 +60,7 @@ class RunRecord:
         self._thread: threading.Thread | None = None
 
     def add(self, **values: Any) -> None:
-        """Add to this start's entry, and write the record.
+        """Add to this start's entry, and write the record; where the disk is full, the next time.
 
         Args:
             **values: Name -> anything that JSON can hold, dataclasses and paths included.
@@ -68,8 +71,11 @@ class RunRecord:
                 {"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False
             )
             partial = self.path.with_name(f"{RECORD_FILE}.partial")
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            try:
+                partial.write_text(text + "\n", encoding="utf-8")
+                partial.replace(self.path)
+            except OSError as error:  # a record is no reason to end a run
+                logger.warning("%s was not written: %s", self.path, error)
 
     def add_rows(self, train: SupervisedDataset | None, evaluation: SupervisedDataset | None) -> None:
         """Add the data files with their rows, their samples per epoch and, once known, sizes and digests."""

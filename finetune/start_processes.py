@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from argparse import Namespace
 from types import FrameType
 
 import psutil
-from torch.distributed import DistNetworkError, run
+from torch.distributed import DistError, DistNetworkError, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from hardware import free_port
 from stop_request import NOTE
@@ -26,6 +28,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 # What is left for torchrun's own handler, which ends the processes at once.
 _SIGNALS_TO_HANDLE = "--signals_to_handle=SIGHUP,SIGQUIT"
 _FAILED = 1
+_TAKEN = "EADDRINUSE"
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
@@ -51,7 +54,7 @@ def with_another_port(argv: list[str], error: DistNetworkError) -> list[str]:
     """
     options = dict(zip(argv, argv[1:], strict=False))
     port = options.get("--master_port")
-    if "EADDRINUSE" not in str(error) or options.get("--nnodes") != "1" or port is None:
+    if _TAKEN not in str(error) or options.get("--nnodes") != "1" or port is None:
         raise error
     found = str(free_port(0))
     sys.stderr.write(f"Port {port} was taken by another run just now; using {found}.\n")
@@ -73,7 +76,28 @@ def main(argv: list[str]) -> int:
         _, failure = error.get_first_failure()
         sys.stderr.write(f"The run ended with an error, shown above (exit code {failure.exitcode}).\n")
         return _FAILED
+    except (DistError, RendezvousError) as error:
+        sys.stderr.write(f"error: {not_met(error, run.parse_args(argv))}\n")
+        return _FAILED
     return 0
+
+
+def not_met(error: Exception, own: Namespace) -> str:
+    """Say why the machines of a run did not come or stay together.
+
+    Args:
+        error: What torchrun raised.
+        own: Its options.
+    """
+    where = own.rdzv_endpoint or f"{own.master_addr}:{own.master_port}"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    text = f"the {own.nnodes} machines of the run did not find each other at {where}, or lost each other ({reason}). "
+    if _TAKEN in str(error):
+        return f"{text}Another program has that port: choose another, the same on all machines (MASTER_PORT)."
+    return (
+        f"{text}Start the same command on all of them, with the address of the first in MASTER_ADDR (or RDZV), a port "
+        "that the others can reach, and NNODES as many as there are."
+    )
 
 
 if __name__ == "__main__":

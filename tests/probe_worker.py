@@ -87,12 +87,12 @@ class Probed(GuardedTrainer):
                     found[name] += 1
 
                 hooks.append(parameter.register_hook(count))
-        slices = len(inputs["tgt_sizes"])
+        slices, rows = len(inputs["tgt_sizes"]), sum(row is not None for row in inputs["rows"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         for hook in hooks:
             hook.remove()
         without = [name for name, times in found.items() if times != 1]
-        batches.append({"slices": slices, "parameters": len(found), "without": without, "rows": len(inputs["rows"])})
+        batches.append({"slices": slices, "parameters": len(found), "without": without, "rows": rows})
         return loss
 
     def _save_optimizer_and_scheduler(self, output_dir):

@@ -348,13 +348,37 @@ def test_a_checkpoint_appears_whole_at_once_and_replaces_a_damaged_one(tmp_path)
 def test_every_way_of_not_being_written_is_one_message(tmp_path, error):
     checkpoint(tmp_path, 2)
     new = writer(tmp_path, 4)
-    with (
-        pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*checkpoint-2 is whole"),
-        new.writing(),
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not .*checkpoint-2 is whole") as raised:
+        fail_while_writing(new, error)
+    assert (new.staging / new.name).exists()  # others may be writing there
+    raised.value.clean_up()
+    assert not (new.staging / new.name).exists()
+
+
+def fail_while_writing(new, error):
+    with new.writing():
         (new.staging / new.name).mkdir()
         raise error
-    assert not (new.staging / new.name).exists()
+
+
+def test_a_full_disk_is_named_whatever_the_library_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(CheckpointError, match=r"written: No space left on device\. 0\.0 GiB are free"):
+        fail_while_writing(writer(tmp_path, 4), error)
+
+
+def test_a_checkpoint_that_cannot_be_moved_is_a_message(tmp_path, monkeypatch):
+    new = writer(tmp_path, 4)
+    with new.writing():
+        (new.staging / new.name).mkdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointing.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="checkpoint-4 could not be written: No space left"):
+        new.move_into_place()
 
 
 def test_errors_of_the_program_stay_what_they_are(tmp_path):
