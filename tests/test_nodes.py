@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from live_runs import STAGES, LiveRun
 LAUNCHER = runs.FINETUNE.with_name("finetune_ds.sh")
 LOSS_TOLERANCE = 1e-5  # relative; as in test_distributed.py
 NORM_TOLERANCE = 1e-4
+ALL_END_WITHIN = 30  # seconds after a process failed
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,28 @@ def test_two_runs_at_once_take_two_ports_and_never_one_folder(small, tmp_path):
     assert code == 0, printed
     assert "To continue, in " in printed
     assert output_folder.look(tmp_path / "first").last_checkpoint is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_machine_ends_the_other_and_is_shown_there_too(small, tmp_path, failing):
+    port, nodes = free_port(), []
+    for rank in (0, 1):
+        start = [sys.executable, live_runs.START, "--nproc_per_node", "1", "--nnodes", "2", "--node_rank", str(rank)]
+        start += ["--master_addr", "localhost", "--master_port", port, live_runs.WORKER]
+        faults = {"raise": [failing, 3]}
+        nodes.append(LiveRun(live_runs.flags(*small, tmp_path / "out"), start=start, faults=faults))
+    nodes[0].wait_for_step(2)
+    since = time.monotonic()
+    ended = [run.end() for run in nodes]
+    assert time.monotonic() - since < ALL_END_WITHIN
+    assert [code for code, _ in ended] == [1, 1]
+    there, elsewhere = ended[failing][1], ended[1 - failing][1]
+    assert there.count("Traceback") == 1
+    assert there.count("KeyError: 'planted error'") == 1
+    assert "Traceback" not in elsewhere
+    assert elsewhere.count(f"error: process {failing} on ") == 1
+    assert "failed: 'planted error'" in elsewhere
 
 
 @pytest.mark.slow
