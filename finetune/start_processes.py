@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from itertools import pairwise
 from types import FrameType
 
 import psutil
@@ -52,7 +53,7 @@ def with_another_port(argv: list[str], error: DistNetworkError) -> list[str]:
         DistNetworkError: The one given, when it says something else, or when the port is also what other
             machines look for.
     """
-    options = dict(zip(argv, argv[1:], strict=False))
+    options = dict(pairwise(argv))
     port = options.get("--master_port")
     if _TAKEN not in str(error) or options.get("--nnodes") != "1" or port is None:
         raise error

@@ -18,8 +18,9 @@ from live_runs import LORA, STAGES
 EVERY = tuple(GENERATIONS)
 TIME_LIMIT = 280  # seconds, for all generations of one kind
 # Relative; worst values measured (torch 2.13, CPU, gloo) behind each.
-LOSS_TOLERANCE = 1e-5  # 8e-7 (V-4.7, ZeRO-3)
-NORM_TOLERANCE = 1e-4  # 4e-6 (V-4.7, ZeRO-3)
+LOSS_TOLERANCE = 1e-5  # 2.4e-6 (V-4.6, ZeRO-3)
+FIRST_NORM_TOLERANCE = 2e-5  # 4.5e-6 (V-4.7, ZeRO-2 with offloading)
+NORM_TOLERANCE = 5e-4  # 1.1e-4 (V-4.7, ZeRO-3 with offloading, fourth step): AdamW amplifies rounding
 OFFLOADING = {
     "zero2": ("--deepspeed", "ds_config_zero2_offload.json"),
     "zero3": ("--deepspeed", "ds_config_zero3_offload.json"),
@@ -114,9 +115,10 @@ def lora_alone(place):
 
 def assert_same(found, expected):
     assert len(found) == len(expected)
-    for line, wanted in zip(found, expected, strict=True):
+    tolerances = [FIRST_NORM_TOLERANCE] + [NORM_TOLERANCE] * (len(found) - 1)
+    for line, wanted, tolerance in zip(found, expected, tolerances, strict=True):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=LOSS_TOLERANCE)
-        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=NORM_TOLERANCE)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=tolerance)
 
 
 def assert_every_gradient(reports, *, processes, batches):
@@ -193,7 +195,7 @@ def take_turns(place, tag, generations, stage, data, *flags, processes):
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_processes_in_every_generation(place, stage):
     reports = take_turns(place, "three", EVERY, stage, None, processes=3)
-    assert [[batch["slices"] for batch in report[:2]] for report in reports] == [[0, 0], [10, 2], [1, 0]]
+    assert [[batch["slices"] for batch in report[:2]] for report in reports] == [[0, 0], [10, 2], [1, 5]]
 
 
 @pytest.mark.slow
