@@ -119,9 +119,7 @@ def answer(
     for name in ("input_ids", "attention_mask", "pixel_values"):
         batch[name] = batch[name].to(model.device)
     if synced:
-        options["synced_gpus"] = True
-        if not processing.generation.native:
-            batch["dummy"] = True
+        options["synced_gpus"] = batch["dummy"] = True
     with torch.no_grad(), warnings.catch_warnings():
         # The penalty covers the answer alone, as in the released chat.
         warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")

@@ -28,13 +28,14 @@ from generations import Generation
 from loss import IGNORE_INDEX, as_lm_head, supervised_loss
 from modeling_minicpmv import MiniCPMVOutput
 from native_delta_net import use_packed_delta_nets
+from native_generation import NativeGenerateMixin
 from native_runs import VisualRuns
 from native_samples import SampleLayout
-from native_vision import encode_slices, normalised, use_slice_modules
+from native_vision import encode_slices, use_slice_modules
 from weights import copy_carried_files
 
 
-class _NativeMiniCPMV(ChatMixin):
+class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
     """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
@@ -92,7 +93,7 @@ class _NativeMiniCPMV(ChatMixin):
         if labels is None and tgt_sizes is None:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                pixel_values=pixel_values, **self._own_arguments(mm_token_type_ids), **kwargs,
+                pixel_values=pixel_values, **self.own_arguments(mm_token_type_ids), **kwargs,
             )  # fmt: skip
         _refuse_unknown(kwargs | {"temporal_ids": temporal_ids})
         assert input_ids is not None, "a batch has input_ids"
@@ -128,50 +129,11 @@ class _NativeMiniCPMV(ChatMixin):
         ids, mask, *positions = host
         gap = config.text_config.linear_conv_kernel_dim
         samples = SampleLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
-        kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+        kinds = self.kinds_of(ids)
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
         embeddings = self._embed(input_ids, pixel_values, runs)
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
-
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate``, for prompts of this project's form too.
-
-        Several prompts are padded on the LEFT; leave ``position_ids`` out.
-
-        Args:
-            inputs: [B, T] int64, or ``input_ids`` by name, with ``attention_mask`` when padded.
-            pixel_values: [3, 14, 14 * N] uint8 with ``tgt_sizes``; or transformers' own form.
-            tgt_sizes: [S, 2] (rows, columns) in patches.
-            image_bound: Not needed, as in ``forward``.
-            **kwargs: As for transformers.
-
-        Raises:
-            ValueError: When a prompt is padded on the right.
-        """
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError(
-                "generate: found a prompt padded on the right, expected padding on the left. "
-                "New tokens go behind the last one, which must be a real one."
-            )
-        if tgt_sizes is not None and len(tgt_sizes):
-            kwargs["target_sizes"] = torch.as_tensor(tgt_sizes)
-            assert pixel_values is not None, "tgt_sizes without pixel_values"
-            pixel_values = normalised(pixel_values, self.model.vision_tower.dtype)
-        if tgt_sizes is None or len(tgt_sizes):
-            kwargs["pixel_values"] = pixel_values
-        input_ids = kwargs.get("input_ids", inputs)
-        kwargs |= self._own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
@@ -224,12 +186,6 @@ class _NativeMiniCPMV(ChatMixin):
     def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor | None:
         return None
 
-    def _own_arguments(
-        self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
-    ) -> dict[str, Any]:
-        """Arguments of transformers' forward and generate that only one generation has."""
-        return {}
-
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
     given = [name for name, value in arguments.items() if value is not None and value is not False]
@@ -271,15 +227,14 @@ class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
         )  # fmt: skip
         return positions[:, own].to(samples.device, non_blocking=True)
 
-    def _own_arguments(
+    def own_arguments(
         self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
     ) -> dict[str, Any]:
         if input_ids is None:
             return {"mm_token_type_ids": mm_token_type_ids}
         # The rotary offset of an earlier prompt must not reach this one.
         self.model.rope_deltas = None
-        image, video = self.config.image_token_id, self.config.video_token_id
-        return {"mm_token_type_ids": input_ids.eq(image).int() + 2 * input_ids.eq(video).int()}
+        return {"mm_token_type_ids": self.kinds_of(input_ids).int()}
 
 
 _CLASSES: dict[str, type[nn.Module]] = {

@@ -29,10 +29,6 @@ SHOWN = 4  # examples with their picture per evaluation
 PICTURE_SIDE = 448  # longest side of a shown picture, in pixels
 
 
-class PredictWhileTrainingError(ValueError):
-    """A way of training in which answers can't be generated; the message says what to change."""
-
-
 class PredictionCallback(TrainerCallback):
     """Lets the model answer evaluation rows at every evaluation.
 
@@ -45,9 +41,6 @@ class PredictionCallback(TrainerCallback):
         samples: How many of them are answered, spread evenly over the file.
         batch_size: Rows at once on each process.
         max_new_tokens: Longest answer, in tokens.
-
-    Raises:
-        PredictWhileTrainingError: For 4.6 and 4.7 under ZeRO-3.
     """
 
     def __init__(
@@ -59,7 +52,6 @@ class PredictionCallback(TrainerCallback):
         batch_size: int,
         max_new_tokens: int = 128,
     ) -> None:
-        check_training_with_answers(rows.processing.generation.native)
         self.trainer, self.rows, self.batch_size = trainer, rows, batch_size
         self.options = GREEDY | {"max_new_tokens": max_new_tokens}
         count = min(samples, len(rows))
@@ -126,23 +118,6 @@ class PredictionCallback(TrainerCallback):
             if picture is not None:
                 writer.add_image(f"pictures/{number}", _small(picture), step, dataformats="HWC")
         writer.flush()
-
-
-def check_training_with_answers(native: bool) -> None:
-    """Refuse ``--predict_with_generate`` where it would wait for ever.
-
-    Args:
-        native: Whether the generation is 4.6 or 4.7.
-
-    Raises:
-        PredictWhileTrainingError: With the flag to change.
-    """
-    if native and is_deepspeed_zero3_enabled():
-        raise PredictWhileTrainingError(
-            "--predict_with_generate true: under ZeRO-3 all processes must run the vision tower together, "
-            "and transformers' generate of 4.6 and 4.7 runs it only where a batch has images. Use ZeRO-2, "
-            "or leave the flag out and run predict.py on the checkpoints."
-        )
 
 
 def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:

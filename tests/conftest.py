@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "demo"):
@@ -12,6 +13,10 @@ for folder in ("finetune", "demo"):
 
 # More threads than idle cores wait for each other by spinning, ten times slower.
 torch.set_num_threads(1)
+
+# A busy machine is no failure: no example has a time limit of its own.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 def pytest_collection_modifyitems(items):

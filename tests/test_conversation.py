@@ -227,7 +227,7 @@ def random_turns(parts):
 
 
 @pytest.mark.parametrize("name", ["v2", "v2_5", "v2_6", "v4_5", "v4_7"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parts=CONVERSATIONS, limit=st.integers(1, 400))
 def test_truncation_keeps_images_whole_and_answers_from_their_start(name, parts, limit):
     prepared = processing(name)

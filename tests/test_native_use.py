@@ -8,6 +8,7 @@ from adapters import default_modules_to_save, target_modules
 from generations import GENERATIONS
 from native_cases import (
     NATIVE,
+    PAD_IMAGE,
     SLICED,
     batch_of,
     loss_and_gradients,
@@ -71,6 +72,53 @@ def test_a_batch_of_prompts_generates_what_each_does_alone(name):
     together = model.generate(**prompts(samples), **GREEDY)[:, -5:]
     alone = [model.generate(**prompts([sample]), **GREEDY)[0, -5:] for sample in samples]
     assert together.tolist() == [row.tolist() for row in alone]
+
+
+def test_beams_and_prompts_of_unlike_images_generate_what_transformers_does(name):
+    model, reference = our_model(name).eval(), transformers_model(name).eval()
+    sample = made_sample(1, images=[SLICED, (4, 4)])
+    inputs = released_inputs(name, sample, normalised(sample))
+    beams = GREEDY | {"num_beams": 3}
+    expected = reference.generate(
+        **{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **beams
+    )
+    assert model.generate(**prompts([sample]), **beams).tolist() == expected.tolist()
+    samples = [made_sample(2, images=()), sample, made_sample(3)]
+    together = model.generate(**prompts(samples), **beams)[:, -5:]
+    assert together[1].tolist() == expected[0, -5:].tolist()
+
+
+def with_frames(model, sample):
+    """The sample with its last image as the frame of a video."""
+    ids = sample["input_ids"].clone()
+    ids[(ids == PAD_IMAGE).nonzero()[-1]] = model.config.video_token_id
+    return sample | {"input_ids": ids}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_videos_generate_what_transformers_does(name, options):
+    model, reference = our_model(name).eval(), transformers_model(name).eval()
+    sample = with_frames(model, made_sample(1, images=[SLICED, (4, 4)]))
+    pixels, sizes, ids = normalised(sample), sample["tgt_sizes"], sample["input_ids"]
+    image = int(sizes[:-1].prod(1).sum()) * 14
+    inputs = {"input_ids": ids[None], "pixel_values": pixels[..., :image], "target_sizes": sizes[:-1]}
+    inputs |= {"pixel_values_videos": pixels[..., image:], "target_sizes_videos": sizes[-1:]}
+    if name == "v4_7":
+        video = model.config.video_token_id
+        inputs["mm_token_type_ids"] = ((ids == PAD_IMAGE).int() + 2 * (ids == video).int())[None]
+    expected = reference.generate(**inputs, **GREEDY | options)
+    assert model.generate(**prompts([sample]), **GREEDY | options).tolist() == expected.tolist()
+
+
+def test_a_batch_without_images_can_run_the_vision_tower_for_the_others(name):
+    model = our_model(name).eval()
+    seen = []
+    model.model.merger.register_forward_hook(lambda *_: seen.append(1))
+    batch = prompts([made_sample(2, images=())])
+    expected = model.generate(**batch, **GREEDY)
+    assert not seen
+    assert model.generate(**batch, dummy=True, **GREEDY).tolist() == expected.tolist()
+    assert seen
 
 
 def test_a_greedy_step_is_the_training_forward_s_best_token(name):

@@ -156,7 +156,7 @@ def test_every_supervised_token_is_counted_for_its_source(packing):
     assert found["loss/0:x.json"] == pytest.approx(np.arange(counts[0]).mean())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 130), max_size=60), st.integers(1, 120))
 def test_best_fit_uses_every_sample_once_and_overfills_no_row(lengths, capacity):
     rows = best_fit(range(len(lengths)), np.array(lengths, dtype=np.int64), capacity=capacity)

@@ -62,7 +62,7 @@ def test_grids_equal_those_of_transformers_own_processor(width, height, max_slic
 
 
 @pytest.mark.parametrize("mode", ["16x", "4x"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(width=st.integers(20, 1200), height=st.integers(20, 1200))
 def test_native_patches_equal_transformers_own_processor(mode, width, height):
     image = drawn(width, height)
