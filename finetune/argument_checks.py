@@ -60,6 +60,7 @@ def check_arguments(
         *_data_files(data, training),
         *_hardware(model, training),
         *_no_effect_here(training),
+        *_vision_cache(training),
         *_deepspeed(training),
         *_output_folder(training),
     ]
@@ -227,6 +228,19 @@ def _no_effect_here(training: Namespace) -> Iterator[str]:
         yield "--label_smoothing_factor is not supported: the loss never builds all logits. Use 0."
     if training.do_predict:
         yield "--do_predict is not supported by finetune.py. Remove it."
+
+
+def _vision_cache(training: Namespace) -> Iterator[str]:
+    if training.cache_vision_features is None:
+        return
+    if training.tune_vision:
+        yield (
+            "--cache_vision_features is given, but --tune_vision is true: features of a tower that trains change with "
+            "every step. Add --tune_vision false, or leave --cache_vision_features out."
+        )
+    for flag in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(training, flag):
+            yield f"--cache_vision_features: --{flag} true would compute other features in evaluation. Use false."
 
 
 def _deepspeed(training: Namespace) -> Iterator[str]:

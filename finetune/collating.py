@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from conversation import IGNORE_INDEX
+from known_slices import for_the_model, joined
 from processing import Sample
 
 
@@ -27,7 +28,8 @@ def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[s
         restarting at 0 with the padding; ``pixel_values`` uint8 [3, 14, 14 * sum(L)], ``tgt_sizes`` [S, 2],
         ``image_bound`` [P, 3] = (row, start, end) of the whole batch; with packed video frames
         ``temporal_ids`` [S, 2] = (run of pad tokens, time index or -1); ``rows``, the (source, row) of every
-        sample, ``None`` for one that contributes nothing.
+        sample, ``None`` for one that contributes nothing. Where features of slices are kept (``known_slices``)
+        ``slice_sources`` and ``known_features``, and ``pixel_values`` of the other slices alone.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "mm_token_type_ids": 0}
@@ -50,6 +52,8 @@ def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[s
     )
     if any("temporal_ids" in sample for sample in samples):
         batch["temporal_ids"] = temporal_ids(samples)
+    for pictures in joined(samples).values():
+        batch |= for_the_model(pictures)
     batch["rows"] = [
         None if sample.get("row") is None else (sample["source"], sample["row"]) for sample in samples
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from bad_rows import BadRow
 from dataset import SupervisedDataset
+from kept_checks import FileCheck, Finding, check_path, kept_checks
 from row_errors import DataError, DroppedRowError, RowError
 
 logger = logging.getLogger(__name__)
@@ -23,21 +23,6 @@ SHOWN_PROBLEMS = 20
 _ROWS_PER_TASK = 32
 _FEW_ROWS = 400  # starting processes takes longer than checking these
 FEW_ROWS_TO_DECODE = 500  # seconds; a larger data set would hold up the training
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the check saw in a row.
-
-    Attributes:
-        length: Its length in tokens; 1, that of a padding sample, when it can't be used.
-        bad: Its problem, if it has one.
-        dropped: Whether the user asked to leave such rows out.
-    """
-
-    length: int
-    bad: BadRow | None = None
-    dropped: bool = False
 
 
 class _Task(Dataset):
@@ -132,50 +117,103 @@ def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.nda
         DataError: On every rank, with the first twenty problems and their number, unless ``on_bad_row`` is
             ``skip``.
     """
-    lengths, bad = _shared(rows, check_row, title="checking rows", workers=workers)
-    _settle(rows, bad)
     few = rows.row_count <= FEW_ROWS_TO_DECODE
-    if rows.options.check_images == "full" or (rows.options.check_images == "auto" and few):
-        lengths, bad = _shared(rows, decode_row, title="decoding images", workers=workers)
-        _settle(rows, bad)
+    decodes = rows.options.check_images == "full" or (rows.options.check_images == "auto" and few)
+    lengths, bad, rest = _kept(rows, decodes)
+    _settle(rows, bad)
+    works = {"checking rows": check_row} | ({"decoding images": decode_row} if decodes else {})
+    new: dict[int, Finding] = {}
+    for title, work in works.items() if len(rest) else ():
+        lengths[rest], new = _shared(rows, rest, work, title=title, workers=workers)
+        _settle(rows, bad | new)
+    if len(rest) and _rank() == 0:
+        _keep(rows, lengths, new, rest, decoded=decodes)
     return lengths
+
+
+def _kept(rows: SupervisedDataset, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
+    """What earlier checks found: lengths and bad rows by row number, and the rows still to be checked.
+
+    The first process reads it for all, so that they agree, and none but it looks at rows twice.
+    """
+    found: list[Any] = [None]
+    if _rank() == 0:
+        found = [kept_checks(rows, decode_row if decodes else check_row, decoded=decodes)]
+    if _together():
+        distributed.broadcast_object_list(found)
+    lengths = np.ones(rows.row_count, dtype=np.int32)
+    to_check = np.ones(rows.row_count, dtype=bool)
+    bad = {}
+    for number, check in found[0].items():
+        first = rows.first_row(number)
+        place = slice(first, first + len(check.lengths))
+        lengths[place], to_check[place] = check.lengths, False
+        bad |= {first + row: finding for row, finding in check.bad.items()}
+        if _rank() == 0:
+            logger.info("%s: checked before, and unchanged since", rows.source_names[number])
+    return lengths, bad, np.flatnonzero(to_check)
+
+
+def _keep(
+    rows: SupervisedDataset,
+    lengths: np.ndarray,
+    bad: dict[int, Finding],
+    checked: np.ndarray,
+    *,
+    decoded: bool,
+) -> None:
+    """Keep what was found in files that were checked just now."""
+    for number, source in enumerate(rows.sources):
+        first, count = rows.first_row(number), len(source.rows)
+        if first in checked:
+            own = {row - first: finding for row, finding in bad.items() if first <= row < first + count}
+            FileCheck(lengths[first : first + count], own).save(check_path(rows, number, decoded=decoded))
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _together() else 0
 
 
 def _shared(
     rows: SupervisedDataset,
+    indices: np.ndarray,
     work: Callable[[SupervisedDataset, int], Finding],
     *,
     title: str,
     workers: int | None,
-) -> tuple[np.ndarray, list[tuple[int, Finding]]]:
-    """Have every rank do its share of the rows; give all lengths and all bad rows to each."""
-    together = distributed.is_available() and distributed.is_initialized()
-    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-    share = range(rank, rows.row_count, ranks)
+) -> tuple[np.ndarray, dict[int, Finding]]:
+    """Have every rank do its share of some rows; give the lengths of all and the bad ones to each."""
+    ranks = distributed.get_world_size() if _together() else 1
+    share = indices[_rank() :: ranks].tolist()
     lengths = np.ones(len(share), dtype=np.int32)
-    bad: list[tuple[int, Finding]] = []
+    bad: dict[int, Finding] = {}
     for place, finding in enumerate(for_rows(rows, share, work, title=title, workers=workers)):
         lengths[place] = finding.length
         if finding.bad:
-            bad.append((share[place], finding))
-    if together:
+            bad[share[place]] = finding
+    if _together():
         gathered: list[Any] = [None] * ranks
         distributed.all_gather_object(gathered, (lengths, bad))
-        lengths = np.ones(rows.row_count, dtype=np.int32)
+        lengths = np.ones(len(indices), dtype=np.int32)
         for number, (part, _) in enumerate(gathered):
             lengths[number::ranks] = part
-        bad = sorted((entry for _, part in gathered for entry in part), key=lambda entry: entry[0])
+        bad = {row: part[row] for _, part in gathered for row in part}
+        bad = {row: bad[row] for row in sorted(bad)}
     return lengths, bad
 
 
-def _settle(rows: SupervisedDataset, bad: Sequence[tuple[int, Finding]]) -> None:
+def _settle(rows: SupervisedDataset, bad: dict[int, Finding]) -> None:
     """Raise, or have the bad rows left out and listed."""
     first = os.environ.get("RANK", "0") == "0"
-    problems = [finding.bad for _, finding in bad if finding.bad and not finding.dropped]
+    problems = [finding.bad for finding in bad.values() if finding.bad and not finding.dropped]
     dropped = len(bad) - len(problems)
     if problems and rows.options.on_bad_row == "error":
         raise DataError(summary(problems, rows.row_count))
-    for index, finding in bad:
+    for index, finding in bad.items():
         rows.leave_out(index)
         if first and finding.bad:
             rows.bad_rows.add(finding.bad)

@@ -189,7 +189,11 @@ class SupervisedDataset(Dataset):
     def place(self, index: int) -> tuple[int, int]:
         """The source and the row in its file that a row number means."""
         source = bisect_right(self._ends, index)
-        return source, index - (self._ends[source - 1] if source else 0)
+        return source, index - self.first_row(source)
+
+    def first_row(self, source: int) -> int:
+        """The number that a source's first row has through all files."""
+        return self._ends[source - 1] if source else 0
 
     def conversation(self, index: int) -> Conversation:
         """Read a row.

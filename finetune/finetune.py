@@ -54,6 +54,7 @@ def run(argv: list[str], control: RunControl) -> None:
         say_bad_rows,
         say_how_to_continue,
         settle_training_arguments,
+        use_vision_cache,
     )
     from quantized_checkpoints import check_training, stored_quantization
     from run_folder import RunFolder
@@ -120,6 +121,7 @@ def run(argv: list[str], control: RunControl) -> None:
         eval_rows=eval_rows,
         watch=control.watch,
         moves=run_folder.moves,
+        feature_writer=use_vision_cache(model, training, folder, train_rows, eval_rows),
         after_save=base_recorder(folder, generation, training, quant_bits=quant_bits),
     )
     answer_while_training(trainer, data_args, processing)

@@ -8,6 +8,7 @@ image upright (``transformers.image_utils.load_image``). ``ImageOptions.upright`
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import warnings
 import zlib
@@ -65,7 +66,7 @@ class ImageFile:
         check_source(value, options.folder, allow_remote=options.allow_remote)
         self.name = describe(value)
         self.options = options
-        data = open_bytes(value, options.folder, self.name)
+        data = self._data = open_bytes(value, options.folder, self.name)
         self._image = _guarded(self.name, lambda: Image.open(data))
         width, height = self._image.size
         if options.max_pixels is not None and width * height > options.max_pixels:
@@ -81,6 +82,11 @@ class ImageFile:
     def _turned(self) -> bool:
         exif = _guarded(self.name, self._image.getexif)
         return exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+
+    def digest(self) -> bytes:
+        """Digest of the encoded image and of how it is decoded."""
+        content = _guarded(self.name, self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue)
+        return hashlib.blake2b(content, digest_size=32, person=b"upright" if self.options.upright else b"").digest()
 
     def decode(self) -> Image.Image:
         """Decode the image, in mode RGB; may be called once."""
@@ -116,7 +122,7 @@ def open_image(value: Any, options: ImageOptions) -> Picture:
         RowError: When it is not there, or no image; decoding may raise it, too.
     """
     file = ImageFile(value, options)
-    return Picture("image", (file.size,), lambda: [file.decode()])
+    return Picture("image", (file.size,), lambda: [file.decode()], digest=file.digest)
 
 
 def _guarded(name: str, action: Any) -> Any:

@@ -18,9 +18,18 @@ _FORMAT = 3  # raise it when the form of an index changes
 
 def cached(path: Path, suffix: str) -> Path:
     """The cache file that belongs to a data file in its present state (path, size, time of change)."""
+    return kept_file(state_of(path), suffix)
+
+
+def state_of(path: Path) -> str:
+    """A file's present state: path, size, time of change."""
     stat = path.stat()
-    key = f"{_FORMAT}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    return _folder() / (hashlib.sha256(key.encode()).hexdigest()[:24] + suffix)
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def kept_file(state: str, suffix: str) -> Path:
+    """The cache file that belongs to something in a state that a text describes."""
+    return _folder() / (hashlib.sha256(f"{_FORMAT}|{state}".encode()).hexdigest()[:24] + suffix)
 
 
 def _folder() -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 IGNORE_INDEX = -100
 
@@ -33,6 +34,39 @@ class SupervisedLoss:
     token_count: Tensor
     correct_count: Tensor
     token_losses: Tensor
+
+
+@dataclass
+class MiniCPMVOutput(ModelOutput):
+    """What a forward gives.
+
+    Attributes:
+        loss: Mean over the supervised tokens, or their sum / ``num_items_in_batch``. With labels.
+        logits: [B, T, V]. Without labels only.
+        loss_sum: fp32 scalar, summed cross entropy in nats. With labels.
+        token_count: int64 scalar, supervised tokens. With labels.
+        correct_count: int64 scalar, those predicted right. With labels.
+        token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    loss_sum: Tensor | None = None
+    token_count: Tensor | None = None
+    correct_count: Tensor | None = None
+    token_losses: Tensor | None = None
+
+    @classmethod
+    def of(cls, found: SupervisedLoss, num_items_in_batch: Tensor | int | None) -> MiniCPMVOutput:
+        """The output of a forward with labels; without ``num_items_in_batch`` the loss is the batch's mean."""
+        count = found.token_count if num_items_in_batch is None else num_items_in_batch
+        return cls(
+            loss=found.loss_sum / torch.as_tensor(count, device=found.loss_sum.device).clamp(min=1),
+            loss_sum=found.loss_sum,
+            token_count=found.token_count,
+            correct_count=found.correct_count,
+            token_losses=found.token_losses,
+        )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

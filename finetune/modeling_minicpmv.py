@@ -8,45 +8,23 @@ Letters: B rows, T tokens, S slices, P placeholders, Q tokens per placeholder, D
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
-from transformers.utils import ModelOutput
 
 from answering import ChatMixin, GenerateMixin
 from configuration_minicpmv import MiniCPMVConfig
-from loss import as_lm_head, supervised_loss
+from known_slices import SliceSources, VisionInput, is_partitioned, tower_features
+from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from resampler import FramePacks, Resampler, grid_table
 from slice_attention import SliceLayout
 from vision import NaViTTower, TimmTower
 from weights import copy_carried_files, untouched_tensors
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
-
-
-@dataclass
-class MiniCPMVOutput(ModelOutput):
-    """What a forward gives.
-
-    Attributes:
-        loss: Mean over the supervised tokens, or their sum / ``num_items_in_batch``. With labels.
-        logits: [B, T, V]. Without labels only.
-        loss_sum: fp32 scalar, summed cross entropy in nats. With labels.
-        token_count: int64 scalar, supervised tokens. With labels.
-        correct_count: int64 scalar, those predicted right. With labels.
-        token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    loss_sum: Tensor | None = None
-    token_count: Tensor | None = None
-    correct_count: Tensor | None = None
-    token_losses: Tensor | None = None
 
 
 class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
@@ -115,7 +93,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
 
     def encode_slices(
         self,
-        pixel_values: Tensor,
+        vision: VisionInput,
         grids: list[tuple[int, int]],
         *,
         samples: list[int],
@@ -124,7 +102,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         """Run vision tower and resampler once, on all slices of the batch.
 
         Args:
-            pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side.
+            vision: What there is of the slices.
             grids: [S] (rows, columns) of each slice, in patches.
             samples: [S] the sample each slice belongs to (the 2.5 tower looks at it).
             packs: Frames that share a placeholder (V-4.5 video); None otherwise.
@@ -133,13 +111,25 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             [P, Q, D] embeddings in the order of the placeholders.
         """
         layout = SliceLayout.of(grids, samples)
+        features = tower_features(self._run_tower, vision, layout, partitioned=is_partitioned(self.vpm))
+        return self.resampler(features, layout, packs)
+
+    def _run_tower(self, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
+        """[N, C] features in the layout's order; for None those of a dummy slice."""
+        if pixel_values is None:
+            layout, size = SliceLayout.of([DUMMY_GRID]), 14 * DUMMY_GRID[0] * DUMMY_GRID[1]
+            device = next(self.vpm.parameters()).device
+            pixel_values = torch.zeros((3, 14, size), dtype=torch.uint8, device=device)
         patches = pixel_values.unflatten(-1, (-1, 14)).permute(2, 0, 1, 3).flatten(1)
         patches = (patches.to(torch.float32) / 255 - 0.5) / 0.5
         patches = layout.arrange(patches.to(self._stem_dtype()))
         vision_trains = any(parameter.requires_grad for parameter in self.vpm.parameters())
         with nullcontext() if vision_trains else torch.no_grad():
             features = self.vpm(patches, layout)
-        return self.resampler(features, layout, packs)
+        device = features.device.type
+        # The resampler's first layer would round to this too; what is kept of the features is half as large.
+        autocast = not features.is_meta and torch.is_autocast_enabled(device)
+        return features.to(torch.get_autocast_dtype(device)) if autocast else features
 
     def _stem_dtype(self) -> torch.dtype:
         parameter = next(self.vpm.parameters())
@@ -155,6 +145,8 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         temporal_ids: Any = None,
         position_ids: Tensor | None = None,
         dummy: bool = False,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings with the placeholders replaced by image embeddings.
 
@@ -167,6 +159,8 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             position_ids: [B, T], given when rows are packed.
             dummy: Run the vision tower on a dummy slice when the batch has no image, so that
                 every rank takes part in the same collectives and every trained parameter gets a gradient.
+            slice_sources: Which slices' features are known, see ``known_slices``.
+            known_features: Those features.
 
         Returns:
             [B, T, D].
@@ -179,16 +173,18 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         if not grids:
             if not dummy:
                 return embeddings
-            pixels = input_ids.new_zeros((3, 14, 14 * DUMMY_GRID[0] * DUMMY_GRID[1]), dtype=torch.uint8)
-            features = self.encode_slices(pixels, [DUMMY_GRID], samples=[0], packs=None)
+            features = self.encode_slices(VisionInput(None), [DUMMY_GRID], samples=[0], packs=None)
             return embeddings + features.sum().to(embeddings.dtype) * 0
         bounds = image_bound.tolist()
-        packs = None if temporal_ids is None else _frame_packs(temporal_ids)
+        packs = None if temporal_ids is None else FramePacks.of(temporal_ids)
         placeholder_of = range(len(grids)) if packs is None else [int(p) for p in temporal_ids[:, 0].tolist()]
         self._check_bounds(bounds, slices=len(grids), packs=packs)
         sample_of = self._samples(bounds, position_ids)
         features = self.encode_slices(
-            pixel_values, grids, samples=[sample_of[index] for index in placeholder_of], packs=packs
+            VisionInput(pixel_values, slice_sources, known_features),
+            grids,
+            samples=[sample_of[index] for index in placeholder_of],
+            packs=packs,
         )
         starts = torch.tensor([row * input_ids.shape[1] + start for row, start, _ in bounds])
         index = (starts[:, None] + torch.arange(self.config.query_num)).flatten()
@@ -226,6 +222,8 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         supervised: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
         """Give the loss (with labels) or the logits (without).
@@ -244,6 +242,8 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            slice_sources: Which slices' features are known, see ``known_slices``.
+            known_features: Those features.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
 
         Returns:
@@ -257,20 +257,14 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         embeddings = self.embed(
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
             temporal_ids=temporal_ids, position_ids=position_ids, dummy=labels is not None,
+            slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
         mask = attention_mask if labels is None and position_ids is None else None
         hidden = self._run_llm(embeddings, mask, position_ids) * self.output_scale
         if labels is None:
             return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
         found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
-        count = found.token_count if num_items_in_batch is None else num_items_in_batch
-        return MiniCPMVOutput(
-            loss=found.loss_sum / torch.as_tensor(count, device=hidden.device).clamp(min=1),
-            loss_sum=found.loss_sum,
-            token_count=found.token_count,
-            correct_count=found.correct_count,
-            token_losses=found.token_losses,
-        )
+        return MiniCPMVOutput.of(found, num_items_in_batch)
 
     def _run_llm(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         flash = "flash" in str(self.config._attn_implementation)
@@ -305,12 +299,3 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         )
         if is_main_process:
             copy_carried_files(source, Path(save_directory))
-
-
-def _frame_packs(temporal_ids: Any) -> FramePacks:
-    """Count the slices of each placeholder in [S, 2] (placeholder, time)."""
-    placeholders, times = zip(*temporal_ids.tolist(), strict=True)
-    sizes = [0] * (max(placeholders) + 1)
-    for placeholder in placeholders:
-        sizes[placeholder] += 1
-    return FramePacks(tuple(sizes), tuple(times))

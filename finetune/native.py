@@ -25,8 +25,8 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
 from answering import ChatMixin
 from generations import Generation
-from loss import IGNORE_INDEX, as_lm_head, supervised_loss
-from modeling_minicpmv import MiniCPMVOutput
+from known_slices import SliceSources, VisionInput
+from loss import IGNORE_INDEX, MiniCPMVOutput, as_lm_head, supervised_loss
 from native_delta_net import use_packed_delta_nets
 from native_generation import NativeGenerateMixin
 from native_runs import VisualRuns
@@ -65,6 +65,8 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         mm_token_type_ids: Tensor | None = None,
         supervised: Any = None,
         on_cpu: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Give the loss (with labels) or the logits (without) of a batch of this project's form.
@@ -85,6 +87,8 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
             supervised: See ``places`` of ``loss.supervised_loss``.
             on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
                 ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
+            slice_sources: Which slices' features are known, see ``known_slices``; as in ``MiniCPMV.forward``.
+            known_features: Those features, as in ``MiniCPMV.forward``.
             **kwargs: transformers' own arguments; here they must be None or False.
 
         Returns:
@@ -100,29 +104,23 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         host = (
             _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
         )
-        hidden = self._last_hidden(input_ids, host, pixel_values, tgt_sizes)
+        vision = VisionInput(pixel_values, slice_sources, known_features)
+        hidden = self._last_hidden(input_ids, host, vision, tgt_sizes)
         if labels is None:
             return MiniCPMVOutput(logits=self.lm_head(hidden))
         if position_ids is not None and supervised is None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
         found = supervised_loss(self.lm_head, hidden, labels, supervised)
-        count = found.token_count if num_items_in_batch is None else num_items_in_batch
-        return MiniCPMVOutput(
-            loss=found.loss_sum / torch.as_tensor(count, device=hidden.device).clamp(min=1),
-            loss_sum=found.loss_sum,
-            token_count=found.token_count,
-            correct_count=found.correct_count,
-            token_losses=found.token_losses,
-        )
+        return MiniCPMVOutput.of(found, num_items_in_batch)
 
-    def _last_hidden(self, input_ids: Tensor, host: Tensor, pixel_values: Any, tgt_sizes: Any) -> Tensor:
+    def _last_hidden(self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any) -> Tensor:
         """[B, T, D] last hidden states of a batch.
 
         Args:
             input_ids: As in ``forward``, like the last two.
             host: [2 or 3, B, T] ids, mask and positions on the CPU.
-            pixel_values: See ``forward``.
+            vision: What there is of the slices.
             tgt_sizes: See ``forward``.
         """
         config = self.config
@@ -132,7 +130,7 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         kinds = self.kinds_of(ids)
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
-        embeddings = self._embed(input_ids, pixel_values, runs)
+        embeddings = self._embed(input_ids, vision, runs)
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
 
     def save_pretrained(
@@ -143,10 +141,10 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         if is_main_process and self.config.name_or_path:
             copy_carried_files(Path(self.config.name_or_path), Path(save_directory))
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor, runs: VisualRuns) -> Tensor:
+    def _embed(self, input_ids: Tensor, vision: VisionInput, runs: VisualRuns) -> Tensor:
         """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
         embeddings = self.get_input_embeddings()(input_ids)
-        features = encode_slices(self.model, pixel_values, runs.grids).to(embeddings.dtype)
+        features = encode_slices(self.model, vision, runs.grids).to(embeddings.dtype)
         places = runs.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
         return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from known_slices import VisionInput, is_partitioned, tower_features
 from slice_attention import SliceLayout, attend_within_slices
 
 
@@ -142,12 +144,12 @@ def use_slice_modules(model: Any) -> None:
     model.merger.__class__ = SliceMerger
 
 
-def encode_slices(model: Any, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+def encode_slices(model: Any, vision: VisionInput, grids: Sequence[tuple[int, int]]) -> Tensor:
     """Run tower and merger once, on all slices of the batch.
 
     Args:
         model: transformers' model of 4.6 or 4.7 without the output layer.
-        pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side.
+        vision: What there is of the slices.
         grids: [S] (rows, columns) of each slice, in patches.
 
     Returns:
@@ -157,15 +159,31 @@ def encode_slices(model: Any, pixel_values: Tensor, grids: Sequence[tuple[int, i
     """
     count = None
     if not grids:
-        count, grids = 0, [_smallest_grid(model.config)]
-        shape = (3, 14, 14 * grids[0][0] * grids[0][1])
-        pixel_values = torch.zeros(shape, dtype=torch.uint8, device=model.device)
+        count, grids, vision = 0, [_smallest_grid(model.config)], VisionInput(None)
     layout = SliceLayout.of(grids)
-    pixels = normalised(pixel_values, model.vision_tower.dtype, layout)
-    (features,) = model.get_image_features(pixels, torch.tensor(layout.grids), layout=layout).pooler_output
-    merged = sum(layout.lengths) // features.shape[0]
-    tokens = replace(layout, lengths=tuple(length // merged for length in layout.lengths))
-    return tokens.restore(features)[:count] + _skipped_merger(model)
+    features = tower_features(
+        partial(_run_tower, model), vision, layout, partitioned=is_partitioned(model.vision_tower)
+    )
+    joined = 1 if model.config.downsample_mode == "4x" else 2  # patches of a token's side behind the tower
+    sizes = torch.tensor([(rows // joined, columns // joined) for rows, columns in layout.grids])
+    (merged,) = model.merger(features[None], sizes)
+    per_token = sum(layout.lengths) // merged.shape[0]
+    tokens = replace(layout, lengths=tuple(length // per_token for length in layout.lengths))
+    return tokens.restore(merged)[:count] + _skipped_merger(model)
+
+
+def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
+    """[tokens, C] in the layout's order; for None those of a dummy slice."""
+    if pixel_values is None:
+        rows, columns = _smallest_grid(model.config)
+        layout = SliceLayout.of([(rows, columns)])
+        pixel_values = torch.zeros((3, 14, 14 * rows * columns), dtype=torch.uint8, device=model.device)
+    return model.vision_tower(
+        normalised(pixel_values, model.vision_tower.dtype, layout),
+        target_sizes=torch.tensor(layout.grids),
+        use_vit_merger=model.config.downsample_mode != "4x",
+        layout=layout,
+    ).last_hidden_state[0]
 
 
 def _smallest_grid(config: Any) -> tuple[int, int]:

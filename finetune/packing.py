@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from collating import temporal_ids
+from known_slices import joined as joined_pictures
 from loss import IGNORE_INDEX
 
 Sample = dict[str, Any]
@@ -102,5 +103,6 @@ def join(samples: Sequence[Sample]) -> Sample:
     joined["parts"] = [
         None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples
     ]
+    joined |= joined_pictures(samples)
     joined |= {"row": samples[0]["row"], "source": samples[0]["source"]}
     return joined

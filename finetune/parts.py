@@ -43,11 +43,16 @@ def part_of(name: str, generation: Generation) -> str:
     """
     if "lora_" in name:
         return "lora"
-    plain = _WRAPPERS.sub("", name)
+    plain = plain_name(name)
     for part, modules in generation.modules.items():
         if plain.startswith(tuple(f"{module}." for module in modules)):
             return part
     raise AssertionError(f"parameter {name!r} belongs to no part of {generation.title}")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what adapters put around its modules' own names."""
+    return _WRAPPERS.sub("", name)
 
 
 def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler: bool, llm: bool) -> None:

@@ -22,12 +22,14 @@ class Picture:
         sizes: (width, height) of every frame, in pixels; an image has one.
         frames: Decodes the frames, in mode RGB.
         packs: For generations that pack video frames: the time index of every frame, pack by pack.
+        digest: Digest of everything its pixels depend on, without decoding it; None for videos.
     """
 
     kind: str
     sizes: tuple[tuple[int, int], ...]
     frames: Callable[[], Iterable[Image.Image]]
     packs: tuple[tuple[int, ...], ...] | None = None
+    digest: Callable[[], bytes] | None = None
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:

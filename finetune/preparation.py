@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from rank_watch import RankWatch
 from run_control import StepLog
 from stop_request import command_to_continue
 from trainer import CPMTrainer
+from vision_cache import FeatureWriter, check_tower_is_frozen, open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def load_datasets(
     options = data.data_options(training.model_max_length)
 
     def load(path: str) -> SupervisedDataset:
-        rows = SupervisedDataset(path, processing, options)
+        with training.main_process_first(desc="index of the data files"):
+            rows = SupervisedDataset(path, processing, options)
         rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
         rows.check_rows()
         return rows
@@ -90,6 +93,26 @@ def log_what_trains(model: PreTrainedModel, generation: Generation, training: Tr
     logger.info("llm_type=%s", generation.llm_type)
 
 
+def use_vision_cache(
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    folder: Path,
+    *datasets: SupervisedDataset | None,
+) -> FeatureWriter | None:
+    """With ``--cache_vision_features``: have the data sets look features up; give what keeps new ones."""
+    if training.cache_vision_features is None:
+        return None
+    read = [rows for rows in datasets if rows is not None]
+    generation = read[0].processing.generation
+    check_tower_is_frozen(model, generation)
+    precision = f"{load_dtype(training)}, {'DeepSpeed' if training.deepspeed else 'autocast'}"
+    cache = open_cache(training.cache_vision_features, folder, generation, precision=precision)
+    for rows in read:
+        rows.processing = replace(rows.processing, vision_cache=cache)
+    logger.info("Vision features are kept in %s", cache.folder)
+    return FeatureWriter(cache)
+
+
 def make_trainer(
     model: PreTrainedModel,
     training: TrainingArguments,
@@ -100,6 +123,7 @@ def make_trainer(
     watch: RankWatch,
     moves: bool,
     after_save: Callable[[Path], None] | None,
+    feature_writer: FeatureWriter | None,
 ) -> CPMTrainer:
     """Put everything together."""
     needs_lengths = training.do_train and (
@@ -114,6 +138,7 @@ def make_trainer(
             watch=watch, moves=moves, files=[] if train_rows is None else train_rows.source_names
         ),
         after_save=after_save,
+        feature_writer=feature_writer,
         model=model,
         args=training,
         train_dataset=train_rows,

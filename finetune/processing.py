@@ -27,6 +27,7 @@ from sample_tensors import patches_of, temporal_ids, token_types
 from slicing import Layout, Rules
 from turns import Turn, media_of
 from video_frames import VideoRules, video_rules
+from vision_cache import VisionCache
 
 Sample = dict[str, Any]
 OVERLENGTH = ("truncate", "drop", "error", "shrink_slices")
@@ -54,6 +55,7 @@ class Processing:
         video: How videos are sampled; ``None`` for generations without video.
         downsample_mode: ``16x`` or ``4x`` for 4.6 and 4.7 (what the model's forward must be told), else
             ``None``.
+        vision_cache: Where the vision tower's features of training samples are kept; ``None``: they are not.
     """
 
     generation: Generation
@@ -63,6 +65,7 @@ class Processing:
     writer: PromptWriter
     video: VideoRules | None = None
     downsample_mode: str | None = None
+    vision_cache: VisionCache | None = None
 
     def encode(
         self,
@@ -156,8 +159,13 @@ class Processing:
         return plan
 
     def finish(self, plan: Plan) -> Sample:
-        """Decode a plan's pictures, and give the training sample; see ``encode``."""
-        return {**self._sample(plan), "labels": torch.tensor(plan.encoded.labels, dtype=torch.int64)}
+        """Decode a plan's pictures, and give the training sample; see ``encode``.
+
+        With a ``vision_cache`` the sample has ``pictures``, see ``known_slices``, and ``pixel_values`` of those
+        alone whose features are not kept yet; only they are decoded.
+        """
+        labels = torch.tensor(plan.encoded.labels, dtype=torch.int64)
+        return {**self._sample(plan, cache=self.vision_cache), "labels": labels}
 
     def _fitted(
         self, plan: Plan, pieces: Sequence[Piece], turns: Sequence[Turn], *, limit: int, overlength: str
@@ -215,20 +223,28 @@ class Processing:
             )
         return placeholders
 
-    def _sample(self, plan: Plan) -> Sample:
+    def _sample(self, plan: Plan, *, cache: VisionCache | None = None) -> Sample:
         encoded = plan.encoded
         kept = len(encoded.media_spans)
         pictures, layouts = plan.pictures[:kept], plan.layouts[:kept]
+        known = [None] * kept if cache is None else cache.pictures(pictures, layouts)
+        unknown = [index for index, found in enumerate(known) if found is None or found.features is None]
         input_ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
         sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
         sample = {
             "input_ids": input_ids,
-            "pixel_values": patches_of(pictures, layouts, self.rules.patch_size),
+            "pixel_values": patches_of(
+                [pictures[index] for index in unknown],
+                [layouts[index] for index in unknown],
+                self.rules.patch_size,
+            ),
             "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
             "image_bound": torch.tensor(encoded.image_bound, dtype=torch.int64).reshape(-1, 2),
         }
         if self.generation.name == "v4_7":
             sample["mm_token_type_ids"] = token_types(input_ids, self.tokenizer, self.style)
+        if cache is not None:
+            sample["pictures"] = known
         if any(picture.packs for picture in pictures):
             sample["temporal_ids"] = temporal_ids(pictures, layouts)
         return sample

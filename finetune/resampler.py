@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,15 @@ class FramePacks:
 
     sizes: tuple[int, ...]
     times: tuple[int, ...]
+
+    @classmethod
+    def of(cls, temporal_ids: Any) -> FramePacks:
+        """Count the slices of each placeholder in [S, 2] (placeholder, time)."""
+        placeholders, times = zip(*temporal_ids.tolist(), strict=True)
+        sizes = [0] * (max(placeholders) + 1)
+        for placeholder in placeholders:
+            sizes[placeholder] += 1
+        return cls(tuple(sizes), tuple(times))
 
 
 @lru_cache(maxsize=16)

@@ -27,9 +27,15 @@ _NOT_SPACE = re.compile(r"\S")
 
 
 class Rows(Protocol):
-    """The rows of a data file."""
+    """The rows of a data file.
+
+    Attributes:
+        path: What messages call it.
+        files: The files whose states decide its rows.
+    """
 
     path: Path
+    files: Sequence[Path]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -52,6 +58,7 @@ class JsonRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = [path]
         self._lines_path, spans_path = _index(path)
         self._spans = np.load(spans_path, mmap_mode="r")
         self._file: IO[bytes] | None = None
@@ -94,6 +101,7 @@ class JoinedRows:
 
     def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
         self.path = path
+        self.files = [file for part in parts for file in part.files]
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 

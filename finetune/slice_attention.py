@@ -58,17 +58,23 @@ class SliceLayout:
     def restore(self, tokens: Tensor) -> Tensor:
         """Bring [N, ...] tokens from the layout's order back into the batch's."""
         pieces = tokens.split(list(self.lengths))
-        return torch.cat([pieces[place] for place in self._places()])
+        return torch.cat([pieces[place] for place in self.places()])
 
     def inverse(self, device: torch.device) -> Tensor:
         """[S] indices that bring one entry per slice back into the batch's order."""
-        return torch.tensor(self._places()).to(device, non_blocking=True)
+        return torch.tensor(self.places()).to(device, non_blocking=True)
+
+    def in_batch_order(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """[S] grids and [S] samples, in the batch's order."""
+        places = self.places()
+        return [self.grids[place] for place in places], [self.samples[place] for place in places]
 
     def batch_lengths(self) -> list[int]:
         """Tokens per slice, in the batch's order."""
-        return [self.lengths[place] for place in self._places()]
+        return [self.lengths[place] for place in self.places()]
 
-    def _places(self) -> list[int]:
+    def places(self) -> list[int]:
+        """[S] where each slice of the batch stands in the layout."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
 
     def positions(self, number: Callable, *, by_length: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from generations import Generation
 from guarded_trainer import GuardedTrainer
@@ -17,6 +17,7 @@ from learning_rates import split_by_rate
 from meters import SourceLosses, ThroughputMeter
 from parts import count_parts
 from sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
+from vision_cache import FeatureWriter
 
 
 class CPMTrainer(GuardedTrainer):
@@ -32,6 +33,7 @@ class CPMTrainer(GuardedTrainer):
         padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
         lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
         after_save: Called on the saving process with every folder a model or adapter was saved to.
+        feature_writer: Keeps what the vision tower gave, with ``--cache_vision_features``.
         **kwargs: As for ``GuardedTrainer``.
     """
 
@@ -42,6 +44,7 @@ class CPMTrainer(GuardedTrainer):
         padding_sample: dict[str, Any],
         lengths: Sequence[int] | None = None,
         after_save: Callable[[Path], None] | None = None,
+        feature_writer: FeatureWriter | None = None,
         **kwargs: Any,
     ) -> None:
         for name in ("train_dataset", "eval_dataset"):
@@ -51,6 +54,7 @@ class CPMTrainer(GuardedTrainer):
         self.generation = generation
         self.lengths = lengths
         self.after_save = after_save
+        self.feature_writer = feature_writer
         # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -101,9 +105,21 @@ class CPMTrainer(GuardedTrainer):
         sources = inputs["supervised_sources"]
         self._meter.add(inputs, samples=_take_rows(inputs))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._keep_features(inputs)
         if len(self._source_losses.names) > 1:
             self._source_losses.add(outputs["token_losses"], sources)
         return (loss, outputs) if return_outputs else loss
+
+    def _keep_features(self, inputs: dict[str, Any]) -> None:
+        if self.feature_writer is not None:
+            self.feature_writer.keep(inputs.get("slice_sources"))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, and see what the vision tower gave on disk."""
+        output = super().train(*args, **kwargs)
+        if self.feature_writer is not None:
+            self.feature_writer.close()
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the sources' losses, speed, shares and memory to every line that reports a training loss."""
@@ -137,6 +153,8 @@ class CPMTrainer(GuardedTrainer):
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.feature_writer is not None:
+            self.feature_writer.close()
         loss_sum, tokens, correct = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / max(tokens, 1)
         output.metrics[f"{metric_key_prefix}_token_accuracy"] = correct / max(tokens, 1)
@@ -156,6 +174,7 @@ class CPMTrainer(GuardedTrainer):
         _take_rows(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
+        self._keep_features(inputs)
         found = (output["loss_sum"], output["token_count"], output["correct_count"])
         self._eval_sums += torch.stack([value.to(torch.float64) for value in found])
         return output["loss"].detach(), None, None
