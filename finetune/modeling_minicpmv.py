@@ -132,8 +132,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
         return features.to(torch.get_autocast_dtype(device)) if autocast else features
 
     def _stem_dtype(self) -> torch.dtype:
-        parameter = next(self.vpm.parameters())
-        return parameter.dtype
+        return next(self.vpm.parameters()).dtype
 
     def embed(
         self,

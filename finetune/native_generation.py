@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from known_slices import VisionInput
 from native_runs import VisualRuns
 from native_vision import encode_slices
 
@@ -73,7 +74,7 @@ class NativeGenerateMixin:
         grids = [(rows, columns) for rows, columns in torch.as_tensor(tgt_sizes).tolist()]
         runs = VisualRuns.of(kinds, grids, mode=self.config.downsample_mode)
         with torch.no_grad():
-            features = encode_slices(self.model, pixel_values, runs.grids).split(list(runs.lengths))
+            features = encode_slices(self.model, VisionInput(pixel_values), runs.grids).split(list(runs.lengths))
         outputs, sizes = {}, {}
         for kind, name, size_name in _KINDS:
             own = [part for part, found in zip(features, runs.run_kinds, strict=True) if found == kind]

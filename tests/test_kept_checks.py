@@ -133,12 +133,12 @@ def test_several_processes_use_what_was_found_before(tmp_path, monkeypatch):
     path.write_text("\n".join([text] * kept_checks.KEPT_FROM))
     rows = SupervisedDataset(path, processing("v2_6"), DataOptions(model_max_length=512))
     lengths = np.full(kept_checks.KEPT_FROM, len(rows.plan(0).encoded.input_ids), dtype=np.int32)
-    bad = {7: Finding(1, rows.describe(7, ValueErrorOfKind("odd")), dropped=True)}
+    bad = {7: Finding(1, rows.describe(7, OfAKindError("odd")), dropped=True)}
     FileCheck(lengths, bad).save(check_path(rows, 0, decoded=False))
     found = on_two_ranks(path, "skip")
     # Row 7 is good now, and what the first process saw of it is what both use.
     assert found[0] == found[1] == {"lengths": lengths.tolist(), "left_out": []}
 
 
-class ValueErrorOfKind(ValueError):
+class OfAKindError(ValueError):
     kind = "test"
