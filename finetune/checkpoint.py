@@ -122,7 +122,7 @@ def _existing(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(

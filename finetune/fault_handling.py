@@ -20,8 +20,15 @@ logger = logging.getLogger(__name__)
 STOP_AFTER = 3  # steps in a row that are not finite, with --on_nonfinite stop
 _SHOWN_ROWS = 20
 _GIB = 1024**3
-# How torch's allocators name it: on a GPU, by class; on the CPU, in the text (torch 2.13).
-_CPU_ALLOCATOR = "can't allocate memory"
+# How it is named: by torch's allocator on a GPU, by class; by its allocator on the CPU and by CUDA's libraries,
+# which allocate for themselves, in the text (torch 2.13).
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 Row = tuple[int, int]
 
@@ -158,7 +165,7 @@ def _rows_text(rows: Sequence[Row], files: Sequence[str]) -> str:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """True for what torch raises when a GPU or the machine has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def memory_advice(
@@ -180,9 +187,10 @@ def memory_advice(
     text = f"Out of memory ({str(error).split(chr(10))[0][:200]}). Peak so far: {peak_memory_gib():.2f} GiB {size}."
     if batch is not None:
         rows = [row for row in batch.rows if row is not None]
+        which = f": {_rows_text(rows, files)}" if rows else ""
         text += (
             f" The batch has {batch.shape[0]} x {batch.shape[1]} tokens and {batch.slices} image slices of "
-            f"{batch.patches} patches in all: {_rows_text(rows, files)}."
+            f"{batch.patches} patches in all{which}."
         )
     flags = "".join(f"\n  {number}. {flag}" for number, flag in enumerate(_savings(training)[:3], start=1))
     return f"{text} What saves most, here:{flags}"

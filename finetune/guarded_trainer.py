@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,17 +74,21 @@ class GuardedTrainer(Trainer):
         self.watch.mark("preparing to train")
         if self.is_deepspeed_enabled:
             allow_deepspeed_states()
+        with self._lack_of_memory_told(), reading(self.args.resume_from_checkpoint):
+            output = super().train(*args, **kwargs)
+        # Not after an error: torchrun sends signals then, and the message is still to be shown.
+        self.stop.deafen()
+        return output
+
+    @contextmanager
+    def _lack_of_memory_told(self) -> Iterator[None]:
         try:
-            with reading(self.args.resume_from_checkpoint):
-                output = super().train(*args, **kwargs)
+            yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             batch = self._batches[-1] if self._batches else None
             raise MemoryExhaustedError(memory_advice(error, self.args, batch, self.files)) from error
-        # Not after an error: torchrun sends signals then, and the message is still to be shown.
-        self.stop.deafen()
-        return output
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Tell the watch that rows are being loaded."""
@@ -109,7 +114,9 @@ class GuardedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Keep what a message about this batch would need."""
-        self.watch.mark(f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward")
+        self.watch.mark(
+            f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward"
+        )
         self._batches.append(MicroBatch.of(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._batches[-1].loss = loss
@@ -155,9 +162,15 @@ class GuardedTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Tell the watch."""
+        """Tell the watch; a lack of memory becomes a message."""
         self.watch.mark("evaluating")
-        return super().evaluate(*args, **kwargs)
+        with self._lack_of_memory_told():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluates_batch(self, inputs: dict[str, Any]) -> None:
+        """Tell the watch, and keep what a message about this batch would need; its rows are of other files."""
+        self.watch.mark("evaluating a batch")
+        self._batches[:] = [replace(MicroBatch.of(inputs), rows=())]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writer is None else str(self._writer.staging)
@@ -189,7 +202,9 @@ class GuardedTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights, which Trainer would only warn about."""
         parameters = dict(self.model.named_parameters())
-        missing = [key for key in load_result.missing_keys if key in parameters and parameters[key].requires_grad]
+        missing = [
+            key for key in load_result.missing_keys if key in parameters and parameters[key].requires_grad
+        ]
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} of the weights that are trained, the first is {missing[0]}. "

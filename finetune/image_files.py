@@ -13,6 +13,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class ImageFile:
         self.name = describe(value)
         self.options = options
         data = self._data = open_bytes(value, options.folder, self.name)
-        self._image = _guarded(self.name, lambda: Image.open(data))
+        self._image = _guarded(self.name, lambda: Image.open(data, formats=_formats()))
         width, height = self._image.size
         if options.max_pixels is not None and width * height > options.max_pixels:
             self._image.close()
@@ -123,6 +124,13 @@ def open_image(value: Any, options: ImageOptions) -> Picture:
     """
     file = ImageFile(value, options)
     return Picture("image", (file.size,), lambda: [file.decode()], digest=file.digest)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Every format that Pillow decodes by itself: for EPS it starts Ghostscript, which runs what the file says."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _guarded(name: str, action: Any) -> Any:

@@ -12,6 +12,8 @@ import re
 
 _SINGLE_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'")
 _DOUBLE_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_LONGEST_LINE = 10**6  # characters
+_AROUND = 50  # characters shown on either side of a place in a longer line
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "NaN": "null"}
 
 
@@ -38,10 +40,15 @@ def explain(text: str, error: json.JSONDecodeError, *, first_line: int = 1) -> s
     position, found, expected = _diagnosis(text, error)
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
-    line = text[start : len(text) if end < 0 else end]
+    end = len(text) if end < 0 else end
     number = first_line + text.count("\n", 0, position)
-    shown = line.strip()
     message = f"line {number}, column {position - start + 1}: found {found}, expected {expected}."
+    if end - start > _LONGEST_LINE:  # nobody reads it, and correcting it takes minutes
+        return (
+            f"{message}\n  found there: {text[max(start, position - _AROUND) : min(end, position + _AROUND)]}"
+        )
+    line = text[start:end]
+    shown = line.strip()
     message += f"\n  found: {_cut(shown)}"
     comma = (
         position - start - (len(line) - len(line.lstrip())) if text[position : position + 1] == "," else None
@@ -67,8 +74,8 @@ def _diagnosis(text: str, error: json.JSONDecodeError) -> tuple[int, str, str]:
         return position, repr(here), "a comma between two items"
     if "control character" in error.msg:
         return position, "a line break or control character inside a text", "it to be written as \\n"
-    word = re.match(r"\w+", text[position:])
-    return position, repr(word.group()[:20] if word else here), _expected(error.msg)
+    word = re.match(r"\w+", text[position : position + 20])
+    return position, repr(word.group() if word else here), _expected(error.msg)
 
 
 def _expected(message: str) -> str:

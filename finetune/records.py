@@ -24,6 +24,7 @@ _PART_SOURCES = {
     "image": ("image", "path", "url", "image_url", "data", "base64"),
     "video": ("video", "path", "url", "video_url"),
 }
+_LONGEST_TEXT = 10**7  # characters; a million tokens have fewer
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,12 @@ def _read_part(part: Any, number: int, media: MediaReader) -> list[Part | Source
 
 
 def _read_text(text: str, number: int, media: MediaReader) -> list[Part | Source]:
+    if len(text) > _LONGEST_TEXT:
+        raise RowError(
+            "form",
+            f"turn {number}: a text of {len(text)} characters, expected at most {_LONGEST_TEXT}. No model reads that "
+            "much; split it, or look for a line break that is missing.",
+        )
     parts: list[Part | Source] = []
     position = 0
     for mark in MARKS.finditer(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 OVER_LONG = "over-long"
+_BEGINNING, _END = 3000, 1000  # characters of a message that are shown when a row's value has made it longer
 
 
 class RowError(ValueError):
@@ -13,6 +14,8 @@ class RowError(ValueError):
     """
 
     def __init__(self, kind: str, message: str) -> None:
+        if len(message) > _BEGINNING + _END:
+            message = f"{message[:_BEGINNING]} ... {message[-_END:]}"
         super().__init__(message)
         self.kind = kind
 

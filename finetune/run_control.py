@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from arguments import TrainingArguments
 from checkpointing import CheckpointError
+from fault_handling import is_out_of_memory, memory_advice
 from hardware import process_rank
 from rank_watch import LOG_ONLY, RankWatch
 from run_folder import LOGS
@@ -54,6 +55,7 @@ class RunControl:
     def __init__(self) -> None:
         self.exit_code = 0
         self.watch: RankWatch | None = None
+        self._training: TrainingArguments | None = None
         self._log: IO[str] | None = None
         self._screen = sys.stderr
         refuse_pickles()
@@ -65,6 +67,7 @@ class RunControl:
 
         The log of every rank holds all that rank 0 shows on the screen.
         """
+        self._training = training
         folder = Path(training.output_dir) / LOGS
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / f"rank{process_rank()}.log", encoding="utf-8")
@@ -99,6 +102,12 @@ class RunControl:
             self._show(f"error: {error}")
             if isinstance(error, CheckpointError):
                 error.clean_up()
+        except RuntimeError as error:
+            # While training the trainer knows more; this is about loading the model, or putting it on a GPU.
+            if self._training is None or not is_out_of_memory(error):
+                raise
+            self.exit_code = 1
+            self._show(f"error: {memory_advice(error, self._training, None, ())}")
         except KeyboardInterrupt:
             self.exit_code = _INTERRUPTED
             self._show("Interrupted before training began; there is nothing to save.")
@@ -174,7 +183,9 @@ class _Screen(logging.StreamHandler):
 class StepLog(TrainerCallback):
     """Every line of numbers also goes to the process's log."""
 
-    def on_log(self, args: object, state: object, control: object, logs: object = None, **kwargs: object) -> None:
+    def on_log(
+        self, args: object, state: object, control: object, logs: object = None, **kwargs: object
+    ) -> None:
         logging.getLogger(LOG_ONLY).info("step %s: %s", getattr(state, "global_step", "?"), logs)
 
 

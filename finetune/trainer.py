@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from generations import Generation
@@ -80,6 +81,18 @@ class CPMTrainer(GuardedTrainer):
             window=args.packing_window,
             seed=seed,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Make Trainer's loader, and let the epoch's number reach the sampler in a run that is continued.
+
+        accelerate's loader passes the number on to the sampler of a batch sampler, or of one wrapped once.
+        Beside other processes, and with the first batches of an epoch left out, ours is wrapped twice: the
+        rows would come in the order of epoch 0 (accelerate 1.15, ``DataLoaderShard.set_epoch``).
+        """
+        loader = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.sampler = loader.batch_sampler.batch_sampler.sampler
+        return loader
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         order = _order(eval_dataset.rows, seed=self.args.seed, shuffle=False)
@@ -169,7 +182,7 @@ class CPMTrainer(GuardedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Add one batch to the sums of the evaluation."""
-        self.watch.mark("evaluating a batch")
+        self.evaluates_batch(inputs)
         inputs = self._prepare_inputs(dict(inputs))
         _take_rows(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -6,6 +6,7 @@
     {"raise": [rank, step]}                   an error of the program's
     {"bad_row": [rank, step]}                 an error of the user's
     {"memory": [rank, step]}                  more memory asked for than there is
+    {"memory_in": "loading" or "evaluating"}  ... elsewhere
     {"nan": [rank, first, last]}              losses that are NaN in these steps
     {"kill": [rank, step]}                    the process kills itself
     {"kill_in_save": [rank, step]}            ... while it writes that step's checkpoint
@@ -29,6 +30,7 @@ import torch
 
 import finetune
 import guarded_trainer
+import loading
 from guarded_trainer import GuardedTrainer
 from run_control import RunControl
 
@@ -95,6 +97,11 @@ class Probed(GuardedTrainer):
         batches.append({"slices": slices, "parameters": len(found), "without": without, "rows": rows})
         return loss
 
+    def evaluates_batch(self, inputs):
+        super().evaluates_batch(inputs)
+        if FAULTS.get("memory_in") == "evaluating":
+            torch.empty(10**15)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         if planted("kill_in_save", self.state.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -105,8 +112,14 @@ class Probed(GuardedTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
+def more_memory_than_there_is(*_, **__):
+    torch.empty(10**15)
+
+
 def main():
     guarded_trainer.GuardedTrainer = Probed
+    if FAULTS.get("memory_in") == "loading":
+        loading.load_model = more_memory_than_there_is
     command_lines = json.loads(sys.argv[-1]) if FAULTS.get("several") else [sys.argv[1:]]
     for argv in command_lines:
         control = RunControl()

@@ -9,6 +9,7 @@ command; it prints a line per fault, and ends with code 1 when a weight differs.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -71,6 +72,14 @@ class Soak:
         steps = [line.partition("log_only: step ")[2].partition(":")[0] for line in lines if "'loss'" in line]
         return int(steps[-1]) if steps else 0
 
+    def difference_so_far(self, whole):
+        """The first step whose numbers are not those of the undisturbed run, as its last checkpoint has them."""
+        state = self.output / f"checkpoint-{self.last()}" / output_folder.STATE_FILE
+        if not state.is_file():
+            return None
+        pairs = zip(numbers(json.loads(state.read_text())["log_history"]), whole, strict=False)
+        return next((found[0] for found, expected in pairs if found != expected), None)
+
     def last(self):
         checkpoint = output_folder.look(self.output).last_checkpoint
         return 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
@@ -120,7 +129,9 @@ class Soak:
     def cut_image(self, run):
         """An image is damaged; the run goes on without it. Then it is repaired, and what was learned is undone."""
         before, path = self.last(), self.random.choice(self.images)
-        whole = path.read_bytes()
+        whole, kept = path.read_bytes(), self.folder / "kept"
+        if before:
+            shutil.copytree(self.output / f"checkpoint-{before}", kept)
         path.write_bytes(whole[: len(whole) // 2])
         self.wait_past(run, min(self.step() + 2 * SAVE_STEPS, self.steps - 1))
         self.kill_all(run)
@@ -129,6 +140,9 @@ class Soak:
         for step, checkpoint in output_folder.checkpoints(self.output):
             if step > before:
                 shutil.rmtree(checkpoint)
+        if before:
+            shutil.rmtree(self.output / f"checkpoint-{before}", ignore_errors=True)
+            shutil.move(kept, self.output / f"checkpoint-{before}")
 
     def cut_checkpoint(self, run):
         """The machine stops, and the last checkpoint's largest file loses its end."""
@@ -169,6 +183,9 @@ def small_disk(path):
     mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
         yield mounted
+    except AssertionError:
+        shutil.copytree(path, path.with_name("found"))
+        raise
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(path)], check=False)
@@ -179,6 +196,10 @@ def undisturbed(folder, flags):
     code, printed = LiveRun([*flags, "--output_dir", str(folder / "whole")], processes=2).end(limit=8 * LIMIT)
     assert code == 0, printed[-5000:]
     return time.monotonic() - since
+
+
+def numbers(history):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in history if "loss" in line]
 
 
 def difference(one, other):
@@ -204,12 +225,15 @@ def soak(folder, options):
             say("no file system can be mounted here, so the disk is not filled")
         faults = [names[number % len(names)] for number in range(options.faults)]
         run.random.shuffle(faults)
+        whole = numbers(runs.losses(folder / "whole"))
         for number, name in enumerate(faults, start=1):
             say(f"{number:3}. {run.suffer(name)}")
+            step = run.difference_so_far(whole)
+            assert step is None, f"step {step} is not that of the undisturbed run"
         run.finish()
         found, tensors = difference(folder / "whole", run.output)
-        same = runs.losses(folder / "whole")[-1]["loss"] == runs.losses(run.output)[-1]["loss"]
-    say(f"after {options.faults} faults: largest difference of {tensors} tensors {found}; last losses equal: {same}")
+        same = numbers(runs.losses(run.output)) == whole
+    say(f"after {options.faults} faults: largest difference of {tensors} tensors {found}; all losses equal: {same}")
     return 0 if found == 0 and same else 1
 
 

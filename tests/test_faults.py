@@ -137,6 +137,31 @@ def test_memory_that_runs_out_is_told_with_the_batch_and_what_would_help(small, 
     assert "\n  4." not in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "batch"), [("loading", False), ("evaluating", True)])
+def test_memory_that_runs_out_elsewhere_is_told_too(small, tmp_path, where, batch):
+    flags = ("--eval_data_path", small[1], "--eval_strategy", "steps", "--eval_steps", 1)
+    code, printed = start(small, tmp_path / "out", {"memory_in": where}, *flags).end()
+    assert code == 1
+    assert "Traceback" not in printed
+    assert len(lines_about(printed, "error: Out of memory")) == 1
+    assert ("The batch has 8 x " in printed) == batch
+    assert "\n  3. " in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_every_library_is_heard_when_memory_runs_out(text):
+    assert fault_handling.is_out_of_memory(RuntimeError(text))
+    assert not fault_handling.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
 def test_advice_on_memory_is_about_what_is_not_set_yet(tmp_path):
     training = TrainingArguments(
         output_dir=str(tmp_path), activation_checkpointing=True, per_device_train_batch_size=1, use_lora=True,

@@ -21,13 +21,13 @@ from checkpointing import CheckpointError, CheckpointWriter, RunShape, check_con
 from live_runs import LORA, STAGES, LiveRun, finish
 from stop_request import command_to_continue
 
-STEPS = 6
+STEPS = 8
 SHAPE = RunShape(2, 4, 100, 0, "weights", "--seed 7")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A checkpoint, and seven rows: with two processes an epoch is four steps, so that 2 is inside of one."""
+    """A checkpoint, and seven rows: with two processes an epoch is four steps, and 6 is inside the second."""
     folder = tmp_path_factory.mktemp("resume")
     return live_runs.tiny(folder / "model"), live_runs.uneven_rows(folder / "data")
 
@@ -63,8 +63,11 @@ def interrupted_at(step, whole, folder):
     return folder
 
 
-def check_resume(small, tmp_path, *flags, processes, at=(2, 4)):
-    """A run, and the same from its checkpoints inside and at the end of an epoch."""
+def check_resume(small, tmp_path, *flags, processes, at=(4, 6)):
+    """A run, and the same from its checkpoints at the end of an epoch and inside the second one.
+
+    Inside the first, a wrong order of rows would not be seen: it would be that of the first epoch.
+    """
     finish(arguments(small, tmp_path / "whole", *flags), processes=processes)
     for step in at:
         output = interrupted_at(step, tmp_path / "whole", tmp_path / f"from-{step}")
@@ -77,14 +80,14 @@ def test_one_process_with_adapters_and_dropout_continues_exactly(small, tmp_path
     flags = (*LORA, "--lora_dropout", 0.2, "--gradient_accumulation_steps", 2)
     finish(arguments(small, tmp_path / "whole", *flags))
     output = tmp_path / "out"
-    path = tmp_path / "whole" / "checkpoint-2"
+    path = tmp_path / "whole" / "checkpoint-6"
     finish(arguments(small, output, *flags, "--resume_from_checkpoint", path))
     assert_same_run(output, tmp_path / "whole")
-    assert output_folder.look(output).last_checkpoint == output / "checkpoint-6"
+    assert output_folder.look(output).last_checkpoint == output / "checkpoint-8"
 
 
 def test_zero_2_on_two_processes_continues_exactly(small, tmp_path):
-    check_resume(small, tmp_path, *STAGES["zero2"], processes=2, at=(2,))
+    check_resume(small, tmp_path, *STAGES["zero2"], processes=2, at=(6,))
 
 
 @pytest.mark.slow
@@ -105,13 +108,13 @@ def test_bf16_continues_exactly(small, tmp_path, flags):
 @pytest.mark.parametrize("generation", ["v2", "v4_5", "v4_6"])
 def test_other_generations_continue_exactly(tmp_path, generation):
     small = live_runs.tiny(tmp_path / "model", generation), live_runs.uneven_rows(tmp_path / "data")
-    check_resume(small, tmp_path, processes=0, at=(2,))
+    check_resume(small, tmp_path, processes=0, at=(6,))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [("--packing", "true"), ("--group_by_length", "true")])
 def test_other_orders_of_rows_continue_exactly(small, tmp_path, more):
-    check_resume(small, tmp_path, *more, "--max_steps", 4, processes=2, at=(2,))
+    check_resume(small, tmp_path, *more, processes=2, at=(6,))
 
 
 @pytest.mark.slow
