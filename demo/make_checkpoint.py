@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 from draw_pictures import sentences  # noqa: E402
 from generations import GENERATIONS, Generation  # noqa: E402
+from model_classes import class_and_config  # noqa: E402
 from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model  # noqa: E402
 
 Json = dict[str, Any]
@@ -108,8 +109,8 @@ def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, i
     special = SPECIAL_TOKENS[row.name]
     text = [*sentences(), *_PROMPT_WORDS]
     settings = _read(layout / "tokenizer_config.json")
-    if row.prompt == "minicpm":
-        content = sentencepiece_model(text, special)
+    if row.tokenizer == "sentencepiece":
+        content = sentencepiece_model(text, special, dummy_prefix=row.prompt == "minicpm")
         (folder / "tokenizer.model").write_bytes(content)
         pieces = _pieces(content)
         ids = {piece: index for index, piece in enumerate(pieces)}
@@ -124,7 +125,8 @@ def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, i
     else:
         if template.is_file():
             settings["chat_template"] = template.read_text(encoding="utf-8")
-        settings["added_tokens_decoder"] = {str(ids[token]): _added(token) for token in special}
+        if not row.special_tokens:  # else the released file lists none
+            settings["added_tokens_decoder"] = {str(ids[token]): _added(token) for token in special}
         names = {
             key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)
         }
@@ -238,21 +240,16 @@ def _auto_map_of(folder: Path) -> list[str]:
 
 def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: str) -> None:
     torch.manual_seed(seed)
+    kind, config = class_and_config(folder, row)
+    model = kind(config)
     if row.native:
-        from transformers import AutoConfig
-
-        from native import native_class
-
-        model = native_class(row)(AutoConfig.from_pretrained(folder))
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return
-    from configuration_minicpmv import MiniCPMVConfig
-    from modeling_minicpmv import MiniCPMV
-
-    model = MiniCPMV(MiniCPMVConfig.from_folder(folder))
     model.config.name_or_path = ""
     if row.vision == "siglip":
         _smooth_positions(model.vpm.embeddings.position_embedding.weight)
+    elif row.vision == "clip":
+        _smooth_positions(model.vit.tower.embeddings.position_embedding.weight[1:])
     tensors = model.state_dict()
     if row.name == "o2_6":
         speech = ("apm.conv1.weight", "audio_projection_layer.linear1.weight", "tts.emb_text.weight")
@@ -262,15 +259,16 @@ def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: 
 
 @torch.no_grad()
 def _smooth_positions(table: torch.Tensor) -> None:
-    """Fill a [70 * 70, width] position table with low-frequency waves, so that neighbours are alike.
+    """Fill a [side * side, width] position table with low-frequency waves, so that neighbours are alike.
 
     Trained tables are smooth; with independent random rows a small model takes far longer to tell places
     (one run each, 1600 pictures: 26 % of nine places right, against 10 %).
     """
     waves = torch.arange(1, table.shape[1] // 4 + 1)
-    angles = (torch.arange(70)[:, None] + 0.5) / 70 * torch.pi * waves
+    count = round(table.shape[0] ** 0.5)
+    angles = (torch.arange(count)[:, None] + 0.5) / count * torch.pi * waves
     side = torch.cos(angles) / (0.5 + waves / 2)
-    rows, columns = side[:, None].expand(70, 70, -1), side[None].expand(70, 70, -1)
+    rows, columns = side[:, None].expand(count, count, -1), side[None].expand(count, count, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     mixed = grid @ torch.randn(grid.shape[1], table.shape[1])
     table.copy_(0.7 * mixed / mixed.std())

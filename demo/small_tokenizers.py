@@ -1,8 +1,8 @@
 """Small tokenizers, trained on the spot, with the special tokens of the released ones.
 
 Three kinds: byte-level BPE (2.5, 2.6, o-2.6, 4.5 and later), BPE with byte fallback in a tokenizer.json
-(V-4), and a SentencePiece tokenizer.model (V-2). Any text can be encoded: what was not in the training
-sentences becomes bytes.
+(V-4), and a SentencePiece tokenizer.model (V-2, InternLM-XComposer2). Any text can be encoded: what was
+not in the training sentences becomes bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _GPT_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _V2_MARKERS = ("<用户>", "<AI>", "\n")
+_XC2_MARKS = ["[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"]
 
 # The special tokens of the released tokenizers, in the order of their ids.
 _IMAGE = ["<image>", "</image>"]
@@ -65,6 +66,9 @@ SPECIAL_TOKENS = {
     "v4_5": [*_CHATML, *_THINK, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID],
     "v4_6": _NATIVE,
     "v4_7": _NATIVE,
+    "xc2_7b": _XC2_MARKS,
+    "xc2_vl_7b": _XC2_MARKS,
+    "xc2_4khd_7b": _XC2_MARKS,
 }  # fmt: skip
 PLAIN_TOKENS = (*_V4_WORDS, *_THINK)  # listed in the released files, but no special tokens there
 
@@ -147,12 +151,16 @@ def byte_fallback(
     return tokenizer
 
 
-def sentencepiece_model(sentences: Sequence[str], special: Sequence[str]) -> bytes:
-    """Train the tokenizer.model of V-2: ``<unk> <s> </s>``, then its own markers, then pieces.
+def sentencepiece_model(
+    sentences: Sequence[str], special: Sequence[str], *, dummy_prefix: bool = True
+) -> bytes:
+    """Train a tokenizer.model: ``<unk> <s> </s>``, then markers, then pieces.
 
     Args:
         sentences: What to train on.
         special: The special tokens behind the first three.
+        dummy_prefix: As in V-2: a space is put in front of every text, and V-2's markers are pieces. False
+            for InternLM-XComposer2.
 
     Returns:
         The content of the file.
@@ -168,7 +176,8 @@ def sentencepiece_model(sentences: Sequence[str], special: Sequence[str]) -> byt
         eos_id=2,
         pad_id=-1,
         byte_fallback=True,
-        user_defined_symbols=[*special, *_V2_MARKERS],
+        user_defined_symbols=[*special, *(_V2_MARKERS if dummy_prefix else ())],
+        add_dummy_prefix=dummy_prefix,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,

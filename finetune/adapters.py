@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from generations import Generation
 from initial_adapter import remember_start
 from loss import LMHead
-from options import LoraArguments
+from options import OFFICIAL_LORA_TARGETS, LoraArguments
 from safe_loading import reading
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def add_adapter(
     saved = lora.modules_to_save
     if saved is None:
         saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
+        saved = [name for name in saved if _is_module(model, name)]  # a bare parameter can't be saved so
     _check_modules_to_save(model, saved)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
@@ -70,6 +71,7 @@ def add_adapter(
         # Where the output layer is the embeddings' transpose, both have to be what is trained.
         ensure_weight_tying=tied and bool(saved),
     )
+    _freeze_base(model)
     with _layers_reachable(model):
         wrapped = get_peft_model(model, config)
     _restore_output_layer(wrapped)
@@ -91,6 +93,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     """
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder}: no adapter_config.json. Expected the folder that a LoRA run wrote.")
+    _freeze_base(model)
     try:
         with _layers_reachable(model), reading(folder):
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
@@ -102,6 +105,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     return wrapped
 
 
+def _freeze_base(model: PreTrainedModel) -> None:
+    """Freeze all weights; PEFT freezes only those without "lora_" in their names, and so no partial LoRA (0.21)."""
+    model.requires_grad_(False)
+
+
 def _restore_output_layer(wrapped: PeftModel) -> None:
     """Give copies of the output layer their loss-making forward back; PEFT ties plain layers (0.21)."""
     for module in wrapped.modules():
@@ -111,8 +119,12 @@ def _restore_output_layer(wrapped: PeftModel) -> None:
 
 
 def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:
-    """The official default: token embeddings, the resampler, and the vision tower when it is tuned."""
-    parts = ["embeddings"] + ["resampler"] * resampler + ["vision"] * vision
+    """The official default: token embeddings, the resampler, and the vision tower when it is tuned.
+
+    InternLM-XComposer2's embeddings are not trained beside an adapter.
+    """
+    tuned = {"embeddings": True, "resampler": resampler, "vision": vision}
+    parts = [part for part in generation.adapter_parts if tuned[part]]
     # The last part of the name: it is what the official adapters say, and PEFT matches by suffix. "merger"
     # alone would also match the vit_merger inside 4.6's and 4.7's vision tower, so those keep two parts.
     kept = 2 if generation.native else 1
@@ -169,7 +181,10 @@ def translated_pattern(pattern: str, generation: Generation) -> str:
     """
     llm = re.escape(generation.modules["llm"][0])
     if pattern == ALL_LINEAR:
-        return rf"{llm}\.(model\.)?layers\.\d+\..+"
+        inner = "|".join(generation.exact)
+        return rf"{llm}\.(model\.)?layers\.\d+\." + (rf"(?!.*({inner})).+" if inner else ".+")
+    if pattern == OFFICIAL_LORA_TARGETS and generation.lora_targets:
+        return generation.lora_targets
     if generation.native:
         translated = re.sub(r"^llm\\?\.", lambda _: rf"{llm}\.", pattern)
         return re.sub(r"^vpm\\?\.", lambda _: rf"{re.escape(generation.modules['vision'][0])}\.", translated)
@@ -191,13 +206,16 @@ def _summary(names: list[str]) -> str:
 
 
 def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
-    modules = [name for name, _ in model.named_modules()]
     for name in names:
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+        if not _is_module(model, name):
             raise AdapterError(
                 f"--lora_modules_to_save {name}: the model has no module of that name. Names are like resampler, "
                 "embed_tokens, vpm, lm_head; none for a plain adapter."
             )
+
+
+def _is_module(model: nn.Module, name: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class ChatMixin:
 def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool, **given: Any) -> Sample:
     from chat_messages import as_one_video, read_messages
 
-    turns, pictures = read_messages(msgs, **given)
+    turns, pictures = read_messages(msgs, joined_by=processing.generation.image_end, **given)
     if times is None:
         return processing.encode_prompt(turns, pictures, thinking=thinking)
     turns, video = as_one_video(turns, pictures, times)

@@ -139,7 +139,7 @@ class Conversation:
         from decoding import TextPieces, answer, stop_ids
 
         asked = [*self.messages, {"role": "user", "content": [*self.shown, question]}]
-        turns, pictures = read_messages(asked)
+        turns, pictures = read_messages(asked, joined_by=self.processing.generation.image_end)
         sample = self.processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
         options = generation_options(self.values)
         streams = options.get("num_beams", 1) == 1

@@ -22,7 +22,11 @@ class MessageError(ValueError):
 
 
 def read_messages(
-    msgs: str | Sequence[Mapping[str, Any]], *, image: Image.Image | None = None, system_prompt: str = ""
+    msgs: str | Sequence[Mapping[str, Any]],
+    *,
+    image: Image.Image | None = None,
+    system_prompt: str = "",
+    joined_by: str = "\n",
 ) -> tuple[list[Turn], list[Image.Image | Picture]]:
     """Read a conversation whose last message is the user's.
 
@@ -30,6 +34,7 @@ def read_messages(
         msgs: The messages, or their JSON.
         image: Stands in front of the first user message; None when the images are in the messages.
         system_prompt: Stands before all messages; empty for none.
+        joined_by: What stands between the parts of a message; ``Generation.image_end``.
 
     Returns:
         The turns, and the pictures in the order of the text; images in mode RGB.
@@ -57,7 +62,7 @@ def read_messages(
             )
         if image is not None and role == "user":
             content, image = _with_image(content, image, number), None
-        turns.append(Turn(role, tuple(_parts(content, pictures, number))))
+        turns.append(Turn(role, tuple(_parts(content, pictures, number, joined_by))))
     _check_order(turns)
     return turns, pictures
 
@@ -131,11 +136,13 @@ def _with_image(content: Any, image: Image.Image, number: int) -> list[Any]:
     return [image, *content]
 
 
-def _parts(content: Any, pictures: list[Image.Image | Picture], number: int) -> list[Part]:
+def _parts(
+    content: Any, pictures: list[Image.Image | Picture], number: int, joined_by: str
+) -> list[Part]:
     parts: list[Part] = []
     for item in content if isinstance(content, (list, tuple)) else [content]:
-        if parts:
-            parts.append("\n")
+        if parts and joined_by:
+            parts.append(joined_by)
         if isinstance(item, str):
             parts.append(item)
         elif isinstance(item, (Image.Image, Picture)):

@@ -2,8 +2,8 @@
 
 Nothing here runs code from the checkpoint. The tokenizers are loaded as plain fast tokenizers from
 ``tokenizer.json``, because the released remote classes lose their pre-tokenizer (2.6 and later) or
-rebuild their normaliser (Llama-based ones) on transformers 5. MiniCPM-V 2.0 has no ``tokenizer.json``;
-``sentencepiece_tokenizer.py`` builds its tokenizer from ``tokenizer.model``.
+rebuild their normaliser (Llama-based ones) on transformers 5. MiniCPM-V 2.0 and InternLM-XComposer2 have no
+``tokenizer.json``; ``sentencepiece_tokenizer.py`` builds their tokenizers from ``tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from generations import Generation
+from generations import Generation, detect_generation
 from sentencepiece_tokenizer import build_tokenizer
+from weights import has_weights, tensor_names
 
 # What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not
 # get.
@@ -41,13 +42,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: found no config.json, expected a MiniCPM-V checkpoint. "
+            f"{folder}: found no config.json, expected a checkpoint. "
             "Give --model_name_or_path the folder that holds config.json, or a hub id."
         )
     config = _read_json(path)
     if "model_type" not in config:
         raise CheckpointError(
-            f"{path}: found no model_type, expected the config of a MiniCPM-V checkpoint. "
+            f"{path}: found no model_type, expected the config of a checkpoint. "
             "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
         )
     return config
@@ -65,12 +66,21 @@ def added_tokens(folder: str | Path) -> list[str]:
     return [entry["content"] for entry in decoder.values()]
 
 
+def read_generation(folder: str | Path) -> Generation:
+    """Tell the generation of a checkpoint folder from its files; see ``generations.detect_generation``."""
+    config = read_config(folder)
+    # 4khd is known by its weights as well; no other generation needs them read for this.
+    by_weights = config["model_type"] == "internlm" and has_weights(Path(folder))
+    tensors = tensor_names(Path(folder)) if by_weights else ()
+    return detect_generation(config, added_tokens(folder), tensors)
+
+
 def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
     """Load a checkpoint's tokenizer as a plain fast tokenizer.
 
     Args:
         folder: The checkpoint folder.
-        generation: The checkpoint's generation; V-2 is built from ``tokenizer.model``.
+        generation: The checkpoint's generation; it says whether there is a ``tokenizer.json``.
 
     Returns:
         The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
@@ -82,9 +92,10 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     settings = read_settings(folder, "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder", {})
     settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
-    settings["chat_template"] = _chat_template(folder, settings)
-    if generation.prompt == "minicpm":
+    settings["chat_template"] = _chat_template(folder, settings) or generation.chat_template
+    if generation.tokenizer == "sentencepiece":
         special = [entry["content"] for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        special += [token for token in generation.special_tokens if token not in special]
         backend = build_tokenizer(
             _existing(folder / "tokenizer.model"),
             special_tokens=special,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,15 @@ from checkpoint import read_settings
 from generations import Generation
 from placeholders import PlaceholderStyle
 from slicing import Rules, SliceRules
+from xcomposer2_files import PATCH, position_rows, square_side
+from xcomposer2_slicing import SquareRules, TileRules, TileStyle
+
+logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
+
+# 4khd's tiles when nothing says how many: what it was trained with ("HD-25", arXiv:2404.06512).
+DEFAULT_TILES = 25
 
 
 class RulesError(ValueError):
@@ -35,39 +43,60 @@ class ImageRules:
     video_settings: Settings
 
 
-def read_rules(
-    folder: Path,
-    config: Settings,
-    generation: Generation,
-    *,
-    max_slice_nums: int | None,
-    downsample_mode: str | None,
-) -> ImageRules:
+@dataclass(frozen=True)
+class ImageWishes:
+    """What the user wants of the rules; the names are those of the flags. None: as the checkpoint says.
+
+    Attributes:
+        max_slice_nums: Most slices an image is cut into.
+        downsample_mode: ``16x`` or ``4x``, for 4.6 and 4.7.
+        img_size: Side of the square that InternLM-XComposer2 sees, in pixels; for 4khd of no meaning.
+        hd_num: Most tiles of 4khd, in the place of ``max_slice_nums``; -1 for the models without tiles.
+    """
+
+    max_slice_nums: int | None = None
+    downsample_mode: str | None = None
+    img_size: int | None = None
+    hd_num: int | None = None
+
+
+def read_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
     """Read the rules; what the released processor is configured with goes before the model's config.
 
     Args:
         folder: The checkpoint folder.
         config: Its config.json.
         generation: Its generation.
-        max_slice_nums: The user's limit of slices; ``None`` takes the checkpoint's own.
-        downsample_mode: ``16x`` or ``4x``, for 4.6 and 4.7; ``None`` takes the checkpoint's own.
+        wishes: What the user wants.
 
     Raises:
         RulesError: When an option does not fit the checkpoint.
     """
-    if max_slice_nums is not None and max_slice_nums < 1:
+    if wishes.max_slice_nums is not None and wishes.max_slice_nums < 1:
         raise RulesError(
-            f"--max_slice_nums: found {max_slice_nums}, expected at least 1. Use 1 to never cut images."
+            f"--max_slice_nums: found {wishes.max_slice_nums}, expected at least 1. Use 1 to never cut images."
         )
-    if generation.native:
-        return _native_rules(folder, config, max_slice_nums, downsample_mode)
-    if downsample_mode is not None:
+    if generation.layout != "native" and wishes.downsample_mode is not None:
         raise RulesError(
             f"--downsample_mode: {generation.title} has none, expected MiniCPM-V 4.6 or 4.7. Leave it out."
         )
+    if generation.family != "xcomposer2":
+        _refuse_xcomposer2_wishes(generation, wishes)
+    return _READERS[generation.layout](folder, config, generation, wishes)
+
+
+def _refuse_xcomposer2_wishes(generation: Generation, wishes: ImageWishes) -> None:
+    for flag, instead in (("img_size", "Leave it out"), ("hd_num", "Use --max_slice_nums")):
+        if getattr(wishes, flag) is not None:
+            raise RulesError(
+                f"--{flag}: {generation.title} has none, expected InternLM-XComposer2. {instead}."
+            )
+
+
+def _slice_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
     settings = read_settings(folder, "preprocessor_config.json")
     rules = SliceRules(
-        max_slice_nums=_slice_limit(max_slice_nums, settings, config, default=1),
+        max_slice_nums=_slice_limit(wishes.max_slice_nums, settings, config, default=1),
         scale_resolution=int(settings.get("scale_resolution") or config.get("scale_resolution", 448)),
         patch_size=config.get("patch_size", 14),
     )
@@ -77,19 +106,17 @@ def read_rules(
     return ImageRules(rules, style, None, {})
 
 
-def _native_rules(
-    folder: Path, config: Settings, max_slice_nums: int | None, downsample_mode: str | None
-) -> ImageRules:
+def _native_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
     # Imported here: it brings in transformers' model package, which the other generations don't need.
     from native_slicing import PATCHES_PER_TOKEN, NativeSliceRules
 
     processor = read_settings(folder, "processor_config.json")
     settings = processor.get("image_processor", {})
-    mode = downsample_mode or settings.get("downsample_mode") or config.get("downsample_mode", "16x")
+    mode = wishes.downsample_mode or settings.get("downsample_mode") or config.get("downsample_mode", "16x")
     if mode not in PATCHES_PER_TOKEN:
         raise RulesError(f"--downsample_mode: found {mode!r}, expected 16x or 4x. Choose one of the two.")
     rules = NativeSliceRules(
-        max_slice_nums=_slice_limit(max_slice_nums, settings, config, default=9),
+        max_slice_nums=_slice_limit(wishes.max_slice_nums, settings, config, default=9),
         scale_resolution=settings.get("scale_resolution", 448),
         patch_size=settings.get("patch_size", 14),
         downsample_mode=mode,
@@ -106,6 +133,40 @@ def _native_rules(
         frame_separator="",
     )
     return ImageRules(rules, style, mode, processor.get("video_processor", {}))
+
+
+def _square_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+    side = square_side(config, tiles=False, positions=position_rows(folder))
+    pixels = side * PATCH
+    if wishes.img_size not in (None, pixels):
+        raise RulesError(
+            f"--img_size: found {wishes.img_size}, expected {pixels}, which is what this checkpoint "
+            f"({generation.title}) sees. Use --img_size {pixels}, or leave it out."
+        )
+    if wishes.hd_num not in (None, -1):
+        raise RulesError(
+            f"--hd_num: found {wishes.hd_num}, expected -1: {generation.title} does not cut images. Use --hd_num -1, "
+            "or an internlm-xcomposer2-4khd-7b checkpoint."
+        )
+    style = PlaceholderStyle(query_num=side * side, image_ids=False, slice_tag="")
+    return ImageRules(SquareRules(side), style, None, {})
+
+
+def _tile_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+    side = square_side(config, tiles=True, positions=position_rows(folder))
+    if wishes.hd_num is not None and wishes.hd_num < 1:
+        raise RulesError(
+            f"--hd_num: found {wishes.hd_num}, expected at least 1: {generation.title} cuts images into up to so many "
+            "tiles. Use for example --hd_num 16."
+        )
+    if wishes.img_size is not None:
+        logger.info("--img_size has no meaning for %s: its tiles have %d pixels.", generation.title, side * PATCH)
+    tiles = wishes.hd_num if wishes.hd_num is not None else wishes.max_slice_nums
+    rules = TileRules(side, max_slice_nums=DEFAULT_TILES if tiles is None else tiles)
+    return ImageRules(rules, TileStyle(image_ids=False, slice_tag="", query_num=0, side=side), None, {})
+
+
+_READERS = {"slices": _slice_rules, "native": _native_rules, "square": _square_rules, "tiles": _tile_rules}
 
 
 def _slice_limit(wish: int | None, settings: Settings, config: Settings, *, default: int) -> int:

@@ -6,15 +6,12 @@ back is the dictionary that was read, so that a saved checkpoint has the release
 
 from __future__ import annotations
 
-import copy
-import json
-from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
 from generations import Generation, detect_generation
+from released_format import ReleasedConfig
 
 # Top-level keys of the released config.json that belong to the LLM.
 _LLM_KEYS = (
@@ -28,12 +25,10 @@ _LLM_KEYS = (
 _VISION_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-class MiniCPMVConfig(PreTrainedConfig):
+class MiniCPMVConfig(ReleasedConfig):
     """Configuration of a MiniCPM-V checkpoint.
 
     Attributes:
-        released: The config.json as read.
-        generation: Its row in ``generations``.
         text_config: What the LLM's transformers class needs.
         vision_config: What the SigLIP tower needs; None in V-2.
         query_num: Q, tokens per placeholder.
@@ -42,50 +37,15 @@ class MiniCPMVConfig(PreTrainedConfig):
     model_type = "minicpmv"
 
     def __init__(self, released: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.released = copy.deepcopy(released or {})
-        self.hidden_size = self.released.get("hidden_size", 0)
+        super().__init__(released, **kwargs)
         self.query_num = self.released.get("query_num", 64)
-        self.tie_word_embeddings = bool(self.released.get("tie_word_embeddings", False))
         if self.released:
-            self.architectures = self.released.get("architectures")
             self.text_config = _llm_config(self.released, self.generation)
             self.vision_config = _vision_config(self.released, self.generation)
 
     @property
     def generation(self) -> Generation:
         return detect_generation(self.released)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> MiniCPMVConfig:
-        """Read ``folder``/config.json."""
-        config = cls(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-        config.name_or_path = str(folder)
-        return config
-
-    def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
-        return getattr(self, "text_config", self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The released keys, with ``torch_dtype`` and ``quantization_config`` saying what is stored now."""
-        content = copy.deepcopy(self.released)
-        quantization = getattr(self, "quantization_config", None)
-        if quantization is None:
-            content.pop("quantization_config", None)
-        elif "quantization_config" not in content:
-            content["quantization_config"] = quantization.to_dict()
-        dtype = getattr(self, "dtype", None)
-        if dtype is not None:
-            content["torch_dtype"] = str(dtype).removeprefix("torch.")
-        return content
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
-        """Write config.json with the released keys only."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
 
 
 def _llm_config(released: dict[str, Any], generation: Generation) -> PreTrainedConfig:
@@ -114,8 +74,3 @@ def _vision_config(released: dict[str, Any], generation: Generation) -> SiglipVi
         layer_norm_eps=content.get("layer_norm_eps", 1e-6),
         attention_dropout=content.get("attention_dropout", 0.0),
     )
-
-
-def storage_dtype(name: str | None) -> torch.dtype:
-    """The dtype that a config.json's ``torch_dtype`` names; float32 when it names none."""
-    return getattr(torch, name) if name else torch.float32

@@ -84,7 +84,7 @@ def _with(facts: RowFacts, **changes: Any) -> RowFacts:
 
 def _numbers(rows: SupervisedDataset, index: int, plan: Plan) -> tuple[int, ...]:
     encoded = plan.encoded
-    cells = [len(layout.tgt_sizes) for frames in plan.layouts for layout in frames]
+    cells = [layout.count for frames in plan.layouts for layout in frames]
     return (
         len(encoded.input_ids),
         sum(end - start for start, end in encoded.media_spans),
@@ -117,8 +117,8 @@ def _lengths(rows: SupervisedDataset, plan: Plan) -> tuple[int, ...]:
 
 def _tokens(layout: Layout, style: PlaceholderStyle, between_rows: int) -> int:
     """Tokens of an image's placeholder without its number; ``between_rows`` are those of a newline."""
-    pads = sum(style.token_count(size) + 2 for size in layout.tgt_sizes)
-    if layout.grid is None:
+    pads = sum(style.token_count(size) + style.tag_tokens for size in layout.tgt_sizes)
+    if layout.grid is None or not style.slice_tag:
         return pads
     newlines = (layout.grid.rows - 1) * between_rows
     return pads + newlines + 2 * (style.slice_tag == "image")

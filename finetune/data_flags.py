@@ -107,9 +107,24 @@ class DataFlags:
         },
     )
 
+    img_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "InternLM-XComposer2: side of the square that images are resized to, in pixels: 224 for 7b, 490 "
+            "for vl-7b. Default: the checkpoint's, which is the only right one. 4khd does not use it."
+        },
+    )
+    hd_num: int | None = field(
+        default=None,
+        metadata={
+            "help": "InternLM-XComposer2-4KHD: most tiles of 336 x 336 pixels that an image is cut into, in the "
+            "place of --max_slice_nums. -1 for 7b and vl-7b, which don't cut images."
+        },
+    )
+
     def processing_options(self) -> dict[str, Any]:
         """The keyword arguments of ``load_processing`` that these flags decide."""
-        names = ("enable_thinking", "train_on", "video_fps", "max_num_frames")
+        names = ("enable_thinking", "train_on", "video_fps", "max_num_frames", "img_size", "hd_num")
         return {name: getattr(self, name) for name in names}
 
     def data_options(self, model_max_length: int | None) -> DataOptions:

@@ -202,7 +202,7 @@ class SupervisedDataset(Dataset):
             RowError: When it is in no accepted form.
         """
         source, row = self.place(index)
-        return parse_row(self.sources[source].rows[row])
+        return parse_row(self.sources[source].rows[row], image_end=self.processing.generation.image_end)
 
     def pictures(self, index: int, sources: Sequence[Source]) -> list[Picture]:
         """Open a row's images and videos; decoding comes later.

@@ -1,4 +1,4 @@
-"""What differs between the MiniCPM-V generations, as data.
+"""What differs between the MiniCPM-V generations, and the models of InternLM-XComposer2, as data.
 
 One row per generation. Code elsewhere asks the row for a property (``generation.image_ids``) and
 never compares versions, so that adding a generation is adding a row.
@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2")
+LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2", "internlm2")
 
 
 # The parts of a model, in the order in which they are told apart.
@@ -28,6 +28,25 @@ _NATIVE_MODULES = {
     "embeddings": ("model.language_model.embed_tokens",),
     "llm": ("model.language_model", "lm_head"),
 }
+# 4khd's separators are parameters of the model itself; they go into the projector.
+_XCOMPOSER2_MODULES = {
+    "vision": ("vit",),
+    "resampler": ("vision_proj", "plora_glb_GN", "plora_sub_GN"),
+    "embeddings": ("model.tok_embeddings",),
+    "llm": ("model", "output"),
+}
+# InternLM2's ChatML with its own tokens; the released tokenizer has no template, its texts are stripped.
+_XCOMPOSER2_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '[UNUSED_TOKEN_146]' + message['role'] + '\\n' + message['content'] | trim + '[UNUSED_TOKEN_145]\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[UNUSED_TOKEN_146]assistant\\n' }}{% endif %}"
+)
+
+
+# config.json of 7b and vl-7b; 4khd has 16384.
+_XC2_MAX_LENGTH = 4096
+_XC2_SMALL_IMAGE = 224  # pixels: 7b; vl-7b has 490
 
 
 @dataclass(frozen=True)
@@ -53,8 +72,18 @@ class Generation:
         thinking: True when the template takes ``enable_thinking``.
         video: True when the generation was trained on video frames.
         temporal: True when frames are packed and carry ``temporal_ids``.
-        modules: Part -> names of the modules that hold it. A parameter belongs to the first part
-            one of whose names it starts with.
+        modules: Part -> names of the modules (or parameters) that hold it. A parameter belongs to the
+            first part one of whose names it starts with.
+        family: ``minicpmv`` or ``xcomposer2``: whose model class it is, unless ``native``.
+        layout: How images are cut: ``slices`` (2.0 to 4.5), ``native`` (transformers' rules), ``square``
+            (one square, the aspect not kept) or ``tiles`` (4khd).
+        tokenizer: ``json`` (tokenizer.json) or ``sentencepiece`` (tokenizer.model).
+        special_tokens: For SentencePiece tokenizers whose tokenizer_config.json does not list them.
+        chat_template: For checkpoints that bring none.
+        image_end: What follows an image that no placeholder mentions.
+        lora_targets: What the launchers' default of ``--lora_target_modules`` stands for; empty: itself.
+        adapter_parts: Parts that train in full beside an adapter, as far as they are tuned.
+        exact: Linear layers inside the LLM that are never quantised and get no adapter, by last name.
     """
 
     name: str
@@ -73,6 +102,28 @@ class Generation:
     video: bool = True
     temporal: bool = False
     modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
+    family: str = "minicpmv"
+    layout: str = "slices"
+    tokenizer: str = "json"
+    special_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None
+    image_end: str = "\n"
+    lora_targets: str = ""
+    adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
+    exact: tuple[str, ...] = ()
+
+
+def _xcomposer2(name: str, title: str, *, layout: str) -> Generation:
+    """A row of InternLM-XComposer2; the three differ in how they see images."""
+    return Generation(
+        name, title, "internlm2", ("internlm2",), "internlm2", vision="clip", positions="table",
+        image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", video=False,
+        modules=_XCOMPOSER2_MODULES, family="xcomposer2", layout=layout, tokenizer="sentencepiece",
+        special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
+        chat_template=_XCOMPOSER2_TEMPLATE, image_end="",
+        lora_targets=r"model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
+        adapter_parts=("resampler", "vision"), exact=("Plora_A", "Plora_B"),
+    )  # fmt: skip
 
 
 GENERATIONS: dict[str, Generation] = {
@@ -81,7 +132,7 @@ GENERATIONS: dict[str, Generation] = {
         Generation(
             "v2", "MiniCPM-V 2.0", "minicpm", ("minicpm",), "granite", vision="timm",
             positions="resampled", prompt="minicpm", image_ids=False, slice_tag="image",
-            turn_end="</s>", video=False,
+            turn_end="</s>", video=False, tokenizer="sentencepiece",
         ),
         Generation(
             "v2_5", "MiniCPM-Llama3-V 2.5", "llama3", ("llama3",), "llama", positions="one_row",
@@ -96,12 +147,15 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             "v4_6", "MiniCPM-V 4.6", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES,
+            thinking=True, modules=_NATIVE_MODULES, layout="native",
         ),
         Generation(
             "v4_7", "MiniCPM-V 4.7", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES,
+            thinking=True, modules=_NATIVE_MODULES, layout="native",
         ),
+        _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", layout="square"),
+        _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", layout="square"),
+        _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", layout="tiles"),
     )
 }  # fmt: skip
 
@@ -114,7 +168,9 @@ class LlmTypeError(ValueError):
     """An --llm_type that contradicts the checkpoint."""
 
 
-def detect_generation(config: dict[str, Any], tokens: Collection[str] = ()) -> Generation:
+def detect_generation(
+    config: dict[str, Any], tokens: Collection[str] = (), tensors: Collection[str] = ()
+) -> Generation:
     """Tell the generation of a checkpoint from its config.json, never from its path.
 
     The model type decides 4.6, 4.7 and o-2.6; ``version`` decides the rest where it is present;
@@ -125,6 +181,7 @@ def detect_generation(config: dict[str, Any], tokens: Collection[str] = ()) -> G
     Args:
         config: The parsed config.json.
         tokens: The tokenizer's special tokens; used only when the config leaves two generations.
+        tensors: Names of the stored weights, where they are at hand; 4khd has some that the others lack.
 
     Returns:
         The row of ``GENERATIONS``.
@@ -140,10 +197,13 @@ def detect_generation(config: dict[str, Any], tokens: Collection[str] = ()) -> G
     by_type = {"minicpmv4_6": "v4_6", "minicpmv4_7": "v4_7", "minicpmo": "o2_6"}
     if model_type in by_type:
         return GENERATIONS[by_type[model_type]]
+    if model_type == "internlm":
+        return GENERATIONS[_xcomposer2_model(config, tensors)]
     if model_type != "minicpmv":
         raise UnknownCheckpointError(
             f"config.json: model_type is {model_type or 'missing'!r}, expected 'minicpmv', 'minicpmo', "
-            "'minicpmv4_6' or 'minicpmv4_7'. --model_name_or_path must be a MiniCPM-V checkpoint."
+            "'minicpmv4_6' or 'minicpmv4_7' (MiniCPM-V), or 'internlm' (InternLM-XComposer2). "
+            "--model_name_or_path must be such a checkpoint."
         )
     by_version = {"2.5": "v2_5", "2.6": "v2_6", "4": "v4", "4.0": "v4", "4.5": "v4_5"}
     version = config.get("version")
@@ -155,6 +215,18 @@ def detect_generation(config: dict[str, Any], tokens: Collection[str] = ()) -> G
             "for V-2). This release of the tool does not know that generation."
         )
     return GENERATIONS[_generation_without_version(config, tokens)]
+
+
+def _xcomposer2_model(config: dict[str, Any], tensors: Collection[str]) -> str:
+    """4khd by its separators or its longer ``max_length``; the other two by the size of their image."""
+    if not any("XComposer2" in name for name in config.get("architectures") or ()):
+        raise UnknownCheckpointError(
+            f"config.json: model_type is 'internlm' and architectures {config.get('architectures')!r}, expected "
+            "InternLMXComposer2ForCausalLM. --model_name_or_path must be an InternLM-XComposer2 checkpoint."
+        )
+    if "plora_glb_GN" in tensors or config.get("max_length", 0) > _XC2_MAX_LENGTH:
+        return "xc2_4khd_7b"
+    return "xc2_7b" if config.get("img_size", 0) <= _XC2_SMALL_IMAGE else "xc2_vl_7b"
 
 
 def _generation_without_version(config: dict[str, Any], tokens: Collection[str]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from adapter_folders import AdapterFolder, check_base, load_onto, read_adapter_folder
-from configuration_minicpmv import storage_dtype
 from hardware import best_precision
 from loading import load_model, resolve_model_folder
 from processing import Processing, load_processing
+from released_format import storage_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ def remember_start(model: PeftModel) -> None:
     if str(config.init_lora_weights).startswith(STARTS_FROM_WEIGHTS):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         model.initial_lora = {
-            key: value.detach().cpu().clone() for key, value in state.items() if "lora_" in key
+            key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key
         }
 
 

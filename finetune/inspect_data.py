@@ -19,7 +19,6 @@ from command_flags import CommandParser, add_switch
 from data_flags import DataFlags
 
 
-
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; flags of training that say nothing about data are named and ignored."""
     parser = CommandParser(prog="inspect_data.py", description=__doc__.partition("\n")[0])

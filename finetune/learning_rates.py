@@ -45,7 +45,7 @@ class LearningRates:
         """
         own = self.parts.get(part_of(name, generation))
         rate = self.base if own is None else own
-        return rate * self.lora_ratio if self.lora_ratio is not None and "lora_B" in name else rate
+        return rate * self.lora_ratio if self.lora_ratio is not None and ".lora_B" in name else rate
 
 
 def split_by_rate(

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from configuration_minicpmv import MiniCPMVConfig
 from generations import Generation
-from modeling_minicpmv import MiniCPMV
+from model_classes import class_and_config
 from quantization import finish_loading, loading_arguments, loading_quantization
 from safe_loading import reading
 from weights import WeightFileError, weight_files
@@ -102,18 +101,11 @@ def load_model(
     weight_files(folder)
     quantization = loading_quantization(folder, generation, bits=quant_bits, compute_dtype=dtype)
     kwargs |= {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    if generation.native:
-        from native import native_class
-
-        kind, config = native_class(generation), AutoConfig.from_pretrained(folder)
-    else:
-        kind, config = MiniCPMV, MiniCPMVConfig.from_folder(folder)
+    kind, config = class_and_config(folder, generation)
     kwargs |= loading_arguments(quantization, config)
     with reading(folder):
         model, report = kind.from_pretrained(folder, config=config, **kwargs)
     missing = sorted(report["missing_keys"])
-    # V-2's query positions are a fixed table; a checkpoint may leave it out.
-    missing = [key for key in missing if key != "resampler.pos_embed"]
     if missing:
         raise WeightFileError(
             f"{folder}: the weights lack {len(missing)} of the model's parameters, the first is {missing[0]}. Expected "

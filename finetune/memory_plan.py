@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters import add_adapter
-from checkpoint import added_tokens, read_config
-from generations import Generation, detect_generation
+from checkpoint import read_config, read_generation
+from generations import Generation
 from meta_model import QuantisedShape, build_on_meta, largest_batch, quantise_shapes
 from official_step import official_attention, official_loss
 from options import LoraArguments
@@ -109,8 +109,7 @@ def plan(folder: Path, training: Training) -> dict[str, int]:
     Returns:
         Part -> bytes per GPU at the peak, in the order in which they are shown. They add up to the total.
     """
-    config = read_config(folder)
-    generation = detect_generation(config, added_tokens(folder))
+    config, generation = read_config(folder), read_generation(folder)
     model = _prepared(folder, generation, training)
     held = _held(model, training, hidden=_hidden_size(config))
     peak = _forward_backward(model, generation, training)
@@ -129,8 +128,7 @@ def host_bytes(folder: Path, training: Training) -> int:
     """Bytes that ``--offload`` puts into the CPUs' memory, all GPUs together."""
     if training.offload == "none":
         return 0
-    config = read_config(folder)
-    model = _prepared(folder, detect_generation(config, added_tokens(folder)), training)
+    model = _prepared(folder, read_generation(folder), training)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     weights = sum(parameter.nbytes for parameter in model.parameters()) * (training.offload == "all")

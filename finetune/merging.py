@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_minicpmv import MiniCPMV
 from processing import Processing
 from turns import Media, Turn
 from weights import tensor_names
@@ -101,8 +100,7 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
         base = probe_logits(model, processing)
     before = probe_logits(model, processing)
     if model.active_peft_config.layer_replication:
-        base_model: Any = model.get_base_model()
-        _give_layers_their_own_weights(base_model.llm.model.layers)
+        _give_layers_their_own_weights(_llm_layers(model.get_base_model()))
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         with _in_fp32(layer.get_base_layer()):
             layer.merge(safe_merge=True)
@@ -152,6 +150,10 @@ def _give_layers_their_own_weights(layers: nn.ModuleList) -> None:
             seen.add(id(value))
 
 
+def _llm_layers(model: Any) -> nn.ModuleList:
+    return getattr(model, "llm", model).model.layers
+
+
 def _settle_configuration(model: PreTrainedModel) -> None:
     """Let the configuration say what the merge made: a taller LLM, an output layer of its own."""
     inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -159,12 +161,12 @@ def _settle_configuration(model: PreTrainedModel) -> None:
     untied = bool(text.tie_word_embeddings or model.config.tie_word_embeddings) and inner is not outer
     for config in (model.config, text) if untied else ():
         config.tie_word_embeddings = False
-    if not isinstance(model, MiniCPMV):
+    released = getattr(model.config, "released", None)
+    if released is None:
         return
-    released = model.config.released
     if untied:
         released["tie_word_embeddings"] = False
-    layers = len(model.llm.model.layers)
+    layers = len(_llm_layers(model))
     if layers != released["num_hidden_layers"]:
         released["num_hidden_layers"] = text.num_hidden_layers = layers
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from configuration_minicpmv import MiniCPMVConfig
 from generations import Generation
-from modeling_minicpmv import MiniCPMV
+from model_classes import class_and_config
 
 SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
 _TAG_TOKENS = 2  # tokens around a placeholder
@@ -60,12 +59,7 @@ class _Dequantised(torch.autograd.Function):
 
 def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
     """Make the model of a config.json on the meta device."""
-    if generation.native:
-        from native import native_class
-
-        kind, config = native_class(generation), AutoConfig.from_pretrained(folder)
-    else:
-        kind, config = MiniCPMV, MiniCPMVConfig.from_folder(folder)
+    kind, config = class_and_config(folder, generation)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return kind(config)

@@ -8,7 +8,6 @@ Letters: B rows, T tokens, S slices, P placeholders, Q tokens per placeholder, D
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +18,15 @@ from answering import ChatMixin, GenerateMixin
 from configuration_minicpmv import MiniCPMVConfig
 from known_slices import SliceSources, VisionInput, is_partitioned, tower_features
 from loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from released_format import SavedAsReleased
 from resampler import FramePacks, Resampler, grid_table
 from slice_attention import SliceLayout
 from vision import NaViTTower, TimmTower
-from weights import copy_carried_files, untouched_tensors
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
 
-class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
+class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
     """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
 
     Args:
@@ -41,6 +40,8 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     # o-2.6's speech parts: not run here, saved unchanged.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]
+    # V-2's query positions are a fixed table; a checkpoint may leave it out.
+    _keys_to_ignore_on_load_missing: ClassVar = [r"^resampler\.pos_embed$"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -276,25 +277,3 @@ class MiniCPMV(GenerateMixin, ChatMixin, PreTrainedModel, GenerationMixin):
             inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state.view(shape)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save in the released format, with everything of the source checkpoint that is not ours.
-
-        Tensors that this class does not use (o-2.6's speech parts) are copied from the checkpoint
-        the model was loaded from, as are its tokenizer, processor, generation and *.py files.
-        """
-        source = Path(self.config.name_or_path) if self.config.name_or_path else None
-        if is_main_process:
-            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-            state_dict |= untouched_tensors(source, known=state_dict.keys())
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-        )
-        if is_main_process:
-            copy_carried_files(source, Path(save_directory))

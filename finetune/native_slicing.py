@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from row_errors import RowError
-from slicing import Grid, Layout, Size
+from slicing import Grid, Layout, Size, checked_size
 
 PATCHES_PER_TOKEN = {"16x": 16, "4x": 4}
 
@@ -45,10 +44,7 @@ class NativeSliceRules:
 
     def layout(self, width: int, height: int) -> Layout:
         """Decide how an image of this size, in pixels, is resized and cut."""
-        if width < 1 or height < 1:
-            raise RowError(
-                "image", f"an image has {width} x {height} pixels, expected at least 1 x 1. Replace it."
-            )
+        checked_size(width, height)
         size = (height, width)
         shared = (self.scale_resolution, self.patch_size, self.downsample_mode)
         cut = self._processor.get_sliced_grid(size, self.max_slice_nums, self.scale_resolution)

@@ -41,11 +41,11 @@ def part_of(name: str, generation: Generation) -> str:
         >>> part_of("base_model.model.resampler.modules_to_save.default.query", GENERATIONS["v2_6"])
         'resampler'
     """
-    if "lora_" in name:
+    if ".lora_" in name:  # with the dot: a partial LoRA that is part of the model is no adapter
         return "lora"
     plain = plain_name(name)
     for part, modules in generation.modules.items():
-        if plain.startswith(tuple(f"{module}." for module in modules)):
+        if plain in modules or plain.startswith(tuple(f"{module}." for module in modules)):
             return part
     raise AssertionError(f"parameter {name!r} belongs to no part of {generation.title}")
 

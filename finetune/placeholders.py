@@ -5,6 +5,7 @@ a newline only BETWEEN rows of slices:
 
 - V-2, 2.5: ``<image>U</image>``, and when cut ``<slice>`` + rows of ``<image>U</image>`` + ``</slice>``.
 - 2.6 to 4.5: ``<image_id>i</image_id><image>U</image>`` and when cut rows of ``<slice>U</slice>``.
+- InternLM-XComposer2: U alone.
 - 4.6, 4.7: as 2.6, with ``<|image_pad|>`` and as many of them as the slice has merged patches.
 
 A video is its frames' placeholders: joined by newlines up to 4.5, where a pack of frames has one placeholder;
@@ -33,7 +34,8 @@ class PlaceholderStyle:
         image_ids: Whether an image starts with its number.
         video_ids: Whether a video starts with its number.
         frame_separator: What stands between the frames of a video.
-        slice_tag: The tag around a slice: ``image`` inside one ``<slice>`` wrapper, or ``slice``.
+        slice_tag: The tag around a slice: ``image`` inside one ``<slice>`` wrapper, or ``slice``; empty: an
+            image is one U without any tag.
     """
 
     pad: str = "<unk>"
@@ -48,6 +50,11 @@ class PlaceholderStyle:
     def token_count(self, size: tuple[int, int]) -> int:
         """Number of pad tokens for a slice of (rows, columns) patches."""
         return self.query_num or size[0] * size[1] // self.patches_per_token
+
+    @property
+    def tag_tokens(self) -> int:
+        """Tokens around each U."""
+        return 2 if self.slice_tag else 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,9 @@ def video_placeholder(
 
 def _write_image(writer: _Writer, layout: Layout, style: PlaceholderStyle) -> None:
     overview, *slices = (style.token_count(size) for size in layout.tgt_sizes)
+    if not style.slice_tag:
+        writer.write_run("", overview, "")
+        return
     writer.write_run("<image>", overview, "</image>")
     if layout.grid is None:
         return

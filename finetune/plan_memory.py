@@ -35,8 +35,7 @@ def render(values: Namespace) -> str:
     Raises:
         PlanError: When the flags can't be combined.
     """
-    from checkpoint import added_tokens, read_config
-    from generations import detect_generation
+    from checkpoint import read_generation
     from loading import resolve_model_folder
     from memory_plan import Training, host_bytes, plan
     from options import LoraArguments
@@ -49,7 +48,7 @@ def render(values: Namespace) -> str:
     )
     training = Training(lora=lora, **{name: getattr(values, name) for name in names})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
-    title = detect_generation(read_config(folder), added_tokens(folder)).title
+    title = read_generation(folder).title
     parts = plan(folder, training)
     lines = [f"{title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})"]
     lines += [f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()]

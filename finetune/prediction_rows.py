@@ -95,7 +95,8 @@ class PredictionRows:
 
     def _conversation(self, index: int) -> Conversation:
         source, row = self.data.place(index)
-        return parse_row(_with_answer(self.data.sources[source].rows[row]))
+        image_end = self.processing.generation.image_end
+        return parse_row(_with_answer(self.data.sources[source].rows[row]), image_end=image_end)
 
     def _asked(self, index: int) -> Asked:
         conversation = self._conversation(index)

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from checkpoint import added_tokens, load_tokenizer, read_config
-from checkpoint_rules import read_rules
+from checkpoint import load_tokenizer, read_config, read_generation
+from checkpoint_rules import ImageWishes, read_rules
 from conversation import Encoded, encode_pieces, truncate
-from generations import Generation, detect_generation
+from generations import Generation
 from pictures import Picture
 from placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
 from prompts import Piece, PromptOptions, PromptWriter
@@ -263,6 +263,8 @@ def load_processing(
     downsample_mode: str | None = None,
     video_fps: float | None = None,
     max_num_frames: int | None = None,
+    img_size: int | None = None,
+    hd_num: int | None = None,
 ) -> Processing:
     """Read from a checkpoint folder what the data side needs.
 
@@ -274,19 +276,19 @@ def load_processing(
         downsample_mode: ``16x`` or ``4x``, for 4.6 and 4.7; ``None`` takes the checkpoint's own.
         video_fps: Frames taken per second of video; ``None`` takes the generation's own.
         max_num_frames: Most frames (4.5: packs of frames) of a video; ``None`` takes the generation's own.
+        img_size: Side of InternLM-XComposer2's images, in pixels; one that is not the checkpoint's is an error.
+        hd_num: Most tiles of 4khd; -1 for the models without.
 
     Returns:
         The checkpoint's ``Processing``.
     """
-    config = read_config(folder)
-    generation = detect_generation(config, added_tokens(folder))
+    generation = read_generation(folder)
     tokenizer = load_tokenizer(folder, generation)
     writer = PromptWriter(
         tokenizer, generation, PromptOptions(enable_thinking=enable_thinking, train_on=train_on)
     )
-    image = read_rules(
-        Path(folder), config, generation, max_slice_nums=max_slice_nums, downsample_mode=downsample_mode
-    )
+    wishes = ImageWishes(max_slice_nums, downsample_mode, img_size, hd_num)
+    image = read_rules(Path(folder), read_config(folder), generation, wishes)
     video = video_rules(
         generation, fps=video_fps, max_num_frames=max_num_frames, settings=image.video_settings
     )

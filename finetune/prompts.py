@@ -3,7 +3,8 @@
 One rule for every generation: the text in front of the last answer is the text that inference gives
 (the checkpoint's own chat template with its generation prompt), then the answer, then the token that ends a
 turn. Earlier turns stand as the template renders history. MiniCPM-V 2.0 has no template; its format is
-``<用户>{question}<AI>{answer}<用户>...`` with ``</s>`` after the last answer.
+``<用户>{question}<AI>{answer}<用户>...`` with ``</s>`` after the last answer. The tokenizer of InternLM-XComposer2
+has no template either; its form is ChatML and stands in ``generations.py``.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _PROBE = "\ue000probe\ue001"
 # Stands where a picture will, while the template is rendered; no text holds it.
 _STAND_IN = "\ue000picture\ue001"
 # What a template writes after the token that ends a turn.
-_AFTER_TURN_END = {"<|im_end|>": "\n", "<|eot_id|>": "", "</s>": ""}
+_AFTER_TURN_END = {"<|im_end|>": "\n", "<|eot_id|>": "", "</s>": "", "[UNUSED_TOKEN_145]": "\n</s>"}
 # Texts that would be read as structure if they stood in a message.
 _CONTROL_TOKENS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<|begin_of_text|>", "<|end_of_text|>", "<s>", "</s>", "<unk>", "<image>", "</image>", "<slice>",
-    "</slice>", "<image_id>", "</image_id>", "<|image_pad|>", "<|video_pad|>",
+    "</slice>", "<image_id>", "</image_id>", "<|image_pad|>", "<|video_pad|>", "[UNUSED_TOKEN_145]",
+    "[UNUSED_TOKEN_146]",
 )  # fmt: skip
 _MINICPM_MARKS = ("<用户>", "<AI>")
 

@@ -29,6 +29,7 @@ from weights import tensor_names
 logger = logging.getLogger(__name__)
 
 _MEBIBYTE = 2**20
+_OUTPUT_LAYERS = ("lm_head", "output")  # by their names in any family
 # What transformers leaves on a model that it quantised.
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -68,7 +69,7 @@ def _new_quantization(
 
     Besides vision and resampler these are o-2.6's speech parts, which are in the files and not run here.
     """
-    if generation.native:
+    if generation.native or generation.family == "xcomposer2":
         exact = {module for part in ("vision", "resampler") for module in generation.modules[part]}
     else:
         exact = {name.partition(".")[0] for name in tensor_names(folder)} - {"llm"}
@@ -80,9 +81,8 @@ def _new_quantization(
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": compute_dtype,
         }
-    return Quantization(
-        bits, BitsAndBytesConfig(**settings, llm_int8_skip_modules=[*sorted(exact), "lm_head"])
-    )
+    skipped = [*sorted(exact), *generation.exact, *_OUTPUT_LAYERS]
+    return Quantization(bits, BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped))
 
 
 def loading_arguments(quantization: Quantization | None, config: PreTrainedConfig) -> dict[str, Any]:

@@ -15,13 +15,12 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import added_tokens, read_config
+from checkpoint import read_config, read_generation
 from command_flags import CommandParser
-from configuration_minicpmv import storage_dtype
-from generations import detect_generation
 from loading import load_model, resolve_model_folder
 from quantization import quantized_modules
 from quantized_checkpoints import QuantizationError, stored_quantization
+from released_format import storage_dtype
 from run_control import RunControl
 from weights import INDEX_FILES, SINGLE_FILES, weight_files
 
@@ -79,7 +78,7 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
     if any((output / name).exists() for name in (*SINGLE_FILES, *INDEX_FILES)):
         raise QuantizationError(f"--output_dir {output}: it holds a model already. Give another folder.")
     config = read_config(folder)
-    generation = detect_generation(config, added_tokens(folder))
+    generation = read_generation(folder)
     dtype = storage_dtype(config.get("torch_dtype") or config.get("dtype"))
     model = load_model(folder, generation, dtype=dtype, quant_bits=bits)
     # With it, save_pretrained leaves out tensors it is handed (o-2.6's speech parts; transformers 5.23).

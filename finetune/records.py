@@ -42,11 +42,12 @@ class Conversation:
     row_id: Any = None
 
 
-def parse_row(row: Any) -> Conversation:
+def parse_row(row: Any, *, image_end: str = "\n") -> Conversation:
     """Read one row.
 
     Args:
         row: The parsed JSON value.
+        image_end: What follows an image that no placeholder mentions.
 
     Returns:
         The conversation, its last turn the assistant's.
@@ -68,7 +69,7 @@ def parse_row(row: Any) -> Conversation:
     reader = MediaReader(row)
     turns = [_read_turn(message, number, reader) for number, message in enumerate(messages)]
     _check_order(turns)
-    turns = reader.put_unmentioned_first(turns)
+    turns = reader.put_unmentioned_first(turns, image_end)
     return Conversation(*_numbered(turns), row.get("id"))
 
 

@@ -8,7 +8,7 @@ A row names its media in ``image``, ``images``, ``video`` or ``videos``:
 - in a dictionary, the placeholders are the keys, and may stand anywhere and more than once.
 
 What no placeholder mentions is put in front of the first user turn, in the order of the row, each followed by
-a newline. A placeholder without an image is an error.
+a newline (by nothing for InternLM-XComposer2). A placeholder without an image is an error.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class MediaReader:
         self.mentioned.add(f"{kind}#{index}")
         return self.listed[kind][index]
 
-    def put_unmentioned_first(self, turns: list[Turn]) -> list[Turn]:
-        """Put images and videos that no placeholder mentions in front of the first user turn."""
+    def put_unmentioned_first(self, turns: list[Turn], image_end: str) -> list[Turn]:
+        """Put images and videos that no placeholder mentions in front of the first user turn, each with its end."""
         left = [Source("image", value) for mark, value in self.named.items() if mark not in self.mentioned]
         if self.single is not None and "single" not in self.mentioned:
             left.append(Source("image", self.single))
@@ -141,7 +141,7 @@ class MediaReader:
         if not left:
             return turns
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        front: list[Any] = [part for source in left for part in (source, "\n")]
+        front: list[Any] = [part for source in left for part in (source, image_end) if part]
         parts = (*front, *turns[first].parts)
         turns[first] = Turn("user", parts, turns[first].learn)
         return turns

@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.0's tokenizer: a fast tokenizer built from a SentencePiece ``tokenizer.model``.
+"""Fast tokenizers built from a SentencePiece ``tokenizer.model``: MiniCPM-V 2.0, InternLM-XComposer2.
 
 The released tokenizer is a LlamaTokenizer in legacy mode: the text is split at the special tokens
 of tokenizer_config.json, and SentencePiece encodes each stretch between them, with a space put in front.
@@ -6,6 +6,9 @@ transformers 5 has no such mode; its own conversion turns SentencePiece's *user-
 (``<用户>``, ``<AI>``, ``"\\n"``) into added tokens, so that the text after each of them wrongly gets a
 space in front. Here they stay inside the stretch: the normaliser replaces each by one private character,
 which no merge rule knows, and the vocabulary gives that character the piece's id.
+
+InternLM-XComposer2's model says that no space is put in front; its turn marks are user-defined pieces, and
+are made special tokens, so that they can be asked for by name.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
     if model.trainer_spec.model_type != _BPE_MODEL:
         raise TokenizerError(
             f"{path}: SentencePiece model type {model.trainer_spec.model_type}, expected {_BPE_MODEL} "
-            "(byte-pair encoding). Use the tokenizer.model of the MiniCPM-V 2.0 checkpoint."
+            "(byte-pair encoding). Use the tokenizer.model of the checkpoint."
         )
     hidden = _private_characters(model.pieces, special_tokens)
     names = [hidden.get(piece.piece, piece.piece) for piece in model.pieces]
@@ -64,7 +67,8 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
     )
     by_length = sorted(hidden.items(), key=lambda item: -len(item[0]))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        [normalizers.Prepend(SPACE)] * model.normalizer_spec.add_dummy_prefix
+        + [normalizers.Replace(" ", SPACE)]
         + [normalizers.Replace(text, character) for text, character in by_length]
     )
     tokenizer.decoder = decoders.Sequence(

@@ -17,6 +17,8 @@ from PIL import Image
 
 from row_errors import RowError
 
+Bands = list[np.ndarray]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -61,9 +63,26 @@ class Layout:
             sizes += [(slice_rows, slice_columns)] * (self.grid.rows * self.grid.columns)
         return sizes
 
+    @property
+    def count(self) -> int:
+        """How many pictures the encoder sees: the overview and the slices."""
+        return 1 if self.grid is None else 1 + self.grid.rows * self.grid.columns
+
+    def slices(self, image: Image.Image) -> Iterator[Bands]:
+        """Resize and cut an image: the overview, then the slices row by row of the grid."""
+        yield _bands(image, self.overview)
+        if self.grid is None or self.refined is None:
+            return
+        refined = _bands(image, self.refined)
+        cell_height = self.refined.height // self.grid.rows
+        cell_width = self.refined.width // self.grid.columns
+        for top in range(0, self.refined.height, cell_height):
+            for left in range(0, self.refined.width, cell_width):
+                yield [band[top : top + cell_height, left : left + cell_width] for band in refined]
+
 
 class Rules(Protocol):
-    """What turns an image's size into a layout; ``SliceRules`` here, ``NativeSliceRules`` for 4.6 and 4.7."""
+    """What turns an image's size into a layout; ``SliceRules`` here, the other models' in their own modules."""
 
     @property
     def max_slice_nums(self) -> int:
@@ -170,10 +189,7 @@ def choose_grid(width: int, height: int, *, max_slice_nums: int, scale_resolutio
         >>> choose_grid(1344, 896, max_slice_nums=9, scale_resolution=448)
         Grid(columns=3, rows=2)
     """
-    if width < 1 or height < 1:
-        raise RowError(
-            "image", f"an image has {width} x {height} pixels, expected at least 1 x 1. Replace the image."
-        )
+    checked_size(width, height)
     ideal = min(math.ceil(width * height / scale_resolution**2), max_slice_nums)
     if ideal <= 1:
         return None
@@ -184,6 +200,18 @@ def choose_grid(width: int, height: int, *, max_slice_nums: int, scale_resolutio
         if error < best_error:
             best, best_error = grid, error
     return best
+
+
+def checked_size(width: int, height: int) -> None:
+    """See that an image has pixels.
+
+    Raises:
+        RowError: If a side is below 1.
+    """
+    if width < 1 or height < 1:
+        raise RowError(
+            "image", f"an image has {width} x {height} pixels, expected at least 1 x 1. Replace the image."
+        )
 
 
 def _candidates(ideal: int, max_slice_nums: int) -> Iterator[Grid]:
@@ -218,26 +246,22 @@ def cut_into_patches(image: Image.Image, layout: Layout, out: np.ndarray) -> Non
     """
     assert image.mode == "RGB", image.mode
     assert out.shape[2] == patch_columns(layout), (out.shape, layout)
-    side = layout.patch_size
-    start = _write_patches(_bands(image, layout.overview), side, out, 0)
-    if layout.grid is None or layout.refined is None:
-        return
-    refined = _bands(image, layout.refined)
-    cell_height = layout.refined.height // layout.grid.rows
-    cell_width = layout.refined.width // layout.grid.columns
-    for top in range(0, layout.refined.height, cell_height):
-        for left in range(0, layout.refined.width, cell_width):
-            cell = [band[top : top + cell_height, left : left + cell_width] for band in refined]
-            start = _write_patches(cell, side, out, start)
+    start = 0
+    for bands in layout.slices(image):
+        start = _write_patches(bands, layout.patch_size, out, start)
 
 
-def _bands(image: Image.Image, size: Size) -> list[np.ndarray]:
-    """The resized image's red, green and blue, each ``[H, W]``."""
-    resized = image.resize((size.width, size.height), Image.Resampling.BICUBIC)
-    return [np.asarray(band) for band in resized.split()]
+def _bands(image: Image.Image, size: Size) -> Bands:
+    """The resized image's red, green and blue."""
+    return split_bands(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
 
 
-def _write_patches(bands: list[np.ndarray], side: int, out: np.ndarray, start: int) -> int:
+def split_bands(image: Image.Image) -> Bands:
+    """An image's red, green and blue, each ``[H, W]``."""
+    return [np.asarray(band) for band in image.split()]
+
+
+def _write_patches(bands: Bands, side: int, out: np.ndarray, start: int) -> int:
     """Write one slice as patches into ``out`` from column ``start``; give the next column.
 
     Patches side by side mean that pixel row r of each patch row is one stretch of ``out[channel, r]``, so

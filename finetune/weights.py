@@ -47,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = _shard_names(index)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise WeightFileError(
@@ -57,6 +57,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def _shard_names(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def _check_not_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS_MARK)) == LFS_MARK:
@@ -64,6 +68,35 @@ def _check_not_pointer(path: Path) -> None:
                 f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, expected the weights themselves. "
                 "Run `git lfs pull` in that folder, or download the checkpoint with `hf download`."
             )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has all its weight files; an index whose shards were not downloaded is none."""
+    if any((folder / name).is_file() for name in SINGLE_FILES):
+        return True
+    return any(
+        all((folder / shard).is_file() for shard in _shard_names(folder / name))
+        for name in INDEX_FILES
+        if (folder / name).is_file()
+    )
+
+
+def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Shape of one tensor of a checkpoint, from the files' headers; None when there is no such tensor.
+
+    Raises:
+        WeightFileError: As ``weight_files``.
+    """
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():
+                    return tuple(file.get_slice(name).get_shape())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if name in content:
+                return tuple(content[name].shape)
+    return None
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -108,7 +141,7 @@ def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[st
 
 def _is_own(key: str) -> bool:
     """True for keys under the parts that the model saves itself (quantisation states, tied copies)."""
-    return key.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head."))
+    return key.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
 
 
 def copy_carried_files(source: Path | None, target: Path) -> None:

@@ -1,0 +1,379 @@
+"""InternLM-XComposer2 (7b, vl-7b, 4khd-7b) as one class: CLIP tower, projector, InternLM2 with partial LoRA.
+
+Key names, configuration and files are those of the released checkpoints; the code is ours and runs on
+current transformers. The batch is the one of every other model here: an image is one slice and one
+placeholder. Letters: B rows, T tokens, S images, M image tokens, N patches, C width of the tower, D width of
+the LLM.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import image_tiles
+from answering import ChatMixin
+from clip_tower import CLIPTower, VisionTower, clip_config, normalised, resized_positions
+from configuration_xcomposer2 import XComposer2Config
+from internlm2 import ImageTokens, InternLM2Model, keep_partial
+from loss import as_lm_head, supervised_loss
+from modeling_minicpmv import MiniCPMVOutput
+from released_format import SavedAsReleased
+from weights import has_weights, tensor_names
+from xcomposer2_slicing import tile_tokens
+
+# The image that stands in when a batch has none: 2 x 2 patches, one token of 4khd.
+_DUMMY_PATCHES = 4
+# A released checkpoint may lack the tower's last norm, which nothing uses.
+_UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
+
+
+class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
+    """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
+
+    Args:
+        config: Made by ``XComposer2Config.from_folder`` or from a released config.json.
+    """
+
+    config_class = XComposer2Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]
+    # Buffers that transformers 4 stored, and that are computed here.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.", r"\.position_ids$"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar = ["InternLM2Layer", "CLIPEncoderLayer"]
+
+    def __init__(self, config: XComposer2Config):
+        super().__init__(config)
+        attention = str(config._attn_implementation)
+        config.text_config._attn_implementation = attention
+        self.model = InternLM2Model(config.text_config, rank=config.plora_rank, dropout=config.plora_dropout)
+        self.output = as_lm_head(nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False))
+        vision = clip_config(config.released.get("vision_config") or {}, attention=attention)
+        self.vit = VisionTower(vision, config.stored_positions or 1 + config.side**2)
+        width = vision.hidden_size * (4 if config.tiles else 1)
+        self.vision_proj = nn.Sequential(
+            nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+        if config.tiles:
+            self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+            self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.post_init()
+        # transformers reads its old meaning, the longest text generated, into the checkpoint's longest row.
+        self.generation_config.max_length = None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; a position table of another size than ``img_size`` asks for is then resampled."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._fit_positions()
+        return loaded
+
+    def _fit_positions(self) -> None:
+        table = self.vit.tower.embeddings.position_embedding
+        rows = 1 + self.config.side**2
+        if getattr(table.weight, "ds_shape", table.weight.shape)[0] == rows:
+            return
+        if hasattr(table.weight, "ds_id"):
+            raise ValueError(
+                f"vision tower: {table.weight.ds_shape[0]} positions are stored and img_size asks for {rows}; "
+                "under ZeRO-3 they can't be resampled. Load and save the model once without DeepSpeed."
+            )
+        table.weight = nn.Parameter(resized_positions(table.weight.data, self.config.side))
+        table.num_embeddings = rows
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CLIPTower):
+            module.initialise()
+        elif module is self and self.config.tiles:
+            initialization.normal_(self.plora_glb_GN, std=0.02)
+            initialization.normal_(self.plora_sub_GN, std=0.02)
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """As torch's; a projection's partial LoRA stays where the projection is replaced (quantised)."""
+        keep_partial(self.get_submodule(target), module)
+        super().set_submodule(target, module, strict)
+
+    def encode_images(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """Run vision tower and projector once, on all images of the batch.
+
+        Args:
+            pixel_values: [3, 14, 14 * N] uint8, patches of all images side by side.
+            grids: [S] (rows, columns) of each image, in patches.
+
+        Returns:
+            [M, D] embeddings in the order of the image tokens.
+        """
+        lengths = [14 * rows * columns for rows, columns in grids]
+        side, dtype = self.config.side, self.vit.tower.embeddings.class_embedding.dtype
+        images = [
+            image_tiles.as_image(strip, *grid)
+            for strip, grid in zip(pixel_values.split(lengths, dim=2), grids, strict=True)
+        ]
+        if not self.config.tiles:
+            patches = image_tiles.as_patches(normalised(torch.stack(images), dtype))
+            return self.vision_proj(self._see(patches).flatten(0, 1))
+        crops = [image_tiles.cut(normalised(image[None], torch.float32)[0], side) for image in images]
+        features = self._see(torch.cat(crops).to(dtype))
+        return self.vision_proj(
+            image_tiles.join(
+                features,
+                [(rows // side, columns // side) for rows, columns in grids],
+                row_end=self.plora_sub_GN.flatten(),
+                between=self.plora_glb_GN.flatten(),
+            )
+        )
+
+    def _see(self, patches: Tensor) -> Tensor:
+        """[S, L, 588] -> [S, L, C]."""
+        trains = any(parameter.requires_grad for parameter in self.vit.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            return self.vit(patches)
+
+    def _encode_dummy(self) -> Tensor:
+        """A zero that has run through tower and projector."""
+        stem = self.vit.tower.embeddings.class_embedding
+        features = self._see(stem.new_zeros(1, _DUMMY_PATCHES, 588))[0]
+        if self.config.tiles:
+            features = features.flatten() + (self.plora_sub_GN + self.plora_glb_GN).flatten()
+        return self.vision_proj(features).sum() * 0
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        dummy: bool = False,
+    ) -> tuple[Tensor, ImageTokens | None]:
+        """Token embeddings with the placeholders replaced by image embeddings.
+
+        Args:
+            input_ids: [B, T] int64.
+            pixel_values: [3, 14, 14 * N] uint8, or None.
+            tgt_sizes: [S, 2] (rows, columns) of each image in patches; tensor or array, best on the CPU.
+            image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
+            dummy: Run vision tower, projector and partial LoRA even without an image, so that every
+                rank takes part in the same collectives and every trained parameter gets a gradient.
+
+        Returns:
+            [B, T, D], and the places of the image tokens.
+
+        Raises:
+            ValueError: When images, placeholders and tokens do not fit each other.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        grids = (
+            [] if tgt_sizes is None else [(int(rows), int(columns)) for rows, columns in tgt_sizes.tolist()]
+        )
+        if not grids:
+            if not dummy:
+                return embeddings, None
+            nothing = self._encode_dummy().to(embeddings.dtype)
+            place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
+            return embeddings + nothing, ImageTokens(place, real=False)
+        assert pixel_values is not None, "tgt_sizes without pixel_values"
+        bounds = image_bound.tolist()
+        self._check_bounds(bounds, grids)
+        features = self.encode_images(pixel_values, grids)
+        width = input_ids.shape[1]
+        places = torch.cat(
+            [torch.arange(row * width + start, row * width + end) for row, start, end in bounds]
+        )
+        places = places.to(embeddings.device, non_blocking=True)
+        flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
+        return flat.view_as(embeddings), ImageTokens(places)
+
+    def _check_bounds(self, bounds: list[list[int]], grids: list[tuple[int, int]]) -> None:
+        if len(bounds) != len(grids):
+            raise ValueError(f"The batch has {len(grids)} images and {len(bounds)} placeholders.")
+        side = self.config.side
+        for bound, (rows, columns) in zip(bounds, grids, strict=True):
+            if self.config.tiles:
+                fits, expected = rows % side == columns % side == 0, tile_tokens((rows, columns), side)
+            else:
+                fits, expected = rows == columns == side, side**2
+            if not fits:
+                raise ValueError(
+                    f"tgt_sizes: an image has {rows} x {columns} patches, expected "
+                    f"{'multiples of ' if self.config.tiles else ''}{side} x {side}. Make the batch with this "
+                    "checkpoint's rules."
+                )
+            if bound[2] - bound[1] != expected:
+                raise ValueError(f"image_bound {bound}: {bound[2] - bound[1]} tokens, expected {expected}.")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        supervised: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_tokens: ImageTokens | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Give the loss (with labels) or the logits (without).
+
+        Rows are padded on the right. In a causal LLM no real token sees what stands to its right,
+        so the padding needs no mask; ``attention_mask`` is used only without labels.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 at real tokens.
+            position_ids: [B, T], restarting at 0 for each packed sample; None for unpacked rows.
+            pixel_values: See ``embed``, as the two that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            temporal_ids: Must be None: these models take no video.
+            labels: [B, T] int64, token id or -100; not shifted.
+            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            supervised: See ``places`` of ``loss.supervised_loss``.
+            past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
+            inputs_embeds: [B, T, D] what ``embed`` gave.
+            image_tokens: What ``embed`` gave.
+            **kwargs: Must be None or False (adapters pass their library's usual arguments).
+
+        Returns:
+            A ``MiniCPMVOutput``; while generating transformers' output.
+        """
+        known = ("return_dict", "use_cache", "logits_to_keep")
+        unknown = [name for name, value in kwargs.items() if value and name not in known]
+        if unknown:
+            raise TypeError(f"XComposer2.forward does not know the arguments {', '.join(unknown)}.")
+        if past_key_values is not None:
+            return self._next_logits(
+                self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds,
+                image=image_tokens, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values,
+            )  # fmt: skip
+        assert input_ids is not None, "a batch has input_ids"
+        embeddings, image = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
+            dummy=labels is not None,
+        )  # fmt: skip
+        mask = attention_mask if labels is None and position_ids is None else None
+        hidden = self._run_llm(embeddings, image, mask, position_ids)
+        if labels is None:
+            return MiniCPMVOutput(logits=self.output(hidden))
+        found = supervised_loss(self.output, hidden, labels, supervised)
+        return MiniCPMVOutput.of(found, num_items_in_batch)
+
+    def _run_llm(
+        self, embeddings: Tensor, image: ImageTokens | None, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        shape = embeddings.shape
+        if position_ids is not None and "flash" in str(self.config._attn_implementation):
+            # The variable-length kernels take the samples of all rows as one row.
+            embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+        hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
+        return hidden.view(shape)
+
+    # --- generating ---
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        dummy: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Generate from prompts with images.
+
+        Args:
+            input_ids: [B, T] int64, several prompts padded on the LEFT.
+            attention_mask: [B, T], 1 at real tokens; needed when padded.
+            pixel_values: As for ``embed``, as the two that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            dummy: Run the vision tower even without an image, so that no process waits for another.
+            **options: For ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
+        """
+        embeddings, image = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound, dummy=dummy
+        )
+        is_image = None
+        if image is not None:
+            is_image = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+            if image.real:
+                is_image.view(-1)[image.places] = True
+        # A mask, not places: beams repeat what is [B, T].
+        return super().generate(
+            inputs_embeds=embeddings, attention_mask=attention_mask, image_mask=is_image, **options
+        )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "image_mask"})
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own, with the image tokens in the first step, which reads the prompt."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if image_mask is not None and inputs.get("inputs_embeds") is not None:
+            places = image_mask.flatten().nonzero()[:, 0]
+            real = bool(places.numel())
+            inputs["image_tokens"] = ImageTokens(places if real else places.new_zeros(1), real)
+        return inputs
+
+    def _next_logits(self, embeddings: Tensor, **options: Any) -> CausalLMOutputWithPast:
+        hidden = self.model(embeddings, **options)
+        return CausalLMOutputWithPast(
+            logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
+        )
+
+    # --- saving ---
+
+    def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of them; but for the tower's unused norm where the source checkpoint lacks it."""
+        source = Path(self.config.name_or_path) if self.config.name_or_path else None
+        if source is None or not has_weights(source):
+            return tensors
+        stored = tensor_names(source)
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(_UNUSED_NORM) or name in stored
+        }
