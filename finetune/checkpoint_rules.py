@@ -160,7 +160,9 @@ def _tile_rules(folder: Path, config: Settings, generation: Generation, wishes: 
             "tiles. Use for example --hd_num 16."
         )
     if wishes.img_size is not None:
-        logger.info("--img_size has no meaning for %s: its tiles have %d pixels.", generation.title, side * PATCH)
+        logger.info(
+            "--img_size has no meaning for %s: its tiles have %d pixels.", generation.title, side * PATCH
+        )
     tiles = wishes.hd_num if wishes.hd_num is not None else wishes.max_slice_nums
     rules = TileRules(side, max_slice_nums=DEFAULT_TILES if tiles is None else tiles)
     return ImageRules(rules, TileStyle(image_ids=False, slice_tag="", query_num=0, side=side), None, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, initialization
+from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from vision import PATCH, PatchEmbedding
@@ -85,12 +85,6 @@ class CLIPTower(nn.Module):
         hidden = self.encoder(inputs_embeds=hidden).last_hidden_state
         # The features don't go through the last norm; times zero its weights have a gradient all the same.
         return hidden[:, 1:] + self.post_layernorm(hidden[:, :1]) * 0
-
-    def initialise(self) -> None:
-        """Give the class token a start; transformers knows how to start everything else."""
-        initialization.normal_(
-            self.embeddings.class_embedding, std=self.embeddings.class_embedding.shape[0] ** -0.5
-        )
 
 
 class VisionTower(nn.Module):

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import image_tiles
 from answering import ChatMixin
-from clip_tower import CLIPTower, VisionTower, clip_config, normalised, resized_positions
+from clip_tower import CLIPEmbeddings, VisionTower, clip_config, normalised, resized_positions
 from configuration_xcomposer2 import XComposer2Config
 from internlm2 import ImageTokens, InternLM2Model, keep_partial
 from loss import as_lm_head, supervised_loss
@@ -104,8 +104,9 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CLIPTower):
-            module.initialise()
+        if isinstance(module, CLIPEmbeddings):
+            width = module.class_embedding.shape[0]
+            initialization.normal_(module.class_embedding, std=width**-0.5)
         elif module is self and self.config.tiles:
             initialization.normal_(self.plora_glb_GN, std=0.02)
             initialization.normal_(self.plora_sub_GN, std=0.02)

@@ -46,7 +46,9 @@ def test_the_answers_and_their_end_are_supervised_and_nothing_else(name, case):
         sample = encoded(name, row["conversations"], golden_images(name, case, number))
         learned = sample["labels"][sample["labels"] != -100]
         answers = [message["value"] for message in row["conversations"] if message["from"] == "assistant"]
-        assert rules(name).tokenizer.decode(learned) == "".join(f"{text}[UNUSED_TOKEN_145]" for text in answers)
+        assert rules(name).tokenizer.decode(learned) == "".join(
+            f"{text}[UNUSED_TOKEN_145]" for text in answers
+        )
         released = arrays(name)[f"{case}.{number}.targets_untruncated"]
         if len(answers) == 1:  # with one answer the released labels add the line break and the text's end
             assert [*learned.tolist(), NEWLINE, EOS] == released[released != -100].tolist()

@@ -10,6 +10,7 @@ import torch
 
 from clip_tower import resized_positions
 from decoding import GREEDY
+from turns import Media, Turn
 from xcomposer2_cases import (
     GOLDENS,
     THREE,
@@ -22,7 +23,6 @@ from xcomposer2_cases import (
     rules,
     without_labels,
 )
-from turns import Media, Turn
 
 CASES = [(name, case) for name in THREE for case in about(name)["cases"]]
 
@@ -84,7 +84,9 @@ def seen(model, name, case):
     return before[0].flatten(0, -2).numpy(), after.numpy(), batch["image_bound"]
 
 
-@pytest.mark.parametrize(("name", "case"), [pair for pair in CASES if f"{pair[1]}.0.vfeat_pos" in arrays(pair[0])])
+@pytest.mark.parametrize(
+    ("name", "case"), [pair for pair in CASES if f"{pair[1]}.0.vfeat_pos" in arrays(pair[0])]
+)
 def test_vision_features_equal_the_released_code(models, name, case):
     read = arrays(name)
     places = read[f"{case}.0.vfeat_pos"]
@@ -111,7 +113,9 @@ def test_two_tiled_images_of_different_size_give_the_features_they_give_alone(mo
     model = models[name]
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after = model.encode_images(sample["pixel_values"], [tuple(size) for size in sample["tgt_sizes"].tolist()])
+        after = model.encode_images(
+            sample["pixel_values"], [tuple(size) for size in sample["tgt_sizes"].tolist()]
+        )
     handle.remove()
     places = read["vitlist.0.pos"]
     assert np.abs(before[0].numpy()[places] - read["vitlist.0.vit"]).max() < FEATURE_TOLERANCE
