@@ -142,6 +142,13 @@ def _by_picture(slices: list[Tensor], keys: list[tuple[str | None, int]]) -> lis
     return [torch.cat([next(rest) for _ in range(count)]).detach() for _, count in keys]
 
 
+def as_the_next_layer_rounds(features: Tensor) -> Tensor:
+    """Under autocast: what the layer behind the tower would round to; what is kept is then half as large."""
+    device = features.device.type
+    autocast = not features.is_meta and torch.is_autocast_enabled(device)
+    return features.to(torch.get_autocast_dtype(device)) if autocast else features
+
+
 def is_partitioned(module: nn.Module) -> bool:
     """Whether ZeRO-3 holds a module's weights in shares."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 
 from answering import ChatMixin, GenerateMixin
 from configuration_minicpmv import MiniCPMVConfig
-from known_slices import SliceSources, VisionInput, is_partitioned, tower_features
+from known_slices import (
+    SliceSources,
+    VisionInput,
+    as_the_next_layer_rounds,
+    is_partitioned,
+    tower_features,
+)
 from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from released_format import SavedAsReleased
 from resampler import FramePacks, Resampler, grid_table
@@ -127,10 +133,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         vision_trains = any(parameter.requires_grad for parameter in self.vpm.parameters())
         with nullcontext() if vision_trains else torch.no_grad():
             features = self.vpm(patches, layout)
-        device = features.device.type
-        # The resampler's first layer would round to this too; what is kept of the features is half as large.
-        autocast = not features.is_meta and torch.is_autocast_enabled(device)
-        return features.to(torch.get_autocast_dtype(device)) if autocast else features
+        return as_the_next_layer_rounds(features)
 
     def _stem_dtype(self) -> torch.dtype:
         return next(self.vpm.parameters()).dtype

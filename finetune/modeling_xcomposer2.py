@@ -8,7 +8,6 @@ the LLM.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,19 +16,16 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import image_tiles
 from answering import ChatMixin
-from clip_tower import CLIPEmbeddings, VisionTower, clip_config, normalised, resized_positions
+from clip_tower import CLIPEmbeddings, VisionTower, clip_config, resized_positions
 from configuration_xcomposer2 import XComposer2Config
 from internlm2 import ImageTokens, InternLM2Model, keep_partial
-from loss import as_lm_head, supervised_loss
-from modeling_minicpmv import MiniCPMVOutput
+from known_slices import SliceSources, VisionInput
+from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from released_format import SavedAsReleased
 from weights import has_weights, tensor_names
-from xcomposer2_slicing import tile_tokens
+from xcomposer2_vision import check_bounds, encode_dummy, encode_images
 
-# The image that stands in when a batch has none: 2 x 2 patches, one token of 4khd.
-_DUMMY_PATCHES = 4
 # A released checkpoint may lack the tower's last norm, which nothing uses.
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
 
@@ -116,50 +112,6 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         keep_partial(self.get_submodule(target), module)
         super().set_submodule(target, module, strict)
 
-    def encode_images(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        """Run vision tower and projector once, on all images of the batch.
-
-        Args:
-            pixel_values: [3, 14, 14 * N] uint8, patches of all images side by side.
-            grids: [S] (rows, columns) of each image, in patches.
-
-        Returns:
-            [M, D] embeddings in the order of the image tokens.
-        """
-        lengths = [14 * rows * columns for rows, columns in grids]
-        side, dtype = self.config.side, self.vit.tower.embeddings.class_embedding.dtype
-        images = [
-            image_tiles.as_image(strip, *grid)
-            for strip, grid in zip(pixel_values.split(lengths, dim=2), grids, strict=True)
-        ]
-        if not self.config.tiles:
-            patches = image_tiles.as_patches(normalised(torch.stack(images), dtype))
-            return self.vision_proj(self._see(patches).flatten(0, 1))
-        crops = [image_tiles.cut(normalised(image[None], torch.float32)[0], side) for image in images]
-        features = self._see(torch.cat(crops).to(dtype))
-        return self.vision_proj(
-            image_tiles.join(
-                features,
-                [(rows // side, columns // side) for rows, columns in grids],
-                row_end=self.plora_sub_GN.flatten(),
-                between=self.plora_glb_GN.flatten(),
-            )
-        )
-
-    def _see(self, patches: Tensor) -> Tensor:
-        """[S, L, 588] -> [S, L, C]."""
-        trains = any(parameter.requires_grad for parameter in self.vit.parameters())
-        with nullcontext() if trains else torch.no_grad():
-            return self.vit(patches)
-
-    def _encode_dummy(self) -> Tensor:
-        """A zero that has run through tower and projector."""
-        stem = self.vit.tower.embeddings.class_embedding
-        features = self._see(stem.new_zeros(1, _DUMMY_PATCHES, 588))[0]
-        if self.config.tiles:
-            features = features.flatten() + (self.plora_sub_GN + self.plora_glb_GN).flatten()
-        return self.vision_proj(features).sum() * 0
-
     def embed(
         self,
         input_ids: Tensor,
@@ -168,6 +120,8 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         tgt_sizes: Any = None,
         image_bound: Any = None,
         dummy: bool = False,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
     ) -> tuple[Tensor, ImageTokens | None]:
         """Token embeddings with the placeholders replaced by image embeddings.
 
@@ -178,6 +132,8 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
             image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
             dummy: Run vision tower, projector and partial LoRA even without an image, so that every
                 rank takes part in the same collectives and every trained parameter gets a gradient.
+            slice_sources: Which images' features are known, see ``known_slices``; None: none.
+            known_features: Those features.
 
         Returns:
             [B, T, D], and the places of the image tokens.
@@ -192,13 +148,12 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         if not grids:
             if not dummy:
                 return embeddings, None
-            nothing = self._encode_dummy().to(embeddings.dtype)
+            nothing = encode_dummy(self).to(embeddings.dtype)
             place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
             return embeddings + nothing, ImageTokens(place, real=False)
-        assert pixel_values is not None, "tgt_sizes without pixel_values"
         bounds = image_bound.tolist()
-        self._check_bounds(bounds, grids)
-        features = self.encode_images(pixel_values, grids)
+        check_bounds(bounds, grids, side=self.config.side, tiles=self.config.tiles)
+        features = encode_images(self, VisionInput(pixel_values, slice_sources, known_features), grids)
         width = input_ids.shape[1]
         places = torch.cat(
             [torch.arange(row * width + start, row * width + end) for row, start, end in bounds]
@@ -206,24 +161,6 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         places = places.to(embeddings.device, non_blocking=True)
         flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
         return flat.view_as(embeddings), ImageTokens(places)
-
-    def _check_bounds(self, bounds: list[list[int]], grids: list[tuple[int, int]]) -> None:
-        if len(bounds) != len(grids):
-            raise ValueError(f"The batch has {len(grids)} images and {len(bounds)} placeholders.")
-        side = self.config.side
-        for bound, (rows, columns) in zip(bounds, grids, strict=True):
-            if self.config.tiles:
-                fits, expected = rows % side == columns % side == 0, tile_tokens((rows, columns), side)
-            else:
-                fits, expected = rows == columns == side, side**2
-            if not fits:
-                raise ValueError(
-                    f"tgt_sizes: an image has {rows} x {columns} patches, expected "
-                    f"{'multiples of ' if self.config.tiles else ''}{side} x {side}. Make the batch with this "
-                    "checkpoint's rules."
-                )
-            if bound[2] - bound[1] != expected:
-                raise ValueError(f"image_bound {bound}: {bound[2] - bound[1]} tokens, expected {expected}.")
 
     def forward(
         self,
@@ -237,6 +174,8 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         supervised: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         image_tokens: ImageTokens | None = None,
@@ -258,6 +197,8 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            slice_sources: See ``embed``, as the next.
+            known_features: See ``embed``.
             past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
             inputs_embeds: [B, T, D] what ``embed`` gave.
             image_tokens: What ``embed`` gave.
@@ -279,7 +220,7 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         assert input_ids is not None, "a batch has input_ids"
         embeddings, image = self.embed(
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
-            dummy=labels is not None,
+            dummy=labels is not None, slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
         mask = attention_mask if labels is None and position_ids is None else None
         hidden = self._run_llm(embeddings, image, mask, position_ids)

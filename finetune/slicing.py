@@ -64,6 +64,11 @@ class Layout:
         return sizes
 
     @property
+    def encoded_sizes(self) -> list[tuple[int, int]]:
+        """Two numbers for every slice whose product is how many features the vision tower gives for it."""
+        return self.tgt_sizes
+
+    @property
     def count(self) -> int:
         """How many pictures the encoder sees: the overview and the slices."""
         return 1 if self.grid is None else 1 + self.grid.rows * self.grid.columns

@@ -76,7 +76,7 @@ class VisionCache:
             pictures: The sample's pictures.
             layouts: How their frames are cut.
         """
-        grids = [[grid for layout in frames for grid in layout.tgt_sizes] for frames in layouts]
+        grids = [[grid for layout in frames for grid in layout.encoded_sizes] for frames in layouts]
         longest = max((rows * columns for sizes in grids for rows, columns in sizes), default=0)
         context = f"{longest}" if self.whole_samples else ""
         keys = [

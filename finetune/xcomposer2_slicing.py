@@ -41,6 +41,11 @@ def tile_tokens(size: tuple[int, int], side: int) -> int:
     return (high * wide + 1) * tokens**2 + 1 + (high + 1) * tokens
 
 
+def encoded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """What the tower gives for an image of (rows, columns) patches, as (crops, features of a crop)."""
+    return 1 + (size[0] // side) * (size[1] // side), side * side
+
+
 @dataclass(frozen=True)
 class TileStyle(PlaceholderStyle):
     """4khd's placeholder: nothing but its tokens.
@@ -103,6 +108,11 @@ class TileLayout(Layout):
         """(rows, columns) in patches of the whole tiled image."""
         assert self.refined is not None
         return [(self.refined.height // self.patch_size, self.refined.width // self.patch_size)]
+
+    @property
+    def encoded_sizes(self) -> list[tuple[int, int]]:
+        """Features of the tower: those of the global view besides those of the tiles."""
+        return [encoded_size(size, self.overview.height // self.patch_size) for size in self.tgt_sizes]
 
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """The resized image on white. Portraits are worked on lying on their side, as the released code does."""

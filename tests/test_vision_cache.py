@@ -56,6 +56,9 @@ class Run:
         self.row, self.folder = GENERATIONS[name], folder
         self.checkpoint = checkpoint or make_checkpoint(folder / "model", name, size="tiny")
         self.model = load_model(self.checkpoint, self.row, dtype=torch.float32).train()
+        for module in self.model.modules():
+            if hasattr(module, "partial_dropout"):
+                module.partial_dropout = 0.0  # losses are compared
         freeze(self.model, self.row, vision=False, resampler=resampler, llm=True)
         self.rows = SupervisedDataset(
             data, load_processing(self.checkpoint), DataOptions(model_max_length=None)

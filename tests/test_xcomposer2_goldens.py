@@ -10,6 +10,7 @@ import torch
 
 from clip_tower import resized_positions
 from decoding import GREEDY
+from known_slices import VisionInput
 from turns import Media, Turn
 from xcomposer2_cases import (
     GOLDENS,
@@ -23,6 +24,7 @@ from xcomposer2_cases import (
     rules,
     without_labels,
 )
+from xcomposer2_vision import encode_images
 
 CASES = [(name, case) for name in THREE for case in about(name)["cases"]]
 
@@ -77,8 +79,8 @@ def seen(model, name, case):
     before = []
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after = model.encode_images(
-            batch["pixel_values"], [tuple(size) for size in batch["tgt_sizes"].tolist()]
+        after = encode_images(
+            model, VisionInput(batch["pixel_values"]), [tuple(size) for size in batch["tgt_sizes"].tolist()]
         )
     handle.remove()
     return before[0].flatten(0, -2).numpy(), after.numpy(), batch["image_bound"]
@@ -113,8 +115,8 @@ def test_two_tiled_images_of_different_size_give_the_features_they_give_alone(mo
     model = models[name]
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after = model.encode_images(
-            sample["pixel_values"], [tuple(size) for size in sample["tgt_sizes"].tolist()]
+        after = encode_images(
+            model, VisionInput(sample["pixel_values"]), [tuple(size) for size in sample["tgt_sizes"].tolist()]
         )
     handle.remove()
     places = read["vitlist.0.pos"]
