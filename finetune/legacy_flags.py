@@ -205,6 +205,10 @@ def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None
     result.notes.append(f"{flag.text} is what transformers always does now.")
 
 
+def _trust_remote_code(flag: _Flag, given: set[str], result: Translation) -> None:
+    result.notes.append(f"{flag.text} is left out: no code of a checkpoint is needed here, and none is run.")
+
+
 REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "batch_size": _batch_size,
     "warmup_ratio": _warmup_ratio,
@@ -214,4 +218,5 @@ REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "adafactor": _adafactor,
     "optim": _optim,
     "save_safetensors": _save_safetensors,
+    "trust_remote_code": _trust_remote_code,
 }

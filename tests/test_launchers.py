@@ -64,10 +64,12 @@ class Stage:
             text=True,
             timeout=60,
         )
-        if done.returncode:
-            return done, None
+        return done, None if done.returncode else self.call()
+
+    def call(self):
+        """The last recorded start of processes."""
         call = json.loads(self.record.read_text())
-        return done, Call(call["argv"], call["env"], call["cwd"])
+        return Call(call["argv"], call["env"], call["cwd"])
 
 
 class Call:
