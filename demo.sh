@@ -3,7 +3,7 @@
 #
 #     bash demo.sh                       MiniCPM-V 2.6
 #     bash demo.sh --generation v4_5     another generation: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7
-#     bash demo.sh --steps 120           steps of each of the two runs
+#     bash demo.sh --steps 200           steps of each of the two runs
 #     bash demo.sh --output FOLDER       where everything goes (default: demo_output/<generation>)
 #
 # What an earlier start has finished is used again; remove the folder to start over.
@@ -11,7 +11,7 @@ set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 GENERATION=v2_6
-STEPS=120
+STEPS=200
 OUTPUT=
 while [ $# -gt 0 ]; do
     case $1 in

@@ -1,12 +1,13 @@
 """Draws a picture-question data set: real image files, and rows in the official JSON format.
 
-    python draw_pictures.py FOLDER [--train 1536] [--eval 48] [--held_out 144] [--seed 0]
+    python draw_pictures.py FOLDER [--train 1536] [--eval 48] [--held_out 96] [--seed 0]
 
 Every picture shows one shape in one colour on a ground of another; which shape it is, where it stands and
 how large it is, distract. Most pictures are small; one in eight is large enough to be cut into slices by a
 checkpoint with ``scale_resolution`` 112. Two tasks are asked about the same pictures:
 
-- ``questions``: the colour of the shape, then that of the background, in two turns of one word each;
+- ``questions``: the colour of the shape and that of the background, in either order, in two turns of one word
+  each (a model with a think block is trained on the last turn as it will be asked, on earlier ones as history);
 - ``descriptions``: one sentence with both, in words that the first task never used.
 
 Each task has rows to train on and to evaluate; ``held_out.json`` asks both tasks about further pictures, one
@@ -54,17 +55,26 @@ PLACES = 9  # three by three, row by row
 QUESTIONS = {"colour": "What colour is the shape?", "background": "What colour is the background?"}
 REQUEST = "Describe the picture."
 TASKS = ("questions", "descriptions")
-PARTS = {"train": 1536, "eval": 48, "held_out": 144}
+PARTS = {"train": 1536, "eval": 48, "held_out": 96}
 _LARGE_EVERY = 8
 _SHADE = 8  # how far a colour may lie from its list value, of 255
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; ``place`` is a number below ``PLACES``."""
+    """What a picture shows, and what is asked first.
+
+    Attributes:
+        colour: A key of ``COLOURS``.
+        background: A key of ``BACKGROUNDS``.
+        first: The question that comes first, a key of ``QUESTIONS``.
+        shape: One of ``SHAPES``.
+        place: A number below ``PLACES``.
+    """
 
     colour: str
     background: str
+    first: str = "colour"
     shape: str = SHAPES[0]
     place: int = 0
 
@@ -104,13 +114,14 @@ def ask(task: str, scene: Scene) -> list[dict[str, str]]:
     if task == "descriptions":
         figure, ground = COLOURS[scene.colour][0], BACKGROUNDS[scene.background][0]
         return _turns([(REQUEST, f"The figure is {figure} and the ground is {ground}.")])
-    return _turns([(text, getattr(scene, kind)) for kind, text in QUESTIONS.items()])
+    kinds = sorted(QUESTIONS, key=lambda kind: kind != scene.first)
+    return _turns([(QUESTIONS[kind], getattr(scene, kind)) for kind in kinds])
 
 
 def sentences() -> Iterator[str]:
     """Every question and answer there is; what a small tokenizer should have whole words for."""
-    for colour, background, task in product(COLOURS, BACKGROUNDS, TASKS):
-        yield from (turn["content"] for turn in ask(task, Scene(colour, background)))
+    for colour, background, first, task in product(COLOURS, BACKGROUNDS, QUESTIONS, TASKS):
+        yield from (turn["content"] for turn in ask(task, Scene(colour, background, first)))
 
 
 def chance(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -153,7 +164,7 @@ def draw(scene: Scene, rng: random.Random, *, large: bool) -> Image.Image:
     image = Image.new("RGB", (width, height), _shade(BACKGROUNDS[scene.background][1], rng))
     fill = _shade(COLOURS[scene.colour][1], rng)
     x, y = (_jitter(scene.place % 3, width, rng), _jitter(scene.place // 3, height, rng))
-    radius = min(width, height) * rng.uniform(0.13, 0.165)
+    radius = min(width, height) * rng.uniform(0.2, 0.24)
     pencil = ImageDraw.Draw(image)
     if scene.shape == "circle":
         pencil.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
@@ -180,21 +191,22 @@ def _shade(colour: Colour, rng: random.Random) -> Colour:
 
 
 def _jitter(third: int, side: int, rng: random.Random) -> float:
-    """A coordinate near the middle of a third of a side, in pixels."""
-    return side * (1 + 2 * third + rng.uniform(-0.1, 0.1)) / 6
+    """A coordinate near the first, second or third quarter mark of a side, in pixels."""
+    return side * (1 + third + rng.uniform(-0.05, 0.05)) / 4
 
 
 def _balanced_scenes(count: int, rng: random.Random) -> list[Scene]:
-    """Scenes in which each pair of colours, each shape and each place comes equally often."""
+    """Scenes in which each pair of colours comes equally often in each order, and each shape and place too."""
 
     def deal(values: list[Any]) -> list[Any]:
         dealt = [values[index % len(values)] for index in range(count)]
         rng.shuffle(dealt)
         return dealt
 
-    pairs = rng.sample(list(product(COLOURS, BACKGROUNDS)), len(COLOURS) * len(BACKGROUNDS))
-    dealt = zip(deal(pairs), deal(list(SHAPES)), deal(list(range(PLACES))), strict=True)
-    return [Scene(*pair, shape, place) for pair, shape, place in dealt]
+    asked = list(product(COLOURS, BACKGROUNDS, QUESTIONS))
+    rng.shuffle(asked)
+    dealt = zip(deal(asked), deal(list(SHAPES)), deal(list(range(PLACES))), strict=True)
+    return [Scene(*words, shape, place) for words, shape, place in dealt]
 
 
 def _one_per_question(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The demo's pictures and its small checkpoints."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SCALE_RESOLUTION = 112  # of the demo's checkpoints, in pixels
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    files = draw_data_set(folder, sizes={"train": 72, "eval": 9, "held_out": 144}, seed=3)
+    files = draw_data_set(folder, sizes={"train": 72, "eval": 9, "held_out": 96}, seed=3)
     return folder, {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
@@ -63,6 +64,12 @@ def test_answers_are_dealt_evenly_so_text_alone_has_little_chance(drawn):
     assert found[QUESTIONS["colour"]] == pytest.approx(1 / len(COLOURS))
     assert found[QUESTIONS["background"]] == pytest.approx(1 / len(BACKGROUNDS))
     assert found[REQUEST] == pytest.approx(1 / (len(COLOURS) * len(BACKGROUNDS)))
+
+
+def test_each_question_comes_last_in_half_of_the_rows(drawn):
+    _, rows = drawn
+    last = Counter(row["conversations"][-2]["content"] for row in rows["questions_train"])
+    assert last == {question: 36 for question in QUESTIONS.values()}
 
 
 def test_the_second_task_uses_words_that_the_first_never_did(drawn):
