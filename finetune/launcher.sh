@@ -27,6 +27,18 @@ torchrun() {
         # Processes that are started again continue from the last checkpoint. Without the variable they
         # would look for the store of the processes that ended (torch 2.13).
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        before=
+        for word in "$@"; do
+            case "$before $word" in
+                "--resume_from_checkpoint true" | *" --resume_from_checkpoint=true") ;;
+                "--resume_from_checkpoint "* | *" --resume_from_checkpoint="* | *" --overwrite_output_dir"*)
+                    say "With MAX_RESTARTS a run goes on from the last checkpoint in its output folder, at every start."
+                    say "Leave out --resume_from_checkpoint and --overwrite_output_dir, and give another folder if need be."
+                    exit 1
+                    ;;
+            esac
+            before=$word
+        done
         set -- --max_restarts "$MAX_RESTARTS" "$@" --resume_from_checkpoint true
     fi
     if [ -n "${RDZV:-}" ]; then

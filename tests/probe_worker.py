@@ -11,7 +11,7 @@
     {"kill": [rank, step]}                    the process kills itself
     {"kill_in_save": [rank, step]}            ... while it writes that step's checkpoint
     {"hang": [rank, step]}                    a row that never comes
-    {"slow": seconds}                         every batch takes longer
+    {"slow": seconds}                         every batch takes longer; there is a file "slow" when one has begun
     {"full_disk": step}                       writing that step's checkpoint fails for want of space
 
 Ranks count from 0, steps from 1.
@@ -63,7 +63,9 @@ class Probed(GuardedTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
-        time.sleep(FAULTS.get("slow", 0))
+        if "slow" in FAULTS:
+            Path(self.args.output_dir, "slow").touch()
+            time.sleep(FAULTS["slow"])
         if planted("raise", step):
             raise KeyError("planted error")
         if planted("bad_row", step):

@@ -309,7 +309,7 @@ def test_help_is_complete_and_needs_no_torch():
         "sys.stdout.write(page)"
     )
     page = subprocess.run(
-        [sys.executable, "-c", code], cwd=FINETUNE, capture_output=True, text=True, check=True, timeout=20
+        [sys.executable, "-c", code], cwd=FINETUNE, capture_output=True, text=True, check=True, timeout=60
     ).stdout
     shown = set(re.findall(r"^  --(\w+)$", page, flags=re.MULTILINE))
     fields = {

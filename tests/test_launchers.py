@@ -20,7 +20,7 @@ LAUNCHERS = ("finetune_lora.sh", "finetune_ds.sh")
 SHELLS = [shell for shell in ("dash", "bash", "sh", "busybox sh") if shutil.which(shell.split()[0])]
 VARIABLES = (
     "GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MODEL DATA EVAL_DATA LLM_TYPE MODEL_MAX_Length "
-    "OUTPUT_DIR PRECISION DEEPSPEED MAX_STEPS OMP_NUM_THREADS DS_ACCELERATOR"
+    "OUTPUT_DIR PRECISION DEEPSPEED MAX_STEPS OMP_NUM_THREADS DS_ACCELERATOR MAX_RESTARTS RDZV"
 ).split()
 
 
@@ -196,6 +196,20 @@ def test_a_taken_port_is_replaced_on_one_machine_only_and_said(stage):
     assert "Port 6001 is taken on this machine; using 45454" in done.stderr
     done, call = stage.start("finetune_lora.sh", MODEL="m", DATA="d", NNODES="2")
     assert (call.value("--master_port"), done.stderr) == ("6001", "")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_restarts_go_on_from_the_last_checkpoint_and_nothing_contradicts_it(stage, shell):
+    _, call = stage.start("finetune_lora.sh", "--seed", "1", shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
+    assert call.value("--max_restarts") == "3"
+    assert call.argv[-4:] == ["--seed", "1", "--resume_from_checkpoint", "true"]
+    for words in (["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint=true"]):
+        done, _ = stage.start("finetune_lora.sh", *words, shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
+        assert done.returncode == 0, done.stderr
+    for words in (["--resume_from_checkpoint", "a/path"], ["--overwrite_output_dir"], ["--overwrite_output_dir=true"]):
+        done, _ = stage.start("finetune_lora.sh", *words, shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
+        assert done.returncode == 1
+        assert "With MAX_RESTARTS a run goes on from the last checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1"])

@@ -77,10 +77,10 @@ def test_many_rows_open_fast_once_indexed(tmp_path):
             file.write(f'{{"id": {number}}}\n')
     first = JsonRows(path)
     assert first[299_999] == {"id": 299_999}
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may have the cores
     again = JsonRows(path)
     assert again[150_000] == {"id": 150_000}
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert again._spans.nbytes == 300_000 * 16  # memory-mapped numbers, no Python object per row
 
 
