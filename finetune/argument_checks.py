@@ -226,6 +226,12 @@ def _no_effect_here(training: Namespace) -> Iterator[str]:
         yield f"--label_names is {training.label_names}, expected labels: a row's labels have that name."
     if training.label_smoothing_factor:
         yield "--label_smoothing_factor is not supported: the loss never builds all logits. Use 0."
+    if training.torch_compile or training.torch_compile_backend or training.torch_compile_mode:
+        yield (
+            "--torch_compile is not supported: batches differ in tokens, slices and supervised tokens, and every new "
+            "shape would be compiled anew (a first step of a two-layer model took minutes). Leave it out; "
+            "--use_liger_kernel true fuses the LLM's small operations on a GPU."
+        )
     if training.do_predict:
         yield "--do_predict is not supported by finetune.py. Remove it."
 

@@ -111,7 +111,6 @@ def largest_batch(
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "position_ids": torch.arange(length).repeat(rows, 1),
         "pixel_values": torch.empty(3, 14, 14 * patches, dtype=torch.uint8, device="meta"),
         "tgt_sizes": torch.full((len(bounds), 2), SLICE_SIDE),
         "image_bound": torch.tensor(bounds).reshape(-1, 3),

@@ -25,7 +25,8 @@ from known_slices import (
 )
 from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from released_format import SavedAsReleased
-from resampler import FramePacks, Resampler, grid_table
+from resampler import FramePacks, Resampler, check_bounds, grid_table
+from sample_masks import masks_given, packed_mask
 from slice_attention import SliceLayout
 from vision import NaViTTower, TimmTower
 
@@ -181,7 +182,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         bounds = image_bound.tolist()
         packs = None if temporal_ids is None else FramePacks.of(temporal_ids)
         placeholder_of = range(len(grids)) if packs is None else [int(p) for p in temporal_ids[:, 0].tolist()]
-        self._check_bounds(bounds, slices=len(grids), packs=packs)
+        check_bounds(bounds, len(grids) if packs is None else len(packs.sizes), queries=self.config.query_num)
         sample_of = self._samples(bounds, position_ids)
         features = self.encode_slices(
             VisionInput(pixel_values, slice_sources, known_features),
@@ -195,19 +196,12 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         flat = embeddings.flatten(0, 1).index_copy(0, index, features.flatten(0, 1).to(embeddings.dtype))
         return flat.view_as(embeddings)
 
-    def _check_bounds(self, bounds: list[list[int]], *, slices: int, packs: FramePacks | None) -> None:
-        expected = slices if packs is None else len(packs.sizes)
-        if len(bounds) != expected:
-            raise ValueError(f"The batch has {expected} slices or packs and {len(bounds)} placeholders.")
-        wrong = [bound for bound in bounds if bound[2] - bound[1] != self.config.query_num]
-        if wrong:
-            raise ValueError(
-                f"image_bound {wrong[0]}: {wrong[0][2] - wrong[0][1]} tokens, expected query_num = "
-                f"{self.config.query_num} in every placeholder."
-            )
-
     def _samples(self, bounds: list[list[int]], position_ids: Tensor | None) -> list[int]:
-        """The sample of each placeholder: its row, or its segment of a packed row."""
+        """The sample of each placeholder: its row, or its segment of a packed row.
+
+        The latter, in 2.5 alone, is the one thing that a packed step reads back from the device: in front of
+        the step's work, where little is waited for.
+        """
         if position_ids is None or self.config.generation.positions != "one_row":
             return [row for row, _, _ in bounds]
         segments = (position_ids == 0).flatten().cumsum(0).view_as(position_ids).cpu()
@@ -275,8 +269,11 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         if position_ids is not None and flash:
             # The variable-length kernels take the samples of all rows as one row.
             embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-        # use_cache=False: with a cache the isolation of packed samples is silently dropped.
-        output = self.llm.model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
-        )
+        with masks_given(self.llm.config) if mask is None else nullcontext(False) as given:
+            if given and position_ids is not None:
+                mask = packed_mask(position_ids)
+            # use_cache=False: with a cache the isolation of packed samples is silently dropped.
+            output = self.llm.model(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
+            )
         return output.last_hidden_state.view(shape)

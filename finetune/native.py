@@ -32,6 +32,7 @@ from native_generation import NativeGenerateMixin
 from native_runs import VisualRuns
 from native_samples import SampleLayout
 from native_vision import encode_slices, use_slice_modules
+from sample_masks import packed_mask
 from weights import copy_carried_files
 
 
@@ -173,8 +174,13 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         elif rope is not None:
             positions = torch.stack([placed.put(row) for row in rope])
         # use_cache=False: with a cache the isolation of packed samples is silently dropped.
+        mask = None
+        if self.config.text_config._attn_implementation == "sdpa":
+            # Given, because transformers would read the positions back from the device to make it.
+            packed = packed_mask(placed.put(placed.positions + 1) - 1) if placed.packed else None
+            mask = {"full_attention": packed, "linear_attention": None}
         hidden = self.model.language_model(
-            inputs_embeds=seen, position_ids=positions, use_cache=False, samples=placed, **flash
+            inputs_embeds=seen, attention_mask=mask, position_ids=positions, use_cache=False, samples=placed, **flash
         ).last_hidden_state
         return samples.put(hidden[0]) if flash else hidden
 

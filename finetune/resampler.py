@@ -43,6 +43,22 @@ class FramePacks:
         return cls(tuple(sizes), tuple(times))
 
 
+def check_bounds(bounds: Sequence[Sequence[int]], expected: int, *, queries: int) -> None:
+    """See that (row, start, end) of the placeholders fit the slices and the queries.
+
+    Raises:
+        ValueError: When their number or a length is another.
+    """
+    if len(bounds) != expected:
+        raise ValueError(f"The batch has {expected} slices or packs and {len(bounds)} placeholders.")
+    wrong = [bound for bound in bounds if bound[2] - bound[1] != queries]
+    if wrong:
+        raise ValueError(
+            f"image_bound {wrong[0]}: {wrong[0][2] - wrong[0][1]} tokens, expected query_num = {queries} in every "
+            "placeholder."
+        )
+
+
 @lru_cache(maxsize=16)
 def sine_table(count: int, width: int) -> Tensor:
     """Sines and cosines of the numbers 0 to count - 1, [count, width] fp32: [sin(n w), cos(n w)].
@@ -142,8 +158,9 @@ class Resampler(nn.Module):
         """Add each frame's time to the keys of its patches; give the tokens per placeholder."""
         per_slice = layout.batch_lengths()
         # Row 0 of the table stands for "no time" and is zero.
-        table = F.pad(sine_table(max(packs.times) + 1, key.shape[-1]), (0, 0, 1, 0)).to(key.device)
+        table = F.pad(sine_table(max(packs.times) + 1, key.shape[-1]), (0, 0, 1, 0))
+        table = table.to(key.device, non_blocking=True)
         rows = torch.tensor(packs.times).repeat_interleave(torch.tensor(per_slice)) + 1
-        key = key + table[rows.to(key.device)].to(key.dtype)
+        key = key + table[rows.to(key.device, non_blocking=True)].to(key.dtype)
         sizes = iter(per_slice)
         return key, [sum(next(sizes) for _ in range(size)) for size in packs.sizes]

@@ -133,7 +133,7 @@ class NaViTTower(nn.Module):
         # The layout travels in the mask's place, the one argument that transformers hands through to
         # the attention function; see _siglip_attention.
         hidden = self.encoder(hidden[None], attention_mask=layout).last_hidden_state[0]
-        hidden = hidden if kept is None else hidden[kept.to(hidden.device)]
+        hidden = hidden if kept is None else hidden[kept.to(hidden.device, non_blocking=True)]
         return self.post_layernorm(hidden)
 
 

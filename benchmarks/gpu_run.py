@@ -1,0 +1,297 @@
+"""One row of gpu.py: finetune.py's own steps around a model with random weights, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from adapters import add_adapter
+from arguments import parse_arguments
+from configuration_minicpmv import MiniCPMVConfig
+from generations import GENERATIONS
+from make_checkpoint import make_checkpoint
+from modeling_minicpmv import MiniCPMV
+from parts import count_parts, freeze
+from phase_clock import PhaseClock
+from preparation import (
+    load_data_rules,
+    load_datasets,
+    load_dtype,
+    log_what_trains,
+    make_trainer,
+    settle_training_arguments,
+)
+from rank_watch import RankWatch
+from real_configs import REAL_CONFIGS
+from speed_options import apply_liger, set_checkpointing
+from step_flops import Trains, Work, needed_flops, shape_of
+
+PROFILED = 2  # steps under torch.profiler
+GIB = 1024**3
+
+
+def measure(wish: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps; give speed, memory and shares of time.
+
+    Args:
+        wish: One combination of gpu.py's flags.
+    """
+    folder = Path(wish["folder"])
+    checkpoint = write_checkpoint(folder / wish["model"], wish["model"], small=wish["small"])
+    on_gpu = torch.cuda.is_available()
+    model_args, data_args, training, lora = parse_arguments(_argv(wish, checkpoint, on_gpu=on_gpu))
+    processing = load_data_rules(data_args, training, checkpoint)
+    rows, _ = load_datasets(data_args, training, processing)
+    settle_training_arguments(training)
+    set_seed(training.seed)
+    generation = processing.generation
+    device = "cuda" if on_gpu else "cpu"
+    bits = lora.quant_bits if lora.q_lora else None
+    model = random_model(
+        checkpoint, load_dtype(training), device, bits=bits, attention=model_args.attn_implementation
+    )
+    shape = shape_of(model) if bits is None else None
+    apply_liger(model, training)
+    set_checkpointing(model, generation, training)
+    parts = {"vision": training.tune_vision, "resampler": training.tune_resampler}
+    if training.use_lora:
+        model = add_adapter(model, generation, lora, **parts)
+    else:
+        freeze(model, generation, **parts, llm=training.tune_llm)
+    log_what_trains(model, generation, training)
+    counts = count_parts(model, generation)
+    trainer = make_trainer(
+        model, training, processing, train_rows=rows, eval_rows=None,
+        watch=RankWatch(limit=training.ddp_timeout), moves=True, after_save=None, feature_writer=None,
+    )  # fmt: skip
+    bench = Bench(trainer, wish, on_gpu=on_gpu)
+    trainer.train()
+    trains = Trains(**parts, llm=training.tune_llm, lora=counts["lora"].total if "lora" in counts else 0)
+    shape = shape or _shape_unquantised(checkpoint)
+    return bench.result(lambda work: sum(needed_flops(shape, work, trains).values()))
+
+
+def write_checkpoint(folder: Path, name: str, *, small: bool) -> Path:
+    """A folder with tokenizer and configuration, the latter in the released sizes unless ``small``."""
+    if (folder / "config.json").is_file():
+        return folder
+    make_checkpoint(folder, name, size="tiny")
+    if small:
+        return folder
+    config = json.loads((folder / "config.json").read_text()) | REAL_CONFIGS[name]
+    config["slice_config"] = {"max_slice_nums": 9, "patch_size": 14, "scale_resolution": 448}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        settings = {"scale_resolution": 448, "image_feature_size": config["query_num"]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def random_model(
+    folder: Path, dtype: torch.dtype, device: str, *, bits: int | None, attention: str
+) -> MiniCPMV:
+    """The model of a configuration, made on the device."""
+    config = MiniCPMVConfig.from_folder(folder)
+    config._attn_implementation = attention
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = MiniCPMV(config)
+    finally:
+        torch.set_default_dtype(before)
+    if bits is not None:
+        _quantise(model, bits, dtype)
+    return model.train()
+
+
+def _quantise(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
+    """Hold the linear layers of the LLM's blocks as ``--q_lora true`` holds them."""
+    import bitsandbytes
+
+    assert bits == 4, "gpu.py measures 4 bit"
+    for name, linear in list(model.llm.model.named_modules()):
+        if type(linear) is not torch.nn.Linear:
+            continue
+        bias = linear.bias is not None
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=bias,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        layer.weight = weight.to(linear.weight.device)
+        layer.bias = linear.bias
+        layer.support_avx512bf16_for_cpu = False
+        model.llm.model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True
+
+
+def _shape_unquantised(folder: Path) -> Any:
+    from meta_model import build_on_meta
+
+    return shape_of(build_on_meta(folder, GENERATIONS[folder.name]))
+
+
+def _argv(wish: dict[str, Any], checkpoint: Path, *, on_gpu: bool) -> list[str]:
+    steps = wish["warmup"] + wish["steps"] + (PROFILED if on_gpu else 0)
+    words: list[Any] = [
+        "--model_name_or_path", checkpoint, "--data_path", Path(wish["folder"]) / "rows.json",
+        "--output_dir", Path(wish["folder"]) / "out", "--overwrite_output_dir", "true", "--max_steps", steps,
+        "--per_device_train_batch_size", wish["batch"], "--model_max_length", wish["length"],
+        "--packing", str(wish["packing"]).lower(), "--bf16", str(on_gpu).lower(), "--report_to", "none",
+        "--save_strategy", "no", "--logging_steps", 10_000, "--learning_rate", 1e-6, "--check_images", "header",
+        "--activation_checkpointing", str(wish["checkpointing"]).lower(), *wish["flags"],
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+class Bench(TrainerCallback):
+    """Measures the steps of a trainer between warm-up and profile.
+
+    Args:
+        trainer: The trainer.
+        wish: One combination of gpu.py's flags.
+        on_gpu: Whether it trains on a GPU.
+    """
+
+    def __init__(self, trainer: Any, wish: dict[str, Any], *, on_gpu: bool) -> None:
+        self.trainer, self.wish, self.on_gpu = trainer, wish, on_gpu
+        self.clock = PhaseClock(on_gpu=on_gpu)
+        model = trainer.model
+        self.clock.watch(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        self.works: list[dict[str, Any]] = []
+        self.phases: Counter[str] = Counter()
+        self.seconds = self.data_seconds = 0.0
+        self.idle: float | None = None
+        self._step, self._load = trainer.training_step, trainer.get_batch_samples
+        trainer.training_step, trainer.get_batch_samples = self._training_step, self._get_batch_samples
+        trainer.add_callback(self)
+
+    def _training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        if self.clock.running:
+            kept = ("attention_mask", "position_ids", "tgt_sizes", "supervised", "rows")
+            self.works.append({name: inputs[name] for name in kept if name in inputs})
+        loss = self._step(model, inputs, *rest, **named)
+        self.clock.mark("other")
+        return loss
+
+    def _get_batch_samples(self, *args: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        self.clock.mark("data")
+        found = self._load(*args, **named)
+        self.clock.mark("other")
+        self.data_seconds += time.perf_counter() - start
+        return found
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin after the warm-up; end, and profile, after the measured steps."""
+        first, last = self.wish["warmup"], self.wish["warmup"] + self.wish["steps"]
+        if state.global_step == first:
+            self._wait()
+            if self.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            self._begin, self.data_seconds = time.perf_counter(), 0.0
+            self.clock.start()
+        elif state.global_step == last:
+            self.phases = self.clock.stop()
+            self._wait()
+            self.seconds = time.perf_counter() - self._begin
+            self.waited = self.data_seconds
+            self.peak = torch.cuda.max_memory_allocated() / GIB if self.on_gpu else None
+            if self.on_gpu:
+                self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self._profiler.__enter__()
+                self._begin = time.perf_counter()
+        elif self.on_gpu and state.global_step == last + PROFILED:
+            self._wait()
+            wall = time.perf_counter() - self._begin
+            self._profiler.__exit__(None, None, None)
+            self.idle = 1 - busy_seconds(self._profiler.events()) / wall
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def result(self, flops_of: Any) -> dict[str, Any]:
+        """The row's figures."""
+        works = [work_of(batch) for batch in self.works]
+        tokens = sum(sum(work.lengths) for work in works)
+        places = sum(batch["attention_mask"].numel() for batch in self.works)
+        samples = sum(row is not None for batch in self.works for row in batch["rows"])
+        flops, peak = sum(flops_of(work) for work in works), matrix_peak(on_gpu=self.on_gpu)
+        rate = flops / self.seconds
+        total = sum(self.phases.values())
+        shares = {name: seconds / total for name, seconds in self.phases.items()}
+        return {
+            "device": torch.cuda.get_device_name() if self.on_gpu else f"CPU, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "steps": self.wish["steps"],
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "samples_per_second": samples / self.seconds,
+            "padding": 1 - tokens / places,
+            "tflops": rate / 1e12,
+            "peak_tflops": peak / 1e12,
+            "mfu": rate / peak,
+            "peak_gib": self.peak,
+            "idle": self.idle,
+            "shares": shares | {"data": self.waited / self.seconds},
+        }
+
+
+def work_of(batch: dict[str, Any]) -> Work:
+    """What a batch puts through the model."""
+    mask = batch["attention_mask"].cpu()
+    counts = mask.sum(dim=1).tolist()
+    if "position_ids" not in batch:
+        lengths = counts
+    else:
+        lengths = []
+        for positions, count in zip(batch["position_ids"].cpu(), counts, strict=True):
+            starts = (positions[:count] == 0).nonzero()[:, 0].tolist()
+            lengths += [end - start for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    patches = [int(rows) * int(columns) for rows, columns in batch["tgt_sizes"]]
+    return Work(lengths, patches, len(batch["supervised"]))
+
+
+def busy_seconds(events: Any) -> float:
+    """Time in which at least one kernel or copy ran."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e6
+
+
+def matrix_peak(*, on_gpu: bool, repeats: int = 20) -> float:
+    """Operations per second of large matrix products, the median of the faster half: bf16 on a GPU, else fp32."""
+    side, dtype, device = (8192, torch.bfloat16, "cuda") if on_gpu else (512, torch.float32, "cpu")
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        left @ right
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(sorted(seconds)[: repeats // 2])
