@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -69,8 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from library_noise import silence
+
+    silence()
     from inference import ModelChoice, load_for_inference
 
     held_out = folder / "data" / "held_out.json"

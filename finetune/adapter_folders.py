@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from transformers import PreTrainedModel
 
 from adapters import AdapterError, load_adapter
@@ -45,23 +45,31 @@ class AdapterFolder:
         return (self.path / LEGACY_NAME).is_file()
 
 
-def read_adapter_folder(name: str | Path) -> AdapterFolder:
+def read_adapter_folder(name: str | Path, *, flag: str = "--adapter") -> AdapterFolder:
     """Look at an adapter's folder.
 
+    Args:
+        name: The folder.
+        flag: How the command line calls it.
+
     Raises:
-        AdapterError: When it holds no adapter.
+        AdapterError: When it holds no adapter, or part of one.
     """
     path = Path(name).expanduser()
     file = path / "adapter_config.json"
     if not file.is_file():
         raise AdapterError(
-            f"--adapter {name}: no adapter_config.json there, expected the folder that a LoRA run wrote. "
+            f"{flag} {name}: no adapter_config.json there, expected the folder that a LoRA run wrote. "
             "Check the path."
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise AdapterError(f"{file}: not readable as JSON ({error}). Copy the adapter again.") from error
+    if not any((path / weights).is_file() for weights in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise AdapterError(
+            f"{path}: it has an adapter_config.json, but no {SAFETENSORS_WEIGHTS_NAME}. Copy the whole folder."
+        )
     return AdapterFolder(path.resolve(), config, read_base_record(path))
 
 
@@ -139,7 +147,19 @@ def load_onto(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
     Raises:
         AdapterError: When its tensors are not exactly those that the model has places for.
     """
-    wrapped = load_adapter(model, adapter.path, trainable=False)
+    wrapped = load_checked(model, adapter, trainable=False)
+    if adapter.is_legacy:
+        load_legacy_tensors(wrapped, adapter.path / LEGACY_NAME)
+    return wrapped.eval()
+
+
+def load_checked(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: bool) -> PeftModel:
+    """Put an adapter on its base model, and see that every tensor of the file found its place.
+
+    Raises:
+        AdapterError: When its tensors are not exactly those that the model has places for.
+    """
+    wrapped = load_adapter(model, adapter.path, trainable=trainable)
     stored = set(load_peft_weights(str(adapter.path), device="cpu"))
     known = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     unknown, missing = sorted(stored - known), sorted(known - stored)
@@ -149,6 +169,4 @@ def load_onto(model: PreTrainedModel, adapter: AdapterFolder) -> PeftModel:
             f"missing (the first is {[*unknown, *missing][0]}), expected an adapter of this model. Give the "
             "base model it was trained on."
         )
-    if adapter.is_legacy:
-        load_legacy_tensors(wrapped, adapter.path / LEGACY_NAME)
-    return wrapped.eval()
+    return wrapped

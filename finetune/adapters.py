@@ -31,7 +31,7 @@ class AdapterError(ValueError):
 def add_adapter(
     model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
 ) -> PeftModel:
-    """Wrap a model with a new LoRA adapter, or with the one to continue from.
+    """Wrap a model with a new LoRA adapter.
 
     Args:
         model: The base model, all of it loaded.
@@ -44,10 +44,8 @@ def add_adapter(
         The wrapped model; only the adapter and its ``modules_to_save`` train.
 
     Raises:
-        AdapterError: When a pattern matches nothing, or the adapter belongs to another model.
+        AdapterError: When a pattern matches nothing.
     """
-    if lora.lora_weight_path:
-        return load_adapter(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
     targets = target_modules(model, generation, lora)
     saved = lora.modules_to_save
     if saved is None:
@@ -193,7 +191,11 @@ def translated_pattern(pattern: str, generation: Generation) -> str:
 
 def adapted_modules(model: nn.Module) -> list[str]:
     """Names of the modules that carry LoRA weights."""
-    return [name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    ]
 
 
 def _summary(names: list[str]) -> str:

@@ -144,7 +144,8 @@ class ChatMixin:
 
         Raises:
             MessageError: When ``msgs`` is not in the released form.
-            RowError: When a text holds a token that the model would read as structure.
+            RowError: When a text holds a token that the model would read as structure, or thoughts are asked
+                of a generation without.
         """
         from chat_messages import MessageError
         from decoding import GREEDY, RELEASED_BEAMS, RELEASED_SAMPLING

@@ -25,6 +25,10 @@ from weights import weight_files
 RECORD_NAME = "base_model.json"
 
 
+class BaseRecordError(ValueError):
+    """A record that can't be read."""
+
+
 @dataclass(frozen=True)
 class BaseRecord:
     """What is kept of a base model.
@@ -99,9 +103,19 @@ def write_base_record(
 
 
 def read_base_record(adapter: Path) -> BaseRecord | None:
-    """The record beside an adapter; None for an adapter of another tool."""
+    """The record beside an adapter; None for an adapter of another tool.
+
+    Raises:
+        BaseRecordError: When it is damaged.
+    """
     path = adapter / RECORD_NAME
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return BaseRecord(**content)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return BaseRecord(**content)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise BaseRecordError(
+            f"{path}: not what a LoRA run writes ({error}). Copy the adapter again, or delete this file: the base is "
+            "then known by its name alone."
+        ) from error

@@ -2,9 +2,9 @@
 
     python chat.py --model_name_or_path M [--adapter A] --image a.jpg [--image b.jpg] --question "What is it?"
 
-Without ``--question`` it is a conversation: a line is a question, ``/image FILE`` shows another picture
-with the next one, ``/reset`` starts over, ``/quit`` (or the end of the input) leaves. The module also
-offers the official chat.py's ``MiniCPMVChat`` and ``img2base64``.
+Without ``--question`` it is a conversation: a line is a question, ``/image FILE`` and ``/video FILE``
+show something with the next one, ``/reset`` starts over, ``/quit`` (or the end of the input) leaves. The
+module also offers the official chat.py's ``MiniCPMVChat`` and ``img2base64``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from command_flags import (
     CommandParser,
     add_generation_flags,
     add_model_flags,
+    check_generation_flags,
     generation_options,
     run_command,
 )
@@ -94,15 +95,16 @@ class Conversation:
     """
 
     def __init__(self, values: argparse.Namespace) -> None:
-        from image_sources import check_source
-        from inference import ModelChoice, load_for_inference
+        from inference import ModelChoice, find_model, load_for_inference
 
         self.values = values
-        for path in values.image:
-            check_source(path, Path())  # before the model is loaded
-        self.model, self.processing = load_for_inference(ModelChoice.of(values))
+        choice = ModelChoice.of(values)
+        found = find_model(choice)
+        self.processing = found.processing
+        # Before the weights are loaded, which can take minutes.
         self.shown = [self._open("image", path) for path in values.image]
         self.shown += [self._open("video", path) for path in values.video]
+        self.model, _ = load_for_inference(choice, found)
         self.reset()
 
     def reset(self) -> None:
@@ -129,9 +131,9 @@ class Conversation:
         frames = list(picture.frames())
         return replace(picture, frames=lambda: frames)
 
-    def show(self, path: str) -> None:
-        """Show a picture with the next question."""
-        self.shown.append(self._open("image", path))
+    def show(self, kind: str, path: str) -> None:
+        """Show a picture with the next question; ``kind`` is image or video."""
+        self.shown.append(self._open(kind, path))
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated."""
@@ -166,7 +168,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add_model_flags(parser)
     add_generation_flags(parser, sampling=True, max_new_tokens=2048)
-    return parser.parse_args(argv)
+    values = parser.parse_args(argv)
+    check_generation_flags(parser, values)
+    return values
 
 
 def main(argv: list[str]) -> int:
@@ -208,8 +212,9 @@ def _obey(conversation: Conversation, line: str) -> None:
     try:
         if line == "/reset":
             conversation.reset()
-        elif line.startswith("/image "):
-            conversation.show(line.removeprefix("/image ").strip())
+        elif line.startswith(("/image ", "/video ")):
+            kind, _, path = line[1:].partition(" ")
+            conversation.show(kind, path.strip())
         else:
             conversation.ask(line)
     except (MessageError, RowError) as error:

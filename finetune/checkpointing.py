@@ -24,13 +24,10 @@ from safetensors import SafetensorError
 import output_folder
 from arguments import TrainingArguments
 from output_folder import MANIFEST, UNFINISHED
+from write_failures import GIB, free_bytes, is_write_failure, system_reason
 
 logger = logging.getLogger(__name__)
 
-_GIB = 1024**3
-_NOTHING = 2**24  # bytes; a disk with less is full
-# What torch's writer says when the system did not take its bytes (torch 2.13); it raises RuntimeError.
-_TORCH_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
 
 
 class CheckpointError(ValueError):
@@ -180,26 +177,17 @@ def write_failures_told(path: Path, *, leftover: Path | None = None) -> Iterator
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_write_failure(error):
+        if not is_write_failure(error):
             raise
         raise CheckpointError(_cannot_write(path, error), leftover=leftover) from error
 
 
-def _is_write_failure(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return True
-    return isinstance(error, SafetensorError) or any(text in str(error) for text in _TORCH_WRITE_FAILURES)
-
-
 def _cannot_write(path: Path, error: Exception) -> str:
     output_dir = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
-    free = shutil.disk_usage(output_dir).free
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and free < _NOTHING:
-        number = errno.ENOSPC  # torch and safetensors don't pass on the system's reason
-    reason = os.strerror(number) if number else str(error).split("\n")[0]
-    text = f"{path} could not be written: {reason}. {free / _GIB:.1f} GiB are free there. "
-    if free < _GIB or number in (errno.ENOSPC, errno.EDQUOT):
+    free = free_bytes(output_dir)
+    reason, number = system_reason(error, output_dir)
+    text = f"{path} could not be written: {reason}. {free / GIB:.1f} GiB are free there. "
+    if free < GIB or number in (errno.ENOSPC, errno.EDQUOT):
         text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
     last = output_folder.look(output_dir).last_checkpoint
     if last is None:

@@ -1,12 +1,15 @@
-"""Flags that chat.py, predict.py and merge_lora.py share. Imports no torch, so that ``--help`` is quick."""
+"""What the small commands share: their flags, and how they end. Imports no torch, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import difflib
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from library_noise import silence
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
@@ -16,6 +19,16 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """Read the flags; of a misspelt one the nearest is named, before what is missing because of it."""
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the list of all flags."""
@@ -31,8 +44,7 @@ def run_command(run: Callable[[Any], None], values: argparse.Namespace, *, inter
         values: Its flags.
         interrupted: What is said after Ctrl-C.
     """
-    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence()
     from run_control import RunControl
 
     control = RunControl()
@@ -57,6 +69,31 @@ def switch(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0, at most 1")
+    return float(text)
 
 
 def add_switch(parser: argparse._ActionsContainer, name: str, *, default: bool, help: str) -> None:
@@ -85,7 +122,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
     group.add_argument(
-        "--max_slice_nums", type=int, help="Most slices an image is cut into. Unset: the checkpoint's."
+        "--max_slice_nums", type=count, help="Most slices an image is cut into. Unset: the checkpoint's."
+    )
+    group.add_argument(
+        "--video_fps", type=positive,
+        help="Frames taken per second of video; a folder of frames counts as sampled so. Unset: the generation's.",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_num_frames", type=count, help="Most frames of a video. Unset: the generation's."
     )
     add_switch(
         group, "--allow_other_base", default=False, help="Use an adapter on a model it was not trained on."
@@ -102,23 +146,32 @@ def add_generation_flags(parser: argparse.ArgumentParser, *, sampling: bool, max
     """
     group = parser.add_argument_group("Answers")
     group.add_argument(
-        "--max_new_tokens", type=int, default=max_new_tokens, help="Longest answer, in tokens."
+        "--max_new_tokens", type=count, default=max_new_tokens, help="Longest answer, in tokens."
     )
     add_switch(
         group, "--sampling", default=sampling,
         help="Sample each token (true), or take the most likely one, or the best of --num_beams (false).",
     )  # fmt: skip
     for name, kind, text in (
-        ("temperature", float, "0.7 when sampling"),
-        ("top_p", float, "0.8 when sampling"),
-        ("top_k", int, "100 when sampling"),
-        ("repetition_penalty", float, "1.05 when sampling, else 1"),
-        ("num_beams", int, "1"),
+        ("temperature", positive, "0.7; only when sampling"),
+        ("top_p", share, "0.8; only when sampling"),
+        ("top_k", count, "100; only when sampling"),
+        ("repetition_penalty", positive, "1.05 when sampling, else 1"),
+        ("num_beams", count, "1"),
     ):
         group.add_argument(f"--{name}", type=kind, help=f"Unset: {text}.")
     group.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
     add_switch(group, "--enable_thinking", default=False, help="Let the model think first (V-4.5 and later).")
     group.add_argument("--system_prompt", default="", help="A system message in front of every conversation.")
+
+
+def check_generation_flags(parser: argparse.ArgumentParser, values: argparse.Namespace) -> None:
+    """End with a message when a flag is given that would have no effect."""
+    given = [name for name in ("temperature", "top_p", "top_k") if getattr(values, name) is not None]
+    if given and not values.sampling:
+        parser.error(
+            f"--{given[0]} is given, but --sampling is false: set it to true, or leave --{given[0]} out"
+        )
 
 
 def generation_options(values: argparse.Namespace) -> dict[str, Any]:

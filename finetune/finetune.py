@@ -7,11 +7,11 @@ Started by ``finetune_ds.sh`` and ``finetune_lora.sh`` through torchrun, or by i
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING
 
 from help_page import show_help_when_asked
+from library_noise import silence
 
 if TYPE_CHECKING:
     from run_control import RunControl
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run one fine-tuning, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
     show_help_when_asked(argv)
-    # It says on every CPU, when peft imports it, that a faster kernel could be downloaded (0.50).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence()
     # Imported here: torch and transformers take seconds that --help need not wait for.
     from run_control import RunControl
 
@@ -35,16 +34,17 @@ def run(argv: list[str], control: RunControl) -> None:
     """The steps of a fine-tuning, in their order."""
     from transformers import set_seed
 
-    from adapters import add_adapter
     from arguments import parse_arguments
     from checkpointing import write_failures_told
     from generations import check_llm_type
     from loading import load_model, resolve_model_folder
     from parts import freeze
     from preparation import (
+        adapted,
         answer_while_training,
         base_recorder,
         check_resume,
+        check_start,
         finish_adapter,
         load_data_rules,
         load_datasets,
@@ -56,7 +56,6 @@ def run(argv: list[str], control: RunControl) -> None:
         settle_training_arguments,
         use_vision_cache,
     )
-    from quantized_checkpoints import check_training, stored_quantization
     from run_folder import RunFolder
     from run_record import start_record
     from speed_options import apply_liger, set_checkpointing
@@ -74,13 +73,7 @@ def run(argv: list[str], control: RunControl) -> None:
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
     quant_bits = lora.quant_bits if lora.q_lora else None
-    check_training(
-        stored_quantization(folder),
-        generation,
-        quant_bits=quant_bits,
-        vision=training.tune_vision,
-        resampler=training.tune_resampler,
-    )
+    check_start(folder, generation, training, lora)
     train_rows, eval_rows = load_datasets(data_args, training, processing)
     settle_training_arguments(training)
     check_resume(training, train_rows)
@@ -100,9 +93,7 @@ def run(argv: list[str], control: RunControl) -> None:
     set_checkpointing(model, generation, training)
     set_seed(training.seed)  # here: how weights are loaded must not decide what adapters start from
     if training.use_lora:
-        model = add_adapter(
-            model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
-        )
+        model = adapted(model, generation, training, lora)
     else:
         freeze(
             model,

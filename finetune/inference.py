@@ -43,6 +43,9 @@ class ModelChoice:
         attn_implementation: transformers' attention for the LLM.
         cache_dir: Where hub checkpoints are kept.
         max_slice_nums: Most slices an image is cut into; None takes the checkpoint's.
+        video_fps: Frames taken per second of video; None takes the generation's.
+        max_num_frames: Most frames of a video; None takes the generation's.
+        enable_thinking: Whether the model is to think first.
         allow_other_base: Whether the adapter may be put on a model it was not trained on.
     """
 
@@ -54,6 +57,9 @@ class ModelChoice:
     attn_implementation: str = "sdpa"
     cache_dir: str | None = None
     max_slice_nums: int | None = None
+    video_fps: float | None = None
+    max_num_frames: int | None = None
+    enable_thinking: bool = False
     allow_other_base: bool = False
 
     @classmethod
@@ -101,11 +107,21 @@ def find_model(choice: ModelChoice) -> FoundModel:
     """Find a model's files, and see that they belong together.
 
     Raises:
-        InferenceError: When no model is named.
+        InferenceError: When no model is named, or it can't think as wished.
         AdapterError: When the adapter belongs to another model.
     """
     folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
-    processing = load_processing(folder, max_slice_nums=choice.max_slice_nums)
+    processing = load_processing(
+        folder,
+        max_slice_nums=choice.max_slice_nums,
+        video_fps=choice.video_fps,
+        max_num_frames=choice.max_num_frames,
+    )
+    if choice.enable_thinking and not processing.generation.thinking:
+        raise InferenceError(
+            f"--enable_thinking: {processing.generation.title} has no thinking mode, expected V-4.5 or later. Leave "
+            "it out."
+        )
     if adapter is not None:
         check_base(adapter, folder, processing.generation, allow_other_base=choice.allow_other_base)
     return FoundModel(folder, adapter, processing)

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from generations import Generation
-from parts import part_of
+from parts import PartCount, part_of
+
+
+class LearningRateError(ValueError):
+    """A learning rate that would have no effect."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,25 @@ class LearningRates:
         own = self.parts.get(part_of(name, generation))
         rate = self.base if own is None else own
         return rate * self.lora_ratio if self.lora_ratio is not None and ".lora_B" in name else rate
+
+
+def check_rates(rates: LearningRates, counts: dict[str, PartCount]) -> None:
+    """Refuse a learning rate for a part that doesn't train: with adapters that depends on what they save.
+
+    Args:
+        rates: The rates that were asked for.
+        counts: What trains, from ``parts.count_parts``.
+
+    Raises:
+        LearningRateError: With the flag that would have no effect.
+    """
+    flags = {"vision": "vision_lr", "resampler": "resampler_lr", "llm": "llm_lr", "embeddings": "embed_lr"}
+    for part, flag in flags.items():
+        if rates.parts.get(part) is not None and not (part in counts and counts[part].trainable):
+            raise LearningRateError(
+                f"--{flag} is given, but nothing of that part trains. Leave it out, or let the part train "
+                "(--lora_modules_to_save with adapters)."
+            )
 
 
 def split_by_rate(

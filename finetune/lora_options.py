@@ -29,6 +29,10 @@ class LoraArguments:
     lora_weight_path: str = field(
         default="", metadata={"help": "Folder of an adapter to continue from. Empty: a new adapter."}
     )
+    allow_other_base: bool = field(
+        default=False,
+        metadata={"help": "Let --lora_weight_path go onto a model that it was not trained on."},
+    )
     lora_bias: str = field(
         default="none",
         metadata={

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,10 +64,12 @@ def run(values: argparse.Namespace) -> None:
     """The steps of a merge, in their order."""
     from adapter_folders import check_base, load_onto
     from inference import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
-    from merging import check_saved, merge
+    from merging import check_saved, merge, to_bin_files
+    from new_folder import check_new_folder, checked_size, whole_folder
     from processing import load_processing
 
-    output = _free_folder(values.output_dir)
+    size = checked_size(values.max_shard_size)
+    output = check_new_folder(values.output_dir)
     base, adapter = resolve_base(values.model_name_or_path, values.adapter, cache_dir=values.cache_dir)
     assert adapter is not None, values.adapter
     processing = load_processing(base)
@@ -81,21 +82,13 @@ def run(values: argparse.Namespace) -> None:
     merged, report = merge(model, processing)
     logger.info("%s", report)
 
-    _write(merged, output, max_shard_size=values.max_shard_size, safetensors=values.safe_serialization)
-    if values.base_precision == "original":
-        check_saved(output, base, taller=bool(layers))
+    with whole_folder(output) as partial:
+        merged.save_pretrained(partial, max_shard_size=size)
+        if not values.safe_serialization:
+            to_bin_files(partial)
+        if values.base_precision == "original":
+            check_saved(partial, base, taller=bool(layers))
     logger.info("Merged model: %s (%s)", output, str(dtype).removeprefix("torch."))
-
-
-def _free_folder(name: str) -> Path:
-    from merging import MergeError
-
-    folder = Path(name).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MergeError(
-            f"--output_dir {name}: it exists and is not empty, expected a new folder. Give another one."
-        )
-    return folder
 
 
 def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapter: Any, dtype: Any) -> Any:
@@ -122,27 +115,6 @@ def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapt
     bits = stored.bits if stored else values.quant_bits or int((trained_in or "4").split()[0])
     logger.info("Merging into the values that the %d-bit weights stand for.", bits)
     return dequantize(load_model(base, generation, dtype=dtype, quant_bits=bits), dtype)
-
-
-def _write(merged: Any, output: Path, *, max_shard_size: str, safetensors: bool) -> None:
-    """Write under another name first, so that a half-written model never has the wanted one."""
-    from merging import MergeError, to_bin_files
-
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        merged.save_pretrained(partial, max_shard_size=max_shard_size)
-        if not safetensors:
-            to_bin_files(partial)
-        if output.is_dir():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MergeError(
-            f"--output_dir {output}: writing failed ({error}). Free disk space or give another folder; "
-            "nothing is left of this attempt."
-        ) from error
 
 
 if __name__ == "__main__":

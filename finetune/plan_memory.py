@@ -13,20 +13,18 @@ import logging
 import sys
 from argparse import Namespace
 
-from command_flags import CommandParser, add_switch
+from command_flags import CommandParser, add_switch, run_command
 
 
 def main(argv: list[str]) -> int:
     """Plan one training, print the table, and give the exit code."""
-    values = parse_flags(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import talks of kernels, on a CPU
-    from run_control import RunControl
+    return run_command(run, parse_flags(argv), interrupted="Interrupted.")
 
-    control = RunControl()
-    logging.getLogger("adapters").setLevel(logging.WARNING)
-    with control.user_errors_as_messages():
-        sys.stdout.write(render(values))
-    return control.end()
+
+def run(values: Namespace) -> None:
+    """Plan the training of the command line."""
+    logging.getLogger("adapters").setLevel(logging.WARNING)  # what it adapts is no news here
+    sys.stdout.write(render(values))
 
 
 def render(values: Namespace) -> str:

@@ -21,6 +21,8 @@ from command_flags import (
     add_generation_flags,
     add_model_flags,
     add_switch,
+    check_generation_flags,
+    count,
     generation_options,
     run_command,
 )
@@ -36,15 +38,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image_folder", help="What relative image paths start from. Unset: the data file's folder."
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="Rows answered at once by each process.")
-    parser.add_argument("--limit", type=int, help="Answer only the first rows, so many. Unset: all.")
+    parser.add_argument("--batch_size", type=count, default=4, help="Rows answered at once by each process.")
+    parser.add_argument("--limit", type=count, help="Answer only the first rows, so many. Unset: all.")
     add_switch(parser, "--overwrite", default=False, help="Start over where the output is there already.")
     add_model_flags(parser)
     add_generation_flags(parser, sampling=False, max_new_tokens=256)
     values = parser.parse_args(argv)
-    for name in ("batch_size", "limit", "max_new_tokens"):
-        if getattr(values, name) is not None and getattr(values, name) < 1:
-            parser.error(f"--{name} is {getattr(values, name)}, expected at least 1")
+    check_generation_flags(parser, values)
     return values
 
 
@@ -157,7 +157,16 @@ def _settings(values: argparse.Namespace) -> dict[str, Any]:
         name: os.path.abspath(value) if value and os.path.exists(value) else value
         for name, value in paths.items()
     }
-    rest = ("dtype", "load_4bit", "max_slice_nums", "enable_thinking", "system_prompt", "seed")
+    rest = (
+        "dtype",
+        "load_4bit",
+        "max_slice_nums",
+        "video_fps",
+        "max_num_frames",
+        "enable_thinking",
+        "system_prompt",
+        "seed",
+    )
     return here | {name: getattr(values, name) for name in rest} | generation_options(values)
 
 

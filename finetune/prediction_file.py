@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from write_failures import system_reason
 
 Line = dict[str, Any]
 
@@ -45,8 +48,32 @@ class PredictionFile:
             overwrite: Start over.
 
         Raises:
-            PredictionFileError: When the file was written with other settings.
+            PredictionFileError: When the file was written with other settings, or can't be written.
         """
+        if self.path.is_dir():
+            raise PredictionFileError(
+                f"--output {self.path}: found a folder, expected a file to write. Name one in it."
+            )
+        with self.writing():
+            self._prepare(settings, overwrite=overwrite)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the system's refusal to write into a message.
+
+        Raises:
+            PredictionFileError: With the system's reason; the rows written so far stay.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason, _ = system_reason(error, self.path.parent)
+            raise PredictionFileError(
+                f"--output {self.path}: it can't be written: {reason}. Free space, or give a file where you may write; "
+                "the same command goes on with the rows that are not answered yet."
+            ) from error
+
+    def _prepare(self, settings: Line, *, overwrite: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         parts = [self.path, *self._parts()]
         if overwrite:
@@ -81,7 +108,7 @@ class PredictionFile:
 
     def append(self, lines: Iterable[Line]) -> None:
         """Write lines, and see them on the disk."""
-        with self.own.open("a", encoding="utf-8") as file:
+        with self.writing(), self.own.open("a", encoding="utf-8") as file:
             file.writelines(_dump(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())

@@ -11,23 +11,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from adapter_folders import load_checked, read_adapter_folder
+from adapters import add_adapter
 from arguments import TrainingArguments
 from bad_rows import FILE_NAME as BAD_ROWS_FILE
 from base_record import write_base_record
 from batching import BatchMaker
 from checkpointing import check_continues, run_shape
+from continued_adapter import check_continued
 from dataset import SupervisedDataset, padding_sample
 from generations import Generation
 from guarded_trainer import Surroundings
 from initial_adapter import convert_saved_adapter
+from learning_rates import check_rates
 from loss_curve import LossCurve
-from options import DataArguments
+from options import DataArguments, LoraArguments
 from parts import count_parts, parts_table, raise_precision_of_trained
 from predict_callback import PredictionCallback
 from prediction_rows import PredictionRows
 from processing import Processing, load_processing
+from quantized_checkpoints import check_training, stored_quantization
 from rank_watch import RankWatch
 from run_control import StepLog
 from stop_request import command_to_continue
@@ -43,6 +49,28 @@ def load_data_rules(data: DataArguments, training: TrainingArguments, folder: Pa
         folder,
         max_slice_nums=training.max_slice_nums,
         **data.processing_options(),
+    )
+
+
+def check_start(
+    folder: Path, generation: Generation, training: TrainingArguments, lora: LoraArguments
+) -> None:
+    """See that the checkpoint, and the adapter to go on with, can train as asked, before anything large is read."""
+    parts = {"vision": training.tune_vision, "resampler": training.tune_resampler}
+    quant_bits = lora.quant_bits if lora.q_lora else None
+    check_training(stored_quantization(folder), generation, quant_bits=quant_bits, **parts)
+    if training.use_lora and lora.lora_weight_path:
+        check_continued(lora, folder, generation, **parts)
+
+
+def adapted(
+    model: PreTrainedModel, generation: Generation, training: TrainingArguments, lora: LoraArguments
+) -> PeftModel:
+    """The model with its adapter: a new one, or the one to go on with."""
+    if lora.lora_weight_path:
+        return load_checked(model, read_adapter_folder(lora.lora_weight_path), trainable=True)
+    return add_adapter(
+        model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
     )
 
 
@@ -86,6 +114,7 @@ def log_what_trains(model: PreTrainedModel, generation: Generation, training: Tr
     if not training.deepspeed:
         raise_precision_of_trained(model)
     counts = count_parts(model, generation)
+    check_rates(training.learning_rates, counts)
     total = sum(count.total for count in counts.values())
     trainable = sum(count.trainable for count in counts.values())
     logger.info("%s", parts_table(counts))

@@ -106,8 +106,16 @@ class Processing:
 
         Returns:
             A sample as of ``encode``, without labels.
+
+        Raises:
+            RowError: When the conversation can't be used, or the generation can't think.
         """
         self.check(turns)
+        if thinking and not self.generation.thinking:
+            raise RowError(
+                "thinking",
+                f"enable_thinking is true, but {self.generation.title} has no thinking mode. Leave it out.",
+            )
         pieces = self.writer.generation_pieces(turns, thinking=thinking)
         return self._sample(self._planned(pieces, turns, _as_pictures(pictures), self.rules))
 

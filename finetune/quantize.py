@@ -15,35 +15,26 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import read_config, read_generation
-from command_flags import CommandParser
-from loading import load_model, resolve_model_folder
-from quantization import quantized_modules
-from quantized_checkpoints import QuantizationError, stored_quantization
-from released_format import storage_dtype
-from run_control import RunControl
-from weights import INDEX_FILES, SINGLE_FILES, weight_files
+from command_flags import CommandParser, run_command
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("quantize")
 
 _GIBIBYTE = 2**30
 
 
 def main(argv: list[str]) -> int:
     """Quantise one checkpoint, and give the exit code."""
-    values = parse_flags(argv)
-    control = RunControl()
-    logger.setLevel(logging.INFO)
-    with control.user_errors_as_messages():
-        run(values)
-    return control.end()
+    return run_command(run, parse_flags(argv), interrupted="Interrupted; no checkpoint was written.")
 
 
 def run(values: Namespace) -> None:
     """Find the checkpoint of the command line and quantise it."""
+    from loading import resolve_model_folder
+    from new_folder import checked_size
+
+    size = checked_size(values.max_shard_size)
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir)
-    output = Path(values.output_dir).expanduser()
-    quantize_checkpoint(folder, output, bits=values.quant_bits, max_shard_size=values.max_shard_size)
+    quantize_checkpoint(folder, Path(values.output_dir), bits=values.quant_bits, max_shard_size=size)
 
 
 def parse_flags(argv: list[str]) -> Namespace:
@@ -51,7 +42,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     parser = CommandParser(prog="quantize.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Checkpoint in full precision: a folder or a hub id.")
-    add("--output_dir", required=True, help="Folder of the copy; it must not hold a model yet.")
+    add("--output_dir", required=True, help="Folder of the copy; a new one.")
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight.")
     add("--max_shard_size", default="5GB", help="Largest weight file.")
     add("--cache_dir", help="Where downloads are kept.")
@@ -68,22 +59,30 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
         max_shard_size: As transformers writes sizes, ``5GB``.
 
     Raises:
-        QuantizationError: When the checkpoint is quantised already, or ``output`` holds a model.
+        QuantizationError: When the checkpoint is quantised already.
+        OutputError: When ``output`` can't be written.
     """
+    from checkpoint import read_config, read_generation
+    from loading import load_model
+    from new_folder import check_new_folder, whole_folder
+    from quantization import quantized_modules
+    from quantized_checkpoints import QuantizationError, stored_quantization
+    from released_format import storage_dtype
+
+    output = check_new_folder(str(output))
     if stored_quantization(folder) is not None:
         raise QuantizationError(
             f"{folder}: the weights are quantised already, expected full precision. Give the original "
             "checkpoint."
         )
-    if any((output / name).exists() for name in (*SINGLE_FILES, *INDEX_FILES)):
-        raise QuantizationError(f"--output_dir {output}: it holds a model already. Give another folder.")
     config = read_config(folder)
     generation = read_generation(folder)
     dtype = storage_dtype(config.get("torch_dtype") or config.get("dtype"))
     model = load_model(folder, generation, dtype=dtype, quant_bits=bits)
     # With it, save_pretrained leaves out tensors it is handed (o-2.6's speech parts; transformers 5.23).
     del model.hf_quantizer
-    model.save_pretrained(output, max_shard_size=max_shard_size)
+    with whole_folder(output) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
     logger.info(
         "%s: %d layers in %d bit, %.3f GiB of weights instead of %.3f. Train on it with --use_lora true "
         "--tune_llm false --q_lora true --quant_bits %d.",
@@ -92,6 +91,8 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
 
 
 def _size(folder: Path) -> float:
+    from weights import weight_files
+
     return sum(path.stat().st_size for path in weight_files(folder)) / _GIBIBYTE
 
 

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,17 +25,11 @@ from arguments import TrainingArguments
 from checkpointing import CheckpointError
 from fault_handling import is_out_of_memory, memory_advice
 from hardware import process_rank
+from library_noise import silence
 from rank_watch import LOG_ONLY, RankWatch
 from run_folder import LOGS
 from safe_loading import refuse_pickles
 
-# Warnings of libraries that a user of this script can do nothing about: patterns of how they begin.
-_QUIET_WARNINGS = (
-    "`torch.jit.script_method` is deprecated",
-    "`is_gradient_checkpointing` is deprecated",
-    "The PEFT config's `base_model_name_or_path` was renamed",
-    r"`torch\.distributed\.\w+` is deprecated",  # DeepSpeed 0.19 calls them once per parameter
-)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # All processes of a machine make the same mistake at the same time; the first one's message is enough, and
 # torchrun ends the others within a tenth of a second. A mistake of one alone is shown after this.
@@ -198,10 +191,7 @@ def _log_to_screen() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
     for name in (*_own_modules(), LOG_ONLY):
         logging.getLogger(name).setLevel(logging.INFO)
-    # Says on every CPU that a faster kernel could be downloaded (0.50).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for text in _QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message=text)
+    silence()
 
 
 def _own_modules() -> list[str]:

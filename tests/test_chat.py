@@ -378,8 +378,32 @@ def test_the_command_ends_with_one_message_on_a_mistake():
     assert done.returncode == 1
     assert "error: image 'gone.png' not found" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Loading weights" not in done.stderr  # which can take minutes
     done = run_chat("--temperatur", "1")
-    assert (done.returncode, "unrecognized arguments: --temperatur" in done.stderr) == (1, True)
+    assert (done.returncode, "did you mean --temperature?" in done.stderr) == (1, True)
+
+
+def test_thoughts_are_not_asked_of_a_generation_without():
+    with pytest.raises(InferenceError, match=r"--enable_thinking: MiniCPM-V 2\.6 has no thinking mode"):
+        load_for_inference(ModelChoice(str(checkpoint("v2_6")), enable_thinking=True))
+    with pytest.raises(RowError, match=r"MiniCPM-V 2\.6 has no thinking mode"):
+        asking("v2_6").chat(msgs=QUESTION, enable_thinking=True)
+
+
+@pytest.mark.parametrize("name", ["v2_6", "v4_5", "v4_6", "v4_7"])
+def test_a_folder_of_frames_is_answered_about(name, tmp_path, capsys, monkeypatch):
+    for number, each in enumerate(("small", "wide")):
+        picture(each).resize((90, 60)).save(tmp_path / f"{number}.png")
+    seen = []
+    monkeypatch.setattr(
+        "decoding.answer", lambda *given, **options: seen.extend(given[2]) or answer(*given, **options)
+    )
+    words = ["--model_name_or_path", checkpoint(name), "--video", tmp_path, "--question", "What happens?"]
+    words += ["--sampling", "false", "--max_new_tokens", 4]
+    for more in ((), ("--max_num_frames", 1)):
+        chat.run(chat.parse_flags([str(word) for word in (*words, *more)]))
+        assert capsys.readouterr().out.strip()
+    assert [len(sample["image_bound"]) for sample in seen] == [2, 1]
 
 
 def test_the_language_model_can_be_held_in_4_bit():
@@ -408,6 +432,7 @@ def test_an_unreadable_adapter_configuration_is_an_error(tmp_path):
         read_adapter_folder(tmp_path)
     edit_json_target = tmp_path / "adapter_config.json"
     edit_json_target.write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     edit_json(edit_json_target, base_model_name_or_path=None)
     with pytest.raises(InferenceError, match="no model is given"):
         load_for_inference(ModelChoice(adapter=str(tmp_path)))

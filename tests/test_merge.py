@@ -30,6 +30,7 @@ from generations import GENERATIONS
 from inference import InferenceError, ModelChoice, load_for_inference, resolve_base
 from legacy_adapters import LEGACY_NAME
 from merging import MergeError, check_saved, merge
+from new_folder import OutputError
 from processing import load_processing
 from weights import tensor_names
 
@@ -257,7 +258,7 @@ def test_a_wrong_early_official_file_is_refused_and_runs_no_code(content, messag
 
 def test_a_used_folder_and_a_missing_adapter_are_refused(tmp_path):
     saved_adapter(tmp_path / "adapter", "v2_6")
-    with pytest.raises(MergeError, match="it exists and is not empty"):
+    with pytest.raises(OutputError, match="it exists and is not empty"):
         run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"no adapter_config\.json there"):
         run("--adapter", tmp_path, "--output_dir", tmp_path / "merged")
@@ -285,7 +286,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MiniCPMV, "save_pretrained", full)
-    with pytest.raises(MergeError, match="No space left on device"):
+    with pytest.raises(OutputError, match="No space left on device"):
         run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 

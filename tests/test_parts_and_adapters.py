@@ -101,8 +101,7 @@ def test_an_adapter_continues_where_it_was_saved(tmp_path):
     expected = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
     wrapped.save_pretrained(tmp_path)
     again, _ = golden_model("v2_6")
-    lora = LoraArguments(lora_weight_path=str(tmp_path))
-    found = add_adapter(again, GENERATIONS["v2_6"], lora, vision=True, resampler=True)
+    found = load_adapter(again, tmp_path, trainable=True)
     trained = {name: value for name, value in found.named_parameters() if value.requires_grad}
     assert trained.keys() == expected.keys()
     assert all(torch.equal(trained[name], expected[name]) for name in expected)

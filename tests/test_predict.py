@@ -196,12 +196,6 @@ def test_rows_that_cannot_be_asked_are_named_before_the_model_loads(tmp_path, mo
         run(broken, tmp_path / "out.jsonl")
 
 
-def test_wrong_numbers_are_refused(data, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(data, tmp_path / "out.jsonl", "--batch_size", 0)
-    assert "--batch_size is 0, expected at least 1" in capsys.readouterr().err
-
-
 # --- during training ---
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import quantize
 import runs
 from generations import GENERATIONS
+from new_folder import OutputError
 from quantized_cases import golden_loss, load, save_golden, save_released_int4
 from quantized_checkpoints import QuantizationError, check_training, stored_quantization
 from test_goldens_forward import GOLDENS
@@ -76,7 +77,7 @@ class TestQuantizeCommand:
 
     def test_a_folder_with_a_model_is_left_alone(self, written):
         source, output = written
-        with pytest.raises(QuantizationError, match="it holds a model already"):
+        with pytest.raises(OutputError, match="it exists and is not empty"):
             quantize.quantize_checkpoint(source, output)
 
 
