@@ -29,7 +29,7 @@ from weights import tensor_names
 logger = logging.getLogger(__name__)
 
 _MEBIBYTE = 2**20
-_OUTPUT_LAYERS = ("lm_head", "output")  # by their names in any family
+_OTHER_OUTPUT = "output"  # the output layer's name where it isn't lm_head
 # What transformers leaves on a model that it quantised.
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -81,7 +81,8 @@ def _new_quantization(
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": compute_dtype,
         }
-    skipped = [*sorted(exact), *generation.exact, *_OUTPUT_LAYERS]
+    output = _OTHER_OUTPUT if _OTHER_OUTPUT in generation.modules["llm"] else "lm_head"
+    skipped = [*sorted(exact), *generation.exact, output]
     return Quantization(bits, BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped))
 
 

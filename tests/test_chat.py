@@ -400,7 +400,7 @@ def test_a_folder_of_frames_is_answered_about(name, tmp_path, capsys, monkeypatc
     )
     words = ["--model_name_or_path", checkpoint(name), "--video", tmp_path, "--question", "What happens?"]
     words += ["--sampling", "false", "--max_new_tokens", 4]
-    for more in ((), ("--max_num_frames", 1)):
+    for more in ((), ("--video_fps", 1, "--max_num_frames", 1)):
         chat.run(chat.parse_flags([str(word) for word in (*words, *more)]))
         assert capsys.readouterr().out.strip()
     assert [len(sample["image_bound"]) for sample in seen] == [2, 1]
