@@ -2,9 +2,10 @@
 
     python chat.py --model_name_or_path M [--adapter A] --image a.jpg [--image b.jpg] --question "What is it?"
 
-Without ``--question`` it is a conversation: a line is a question, ``/image FILE`` and ``/video FILE``
-show something with the next one, ``/reset`` starts over, ``/quit`` (or the end of the input) leaves. The
-module also offers the official chat.py's ``MiniCPMVChat`` and ``img2base64``.
+Pictures stand in front of the question, or where it says ``<ImageHere>``. Without ``--question`` it is a
+conversation: a line is a question, ``/image FILE`` and ``/video FILE`` show something with the next one,
+``/reset`` starts over, ``/quit`` (or the end of the input) leaves. The module also offers the official
+chat.py's ``MiniCPMVChat`` and ``img2base64``.
 """
 
 from __future__ import annotations
@@ -137,10 +138,11 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated."""
-        from chat_messages import read_messages
+        from chat_messages import place_pictures, read_messages
         from decoding import TextPieces, answer, stop_ids
 
-        asked = [*self.messages, {"role": "user", "content": [*self.shown, question]}]
+        content = place_pictures(question, self.shown)
+        asked = [*self.messages, {"role": "user", "content": content}]
         turns, pictures = read_messages(asked, joined_by=self.processing.generation.image_end)
         sample = self.processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
         options = generation_options(self.values)

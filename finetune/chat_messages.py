@@ -16,6 +16,8 @@ from PIL import Image
 from pictures import Picture
 from turns import ROLES, Media, Part, Turn
 
+IMAGE_MARK = "<ImageHere>"  # how InternLM-XComposer2's users say where a picture stands
+
 
 class MessageError(ValueError):
     """Messages that can't be put to a model; the message says what to change."""
@@ -65,6 +67,30 @@ def read_messages(
         turns.append(Turn(role, tuple(_parts(content, pictures, number, joined_by))))
     _check_order(turns)
     return turns, pictures
+
+
+def place_pictures(question: str, pictures: Sequence[Image.Image | Picture]) -> list[Any]:
+    """A message's content: the pictures where the question says ``<ImageHere>``, or all in front of it.
+
+    Raises:
+        MessageError: When there are marks, but not one for each picture.
+
+    Example:
+        >>> place_pictures("What is it?", [])
+        ['What is it?']
+    """
+    texts = question.split(IMAGE_MARK)
+    if len(texts) == 1:
+        return [*pictures, question]
+    if len(texts) != len(pictures) + 1:
+        raise MessageError(
+            f"the question has {len(texts) - 1} {IMAGE_MARK} for {len(pictures)} pictures, expected one for each. "
+            "Show as many pictures, or leave the marks out: then all stand in front of the question."
+        )
+    content = [texts[0]]
+    for picture, text in zip(pictures, texts[1:], strict=True):
+        content += [picture, text]
+    return [part for part in content if part != ""]
 
 
 def as_one_video(
@@ -136,9 +162,7 @@ def _with_image(content: Any, image: Image.Image, number: int) -> list[Any]:
     return [image, *content]
 
 
-def _parts(
-    content: Any, pictures: list[Image.Image | Picture], number: int, joined_by: str
-) -> list[Part]:
+def _parts(content: Any, pictures: list[Image.Image | Picture], number: int, joined_by: str) -> list[Part]:
     parts: list[Part] = []
     for item in content if isinstance(content, (list, tuple)) else [content]:
         if parts and joined_by:

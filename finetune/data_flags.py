@@ -107,6 +107,12 @@ class DataFlags:
         },
     )
 
+    given_num: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the amounts in --data_path count (those of a .txt list, too). false: every row once."
+        },
+    )
     img_size: int | None = field(
         default=None,
         metadata={
@@ -137,6 +143,7 @@ class DataFlags:
             on_bad_row=self.on_bad_row,
             check_images=self.check_images,
             image_folder=self.image_folder,
+            given_num=self.given_num,
             allow_remote_images=self.allow_remote_images,
             max_image_pixels=self.max_image_pixels,
             exif_orientation=self.exif_orientation,

@@ -52,6 +52,7 @@ class DataOptions:
         check_images: How the check before training looks at images: ``header``, ``full`` (decoded), or
             ``auto``: decoded when there are few rows.
         image_folder: What relative paths are relative to; ``None`` means the data file's folder.
+        given_num: Whether the amounts in the data path count; else every row stands once.
         allow_remote_images: Whether http(s) images are fetched.
         max_image_pixels: Most pixels an image may have; 0 for no limit.
         exif_orientation: ``auto`` as the generation's inference does, ``apply`` or ``ignore``.
@@ -62,6 +63,7 @@ class DataOptions:
     on_bad_row: str = "error"
     check_images: str = "auto"
     image_folder: str | None = None
+    given_num: bool = True
     allow_remote_images: bool = False
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     exif_orientation: str = "auto"
@@ -111,7 +113,7 @@ class SupervisedDataset(Dataset):
         self.sources: list[_DataSource] = []
         for source in read_data_path(str(data_path)):
             rows = open_rows(source.path)
-            samples = source.samples(len(rows))
+            samples = source.samples(len(rows)) if self.options.given_num else len(rows)
             if not samples:
                 raise DataError(
                     f"--data_path {source.path}: its share of {len(rows)} rows is none, expected at least "

@@ -1,7 +1,8 @@
-"""Flags of older guides, mapped to what transformers 5 calls them.
+"""Flags of older guides, mapped to what transformers 5 and this project call them.
 
 The official guides were written for transformers 4. What it renamed is renamed here, what it dropped is
-taken out, and each change gives one note for the log.
+taken out, and each change gives one note for the log. InternLM-XComposer2's guide has names of its own for
+three of the flags that MiniCPM-V's has.
 
 Source: transformers 5.23.0, training_args.py, compared with 4.56.
 """
@@ -21,6 +22,7 @@ RENAMED = {
     "xpu_backend": "ddp_backend",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "max_length": "model_max_length",
 }
 
 DROPPED = {
@@ -185,6 +187,17 @@ def _include_inputs(flag: _Flag, given: set[str], result: Translation) -> None:
     result.notes.append(f"{flag.text} is now {' '.join(new) or 'the default'}.")
 
 
+def _fixed(part: str) -> Callable[[_Flag, set[str], Translation], None]:
+    """InternLM-XComposer2's way to say which part does not train."""
+
+    def rewrite(flag: _Flag, given: set[str], result: Translation) -> None:
+        new = [f"--tune_{part}", "false" if flag.is_true else "true"]
+        result.argv += new
+        result.notes.append(f"{flag.text} is now {' '.join(new)}.")
+
+    return rewrite
+
+
 def _adafactor(flag: _Flag, given: set[str], result: Translation) -> None:
     new = ["--optim", "adafactor"] if flag.is_true else []
     result.argv += new
@@ -216,6 +229,8 @@ REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "group_by_length": _group_by_length,
     "include_inputs_for_metrics": _include_inputs,
     "adafactor": _adafactor,
+    "fix_vit": _fixed("vision"),
+    "fix_sampler": _fixed("resampler"),
     "optim": _optim,
     "save_safetensors": _save_safetensors,
     "trust_remote_code": _trust_remote_code,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from generations import Generation
 from model_classes import class_and_config
+from xcomposer2_slicing import tile_tokens
 
 SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
 _TAG_TOKENS = 2  # tokens around a placeholder
@@ -66,19 +67,43 @@ def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
 
 
 def quantise_shapes(model: nn.Module, generation: Generation, *, bits: int, dtype: torch.dtype) -> None:
-    """Replace the LLM's linear layers by ones that hold ``bits`` per weight; the output layer stays."""
+    """Replace the LLM's linear layers by ones that hold ``bits`` per weight; what stays exact in training stays."""
     layers = tuple(f"{module}." for module in generation.modules["llm"])
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.startswith(layers):
+        exact = name.rpartition(".")[2] in generation.exact
+        if type(module) is nn.Linear and name.startswith(layers) and not exact:
             model.set_submodule(name, QuantisedShape(module, bits=bits, dtype=dtype))
 
 
-def tokens_per_slice(config: Any, generation: Generation) -> int:
-    """Tokens that stand for one full slice."""
-    if not generation.native:
-        return config.query_num
+def largest_image(
+    config: Any, generation: Generation, *, slices: int, room: int
+) -> list[tuple[tuple[int, int], int]]:
+    """The slices of an image that is cut as often as is allowed and fits.
+
+    Args:
+        config: The model's configuration.
+        generation: Its generation.
+        slices: Most slices, the overview included.
+        room: Most tokens.
+
+    Returns:
+        For every slice, its (rows, columns) in patches and its tokens; empty when not even one fits.
+    """
+    if generation.layout == "square":
+        tokens = config.side**2
+        return [((config.side, config.side), tokens)] * (tokens <= room)
+    if generation.layout == "tiles":
+        # Tiles in one row have the fewest separators; the whole image is one slice.
+        sizes = [(config.side, config.side * tiles) for tiles in range(max(slices - 1, 1), 0, -1)]
+        images = [(size, tile_tokens(size, config.side)) for size in sizes]
+        return [image for image in images if image[1] <= room][:1]
+    tokens = config.query_num if not generation.native else SLICE_SIDE**2 // _patches_per_token(config)
+    return [((SLICE_SIDE, SLICE_SIDE), tokens)] * min(slices, room // (tokens + _TAG_TOKENS))
+
+
+def _patches_per_token(config: Any) -> int:
     # Two mergers of 2 x 2 patches each; mode 4x skips one.
-    return SLICE_SIDE**2 // (4 if config.downsample_mode == "4x" else 16)
+    return 4 if config.downsample_mode == "4x" else 16
 
 
 def largest_batch(
@@ -98,20 +123,22 @@ def largest_batch(
         not a placeholder is supervised.
     """
     config = model.config
-    tokens = tokens_per_slice(config, generation)
-    slices = min(slices, (length - 1) // (tokens + _TAG_TOKENS))
-    starts = [1 + index * (tokens + _TAG_TOKENS) for index in range(slices)]
     input_ids = torch.zeros(rows, length, dtype=torch.int64)
     labels = input_ids.clone()
-    for start in starts:
+    sizes, bounds, start = [], [], 1
+    for size, tokens in largest_image(config, generation, slices=slices, room=length - 1):
         input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
         labels[:, start : start + tokens] = -100
-    bounds = [(row, start, start + tokens) for row in range(rows) for start in starts]
-    patches = len(bounds) * SLICE_SIDE**2
+        sizes.append(size)
+        bounds.append((start, start + tokens))
+        start += tokens + _TAG_TOKENS
+    all_sizes = torch.tensor(sizes * rows).reshape(-1, 2)
+    all_bounds = [(row, *bound) for row in range(rows) for bound in bounds]
+    patches = int(all_sizes.prod(dim=1).sum())
     return {
         "input_ids": input_ids,
         "labels": labels,
         "pixel_values": torch.empty(3, 14, 14 * patches, dtype=torch.uint8, device="meta"),
-        "tgt_sizes": torch.full((len(bounds), 2), SLICE_SIDE),
-        "image_bound": torch.tensor(bounds).reshape(-1, 3),
+        "tgt_sizes": all_sizes,
+        "image_bound": torch.tensor(all_bounds).reshape(-1, 3),
     }

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from generations import Generation
+from loss import LMHead
 
 LABELS = ("vision", "activations", "logits")
 # Operators that need the values of an index on the CPU to know the shape of their output.
@@ -189,7 +190,7 @@ def _label_parts(model: nn.Module, generation: Generation, meter: StorageMeter) 
             yield module.register_forward_pre_hook(partial(_enter, meter, "vision"))
         elif plain in generation.modules["resampler"]:
             yield module.register_forward_hook(partial(_leave_vision, meter))
-        elif plain.rpartition(".")[2] == "lm_head":
+        elif isinstance(module, LMHead):
             yield module.register_forward_pre_hook(partial(_enter_head, meter))
 
 

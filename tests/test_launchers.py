@@ -17,10 +17,11 @@ from arguments import parse_arguments
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = ROOT / "finetune"
 LAUNCHERS = ("finetune_lora.sh", "finetune_ds.sh")
+ALL_LAUNCHERS = (*LAUNCHERS, "finetune.sh")
 SHELLS = [shell for shell in ("dash", "bash", "sh", "busybox sh") if shutil.which(shell.split()[0])]
 VARIABLES = (
     "GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT MODEL DATA EVAL_DATA LLM_TYPE MODEL_MAX_Length "
-    "OUTPUT_DIR PRECISION DEEPSPEED MAX_STEPS OMP_NUM_THREADS DS_ACCELERATOR MAX_RESTARTS RDZV"
+    "OUTPUT_DIR PRECISION DEEPSPEED MAX_STEPS OMP_NUM_THREADS DS_ACCELERATOR MAX_RESTARTS RDZV IMG_SIZE HD_NUM"
 ).split()
 
 
@@ -92,7 +93,7 @@ def stage(tmp_path):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL_LAUNCHERS)
 def test_variables_reach_the_program_from_any_folder_whatever_is_in_them(launcher, shell, stage):
     odd = 'it\'s a "folder" with $HOME, `ticks` & ünïcode/rows.json'
     values = {
@@ -140,7 +141,7 @@ def test_a_launcher_works_beside_the_user_and_in_a_folder_with_odd_characters(sh
     assert (call.cwd, call.program) == (str(stage.folder), str(copy / "finetune.py"))
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL_LAUNCHERS)
 def test_what_is_not_set_follows_the_machine(launcher, stage):
     stage.hardware("gpu 4 bf16 16 6001")
     _, call = stage.start(launcher, MODEL="m", DATA="d")
@@ -238,6 +239,21 @@ def test_deepspeed_can_be_replaced_or_left_out(stage):
     assert "--deepspeed" not in call.argv
 
 
+def test_finetune_sh_is_finetune_ds_sh_with_the_values_of_the_xcomposer_guide(stage):
+    _, call = stage.start("finetune.sh", MODEL="m")
+    expected = {
+        "--data_path": "data.txt", "--model_max_length": "4096", "--num_train_epochs": "1", "--max_steps": "-1",
+        "--gradient_accumulation_steps": "8", "--learning_rate": "1e-5", "--save_strategy": "epoch",
+        "--tune_llm": "true", "--tune_vision": "true", "--deepspeed": "ds_config_zero2.json",
+    }  # fmt: skip
+    assert {flag: call.value(flag) for flag in expected} == expected
+    assert not {"--img_size", "--hd_num"} & set(call.argv)
+    _, call = stage.start("finetune.sh", "--learning_rate", "3e-5", MODEL="m", IMG_SIZE="490", HD_NUM="-1", MAX_STEPS="7")
+    assert (call.value("--img_size"), call.value("--hd_num")) == ("490", "-1")
+    assert (call.value("--max_steps"), call.value("--learning_rate")) == ("7", "3e-5")
+    assert "--num_train_epochs" not in call.argv
+
+
 def test_full_means_full_and_lora_means_lora(stage):
     _, full = stage.start("finetune_ds.sh", MODEL="m", DATA="d")
     assert (full.value("--tune_llm"), full.value("--tune_vision")) == ("true", "true")
@@ -246,7 +262,7 @@ def test_full_means_full_and_lora_means_lora(stage):
     assert (lora.value("--tune_llm"), lora.value("--use_lora")) == ("false", "true")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ALL_LAUNCHERS)
 def test_the_parser_knows_what_the_launchers_say(launcher, stage):
     (stage.folder / "model").mkdir()
     (stage.folder / "model" / "config.json").write_text("{}")
@@ -320,6 +336,7 @@ SCRIPTS = (
     ".ci/run",
     "finetune/finetune_lora.sh",
     "finetune/finetune_ds.sh",
+    "finetune/finetune.sh",
     "finetune/launcher.sh",
 )
 
