@@ -22,7 +22,6 @@ RENAMED = {
     "xpu_backend": "ddp_backend",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
-    "max_length": "model_max_length",
 }
 
 DROPPED = {
@@ -187,6 +186,11 @@ def _include_inputs(flag: _Flag, given: set[str], result: Translation) -> None:
     result.notes.append(f"{flag.text} is now {' '.join(new) or 'the default'}.")
 
 
+def _max_length(flag: _Flag, given: set[str], result: Translation) -> None:
+    """InternLM-XComposer2's name for the longest row."""
+    _rename(flag, "model_max_length", result)
+
+
 def _fixed(part: str) -> Callable[[_Flag, set[str], Translation], None]:
     """InternLM-XComposer2's way to say which part does not train."""
 
@@ -229,6 +233,7 @@ REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "group_by_length": _group_by_length,
     "include_inputs_for_metrics": _include_inputs,
     "adafactor": _adafactor,
+    "max_length": _max_length,
     "fix_vit": _fixed("vision"),
     "fix_sampler": _fixed("resampler"),
     "optim": _optim,
