@@ -2,7 +2,8 @@
 # Tunes a small MiniCPM-V on drawn pictures with the real launchers, and shows what it learned:
 #
 #     bash demo.sh                       MiniCPM-V 2.6
-#     bash demo.sh --generation v4_5     another generation: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7
+#     bash demo.sh --generation v4_5     another generation: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7,
+#                                        or InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
 #     bash demo.sh --steps 200           steps of each of the two runs
 #     bash demo.sh --output FOLDER       where everything goes (default: demo_output/<generation>)
 #
