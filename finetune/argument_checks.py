@@ -17,6 +17,7 @@ import output_folder
 from deepspeed_setup import DeepSpeedConfigError, read_config
 from hardware import accelerator_count
 from mixtures import missing_sources
+from optimizer_names import optimizer_problems
 from options import DataArguments, LoraArguments, ModelArguments
 
 _AT_LEAST_ONE = (
@@ -61,6 +62,7 @@ def check_arguments(
         *_hardware(model, training),
         *_no_effect_here(training),
         *_vision_cache(training),
+        *optimizer_problems(training.optim),
         *_deepspeed(training),
         *_output_folder(training),
     ]

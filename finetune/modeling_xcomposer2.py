@@ -8,6 +8,7 @@ the LLM.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from internlm2 import ImageTokens, InternLM2Model, keep_partial
 from known_slices import SliceSources, VisionInput
 from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from released_format import SavedAsReleased
+from sample_masks import masks_given, packed_mask
 from weights import has_weights, tensor_names
 from xcomposer2_vision import check_bounds, encode_dummy, encode_images
 
@@ -236,7 +238,10 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
         if position_ids is not None and "flash" in str(self.config._attn_implementation):
             # The variable-length kernels take the samples of all rows as one row.
             embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-        hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
+        with masks_given(self.model.config) if mask is None else nullcontext(False) as given:
+            if given and position_ids is not None:
+                mask = packed_mask(position_ids)
+            hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
         return hidden.view(shape)
 
     # --- generating ---

@@ -1,13 +1,22 @@
-"""Checkpointing per part, and flags that can't act here."""
+"""Checkpointing per part, optimizers, and flags that can't act here."""
 
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import runs
+from argument_checks import UsageError
+from arguments import parse_arguments
 from generations import GENERATIONS
 from loading import load_model
 from make_checkpoint import make_checkpoint
+from optimizer_names import optimizer_problems
 from speed_options import SpeedOptionError, apply_liger, set_checkpointing
 from test_goldens_forward import full_batch, golden_model
 
@@ -82,3 +91,69 @@ def test_liger_kernels_give_the_losses_without():
     expected = model(**batch).loss.item()
     apply_liger(model, SimpleNamespace(use_liger_kernel=True))
     assert model(**batch).loss.item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit"]
+)
+def test_optimizers_that_run_here_are_not_refused(name):
+    assert list(optimizer_problems(name)) == []
+
+
+def test_an_optimizer_that_is_not_there_is_named_with_what_it_needs():
+    (problem,) = optimizer_problems("adam_w8bit")
+    assert problem.endswith("Did you mean adamw_8bit?")
+    (problem,) = optimizer_problems("muon")
+    assert "no such optimizer" in problem
+    (problem,) = optimizer_problems("galore_adamw_8bit")
+    assert "pip install galore-torch" in problem
+    (problem,) = optimizer_problems("adamw_torch_8bit")
+    assert "pip install torchao" in problem
+
+
+def test_compiling_is_refused_with_the_reason(tmp_path):
+    data = runs.write_data(tmp_path / "data", rows=1)
+    flags = [
+        "--model_name_or_path",
+        str(make_checkpoint(tmp_path / "m", "v2_6", size="tiny")),
+        "--data_path",
+        str(data),
+    ]
+    with pytest.raises(UsageError, match="every new shape would be compiled"):
+        parse_arguments([*flags, "--output_dir", str(tmp_path / "out"), "--torch_compile", "true"])
+
+
+@pytest.mark.slow
+def test_every_optimizer_of_the_requirements_learns(tmp_path):
+    model, data = (
+        make_checkpoint(tmp_path / "m", "v2_6", size="tiny"),
+        runs.write_data(tmp_path / "data", rows=4),
+    )
+    # Paged optimizers fall back to their plain form on the CPU.
+    names = [
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "adafactor",
+        "sgd",
+        "lion_8bit",
+    ]
+    commands = [
+        [
+            "--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / name),
+            "--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--report_to", "none",
+            "--save_strategy", "no", "--learning_rate", "1e-2" if name == "sgd" else "3e-4", "--optim", name,
+            "--lr_scheduler_type", "constant",
+        ]
+        for name in names
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "several_runs.py"), json.dumps(commands)],
+        env=runs.environment(), capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        lines = [line["loss"] for line in runs.losses(tmp_path / name)]
+        assert all(math.isfinite(loss) for loss in lines)
+        assert lines[-1] < lines[0], (name, lines)
