@@ -44,8 +44,9 @@ def add_adapter(
         The wrapped model; only the adapter and its ``modules_to_save`` train.
 
     Raises:
-        AdapterError: When a pattern matches nothing.
+        AdapterError: When a pattern matches nothing, or layers are named that the model does not have.
     """
+    _check_layers(model, generation, lora)
     targets = target_modules(model, generation, lora)
     saved = lora.modules_to_save
     if saved is None:
@@ -106,6 +107,28 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
 def _freeze_base(model: PreTrainedModel) -> None:
     """Freeze all weights; PEFT freezes only those without "lora_" in their names, and so no partial LoRA (0.21)."""
     model.requires_grad_(False)
+
+
+def _check_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> None:
+    """See that every layer that is named is there; PEFT passes over the others in silence."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    wrong = [number for number in lora.lora_layers_to_transform or [] if not 0 <= number < count]
+    if wrong:
+        raise AdapterError(
+            f"--lora_layers_to_transform: layers {wrong}, expected numbers from 0 to {count - 1}, as "
+            f"{generation.title} has them here. Leave them out."
+        )
+    ranges = lora.layer_replication or []
+    if ranges and getattr(model, "llm", None) is None:
+        raise AdapterError(
+            f"--lora_layer_replication: {generation.title} can't be made taller, expected V-2 to V-4.5, whose layers "
+            "are all of one kind. Leave it out."
+        )
+    if not all(0 <= start < end <= count for start, end in ranges):
+        raise AdapterError(
+            f"--lora_layer_replication {lora.lora_layer_replication}: expected ranges [start, end) within the {count} "
+            "layers of the model. Correct them."
+        )
 
 
 def _restore_output_layer(wrapped: PeftModel) -> None:

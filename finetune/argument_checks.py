@@ -94,6 +94,8 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
         yield "--q_lora true needs --use_lora true: weights in 4 bit can only be trained through adapters."
     if lora.lora_weight_path:
         yield from _lora_weight_path(training, lora)
+    if lora.lora_layers_pattern and lora.lora_layers_to_transform is None:
+        yield "--lora_layers_pattern acts only together with --lora_layers_to_transform: add it, or leave both out."
     yield from _rates(training)
     yield from _adapter_start(training, lora)
     try:

@@ -155,6 +155,10 @@ PROBLEMS = [
     ("--use_lora true", "The model cannot simultaneously adjust LLM parameters and apply LoRA."),
     ("--tune_llm false --tune_vision false --tune_resampler false", "Nothing would be trained"),
     ("--q_lora true", "--q_lora true needs --use_lora true"),
+    (
+        "--use_lora true --tune_llm false --lora_layers_pattern layers",
+        "--lora_layers_pattern acts only together with --lora_layers_to_transform",
+    ),
     ("--lora_weight_path model", "--lora_weight_path is given, but --use_lora is false"),
     ("--use_lora true --tune_llm false --lora_weight_path model", "no adapter_config.json in 'model'"),
     ("--lora_layer_replication 0-4", "--lora_layer_replication is '0-4'"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from adapters import default_modules_to_save, target_modules
+from adapters import AdapterError, add_adapter, default_modules_to_save, target_modules
 from generations import GENERATIONS
 from native_cases import (
     NATIVE,
@@ -164,6 +164,43 @@ def test_all_linear_means_the_language_model_s_linear_layers(name):
     kinds = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
     expected |= {f"layers.{layer}.linear_attn.{kind}" for layer in range(3) for kind in kinds}
     assert adapted(peft_model(model, target_modules=targets)) == expected
+
+
+def wrapped_by(name, **options):
+    lora = LoraArguments(lora_r=2, lora_modules_to_save=["none"], **options)
+    return add_adapter(our_model(name), GENERATIONS[name], lora, vision=False, resampler=True)
+
+
+def test_layers_and_the_vision_tower_can_be_chosen(name):
+    chosen = adapted(wrapped_by(name, lora_target_modules="all-linear", lora_layers_to_transform=[1, 3]))
+    assert {key.split(".")[1] for key in chosen} == {"1", "3"}
+    assert len(chosen) == 3 + 5 + 3 + 4
+    wrapped = wrapped_by(name, lora_target_modules=r"vpm\..*q_proj")
+    names = [key for key, module in wrapped.named_modules() if hasattr(module, "lora_A")]
+    assert names
+    assert all(key.startswith("base_model.model.model.vision_tower.") for key in names)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}]
+)
+def test_other_adapters_leave_the_start_as_it_was_and_train(name, options):
+    batch = batch_of(packed_rows(packing_samples()))
+    expected = our_model(name)(**batch).loss
+    wrapped = wrapped_by(name, lora_dropout=0.0, **options)
+    output, found = loss_and_gradients(wrapped, batch)
+    torch.testing.assert_close(output.loss, expected, atol=LOSS_TOLERANCE, rtol=0)
+    assert set(found) == {key for key, value in wrapped.named_parameters() if value.requires_grad}
+
+
+def test_biases_train_when_asked(name):
+    wrapped = wrapped_by(name, lora_bias="all")
+    assert all(value.requires_grad for key, value in wrapped.named_parameters() if key.endswith(".bias"))
+
+
+def test_a_taller_model_is_refused(name):
+    with pytest.raises(AdapterError, match="can't be made taller"):
+        wrapped_by(name, lora_layer_replication="[[0, 4], [2, 4]]")
 
 
 def peft_model(model, **options):

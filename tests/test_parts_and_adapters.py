@@ -81,7 +81,16 @@ def test_layer_replication_makes_the_llm_taller():
     [
         ({"lora_target_modules": r"language\.q_proj"}, "matches no linear layer of MiniCPM-V 2.6"),
         ({"lora_target_modules": "llm.(q_proj"}, "is no regular expression"),
-        ({"lora_layers_to_transform": [7]}, r"with layers \[7\] matches no linear layer"),
+        ({"lora_layers_to_transform": [1, 7]}, r"layers \[7\], expected numbers from 0 to 1"),
+        (
+            {"lora_layers_to_transform": [1], "lora_layers_pattern": "blocks"},
+            r"with layers \[1\] matches no linear layer",
+        ),
+        (
+            {"lora_layer_replication": "[[0, 2], [1, 3]]"},
+            r"expected ranges \[start, end\) within the 2 layers",
+        ),
+        ({"lora_layer_replication": "[[1, 1]]"}, r"expected ranges \[start, end\) within the 2 layers"),
         ({"lora_modules_to_save": ["resampla"]}, "the model has no module of that name"),
     ],
 )

@@ -211,6 +211,31 @@ def test_killed_while_saving_the_last_whole_checkpoint_goes_on(small, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_inside_a_step_goes_on(small, tmp_path, stage):
+    """kill -9 of every process at once, as by a lost machine, behind a checkpoint."""
+    flags = STAGES[stage]
+    finish(arguments(small, tmp_path / "whole", *flags), processes=2)
+    output = tmp_path / "out"
+    run = LiveRun(arguments(small, output, *flags), processes=2, faults={"slow": 0.5})
+    run.wait_for_step(3)
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.communicate()
+    assert output_folder.look(output).last_checkpoint == output / "checkpoint-2"
+    finish(arguments(small, output, *flags, "--resume_from_checkpoint", "true"), processes=2)
+    assert_same_run(output, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_on_quantised_weights_continue_exactly(small, tmp_path, stage):
+    """Evaluations between the steps, which must not touch the 4-bit weights."""
+    more = ("--eval_data_path", small[1], "--eval_strategy", "steps", "--eval_steps", 1)
+    flags = (*LORA, "--q_lora", "true", "--lora_dropout", 0.1, *STAGES[stage], *more)
+    check_resume(small, tmp_path, *flags, processes=2, at=(2,))
+
+
+@pytest.mark.slow
 def test_deepspeed_with_other_processes_stage_or_kind_is_refused(small, tmp_path):
     finish(arguments(small, tmp_path / "whole", *STAGES["zero2"]), processes=2)
     output = interrupted_at(2, tmp_path / "whole", tmp_path / "out")
