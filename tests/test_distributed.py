@@ -36,7 +36,9 @@ class Place:
         self.data = live_runs.uneven_rows(folder / "data")
         self.rows = json.loads(self.data.read_text())
         for name in EVERY:
-            live_runs.tiny(folder / name, name)
+            config = live_runs.tiny(folder / name, name) / "config.json"
+            # InternLM-XComposer2's own dropout would differ between one process and two.
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"plora_dropout": 0.0}))
 
     def write(self, name, rows):
         """Another data file beside the pictures."""
