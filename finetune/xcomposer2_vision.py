@@ -46,13 +46,25 @@ def encode_images(model: Any, vision: VisionInput, grids: Sequence[Grid]) -> Ten
         tower_features(partial(_run_tower, model, new), vision, layout, partitioned=is_partitioned(model.vit))
     )
     if tiles:
+        row_end, between = _separators(model)
         features = image_tiles.join(
             features.unflatten(0, (-1, side**2)),
             [(rows // side, columns // side) for rows, columns in grids],
-            row_end=model.plora_sub_GN.flatten(),
-            between=model.plora_glb_GN.flatten(),
+            row_end=row_end,
+            between=between,
         )
     return model.vision_proj(features)
+
+
+def _separators(model: Any) -> tuple[Tensor, Tensor]:
+    """[4 C] each: what ends a row, and what stands between the global view and the tiles.
+
+    Both are cut out of one tensor, so that their gradients come in the same order from every batch, one
+    without images included. ZeRO-2 adds up the processes' gradients in the order in which they come
+    (deepspeed 0.19): where that differs, one parameter gets the other's.
+    """
+    row_end, between = torch.cat([model.plora_sub_GN.flatten(), model.plora_glb_GN.flatten()]).chunk(2)
+    return row_end, between
 
 
 def _run_tower(model: Any, grids: Sequence[Grid], pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
@@ -87,7 +99,7 @@ def encode_dummy(model: Any) -> Tensor:
     """A zero that has run through tower and projector, for a batch without images."""
     features = _see(model, _dummy_patches(model))[0]
     if model.config.tiles:
-        features = features.flatten() + (model.plora_sub_GN + model.plora_glb_GN).flatten()
+        features = features.flatten() + sum(_separators(model))
     return model.vision_proj(features).sum() * 0
 
 
