@@ -24,9 +24,9 @@ from turns import Media, Turn
 from weights import tensor_names
 from xcomposer2_cases import THREE
 
-# Worst values measured on torch 2.13 (CPU, 2 cores) stand behind each.
-LOGIT_TOLERANCE = 2e-5  # 2.4e-6
-GRADIENT_TOLERANCE = 1e-4  # 4e-6, of the largest entry
+# Worst values measured on torch 2.13 (CPU, 2 cores, 7b and 4khd) stand behind each.
+LOGIT_TOLERANCE = 2e-5  # 3.3e-6 (7b)
+GRADIENT_TOLERANCE = 1e-4  # 4.0e-6 (7b), of the largest entry
 
 
 @pytest.fixture(scope="module")
