@@ -26,13 +26,14 @@ from loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from released_format import SavedAsReleased
 from sample_masks import masks_given, packed_mask
 from weights import has_weights, tensor_names
+from xcomposer2_generation import XComposer2GenerateMixin
 from xcomposer2_vision import check_bounds, encode_dummy, encode_images
 
 # A released checkpoint may lack the tower's last norm, which nothing uses.
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
 
 
-class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
+class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
     """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 
     Args:
@@ -244,74 +245,11 @@ class XComposer2(ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
             hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
         return hidden.view(shape)
 
-    # --- generating ---
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        dummy: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Generate from prompts with images.
-
-        Args:
-            input_ids: [B, T] int64, several prompts padded on the LEFT.
-            attention_mask: [B, T], 1 at real tokens; needed when padded.
-            pixel_values: As for ``embed``, as the two that follow.
-            tgt_sizes: See ``embed``.
-            image_bound: See ``embed``.
-            dummy: Run the vision tower even without an image, so that no process waits for another.
-            **options: For ``transformers.GenerationMixin.generate``.
-
-        Returns:
-            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
-        """
-        embeddings, image = self.embed(
-            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound, dummy=dummy
-        )
-        is_image = None
-        if image is not None:
-            is_image = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-            if image.real:
-                is_image.view(-1)[image.places] = True
-        # A mask, not places: beams repeat what is [B, T].
-        return super().generate(
-            inputs_embeds=embeddings, attention_mask=attention_mask, image_mask=is_image, **options
-        )
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "image_mask"})
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """transformers' own, with the image tokens in the first step, which reads the prompt."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if image_mask is not None and inputs.get("inputs_embeds") is not None:
-            places = image_mask.flatten().nonzero()[:, 0]
-            real = bool(places.numel())
-            inputs["image_tokens"] = ImageTokens(places if real else places.new_zeros(1), real)
-        return inputs
-
     def _next_logits(self, embeddings: Tensor, **options: Any) -> CausalLMOutputWithPast:
         hidden = self.model(embeddings, **options)
         return CausalLMOutputWithPast(
             logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
         )
-
-    # --- saving ---
 
     def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """All of them; but for the tower's unused norm where the source checkpoint lacks it."""
