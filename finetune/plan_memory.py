@@ -13,7 +13,7 @@ import logging
 import sys
 from argparse import Namespace
 
-from command_flags import CommandParser, add_switch, run_command
+from command_flags import CommandParser, add_switch, count, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +54,8 @@ def render(values: Namespace) -> str:
     host = host_bytes(folder, training)
     if host:
         lines.append(f"  and in the CPUs' memory, all GPUs together: {host / 2**30:.2f} GiB")
+    source = "fitted to the official table" if training.zero == 3 else "assumed"
+    lines.append(f"  The surcharge (CUDA, NCCL, what the allocator holds besides) is {source}, not measured.")
     return "\n".join([*lines, ""])
 
 
@@ -66,22 +68,22 @@ def parse_flags(argv: list[str]) -> Namespace:
     add("--model_name_or_path", required=True, help="A folder with a checkpoint's config.json, or a hub id.")
     add("--cache_dir", help="Where downloads are kept.")
     add("--method", choices=["lora", "qlora", "full"], default="lora", help="What is trained of the LLM.")
-    add("--gpus", type=int, default=1, help="Number of GPUs.")
+    add("--gpus", type=count, default=1, help="Number of GPUs.")
     add("--zero", type=int, choices=[0, 2, 3], default=2, help="DeepSpeed's ZeRO stage; 0: no DeepSpeed.")
     add(
         "--offload", choices=["none", "optimizer", "all"], default="none",
         help="What lies in the CPU's memory: optimizer and gradients, or with ZeRO-3 the weights too.",
     )  # fmt: skip
-    add("--model_max_length", type=int, default=2048, help="Tokens of a row.")
-    add("--batch_size", type=int, default=1, help="Rows per GPU and micro-batch.")
-    add("--max_slice_nums", type=int, default=9, help="Most slices of a row's image.")
+    add("--model_max_length", type=count, default=2048, help="Tokens of a row.")
+    add("--batch_size", type=count, default=1, help="Rows per GPU and micro-batch.")
+    add("--max_slice_nums", type=count, default=9, help="Most slices of a row's image.")
     add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
     add_switch(parser, "--gradient_checkpointing", default=True, help="Compute activations twice.")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the run.")
     add("--optim", choices=["adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch", help="The optimizer.")
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
-    add("--lora_r", type=int, default=64, help="Rank of the adapters.")
+    add("--lora_r", type=count, default=64, help="Rank of the adapters.")
     add("--lora_target_modules", default=OFFICIAL_LORA_TARGETS, help="As in finetune.py.")
     add("--lora_modules_to_save", nargs="+", help="As in finetune.py; none for a plain adapter.")
     add_switch(parser, "--official", default=False, help="Plan the official script's step instead of ours.")

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
+
 from draw_pictures import draw_data_set
 from generations import GENERATIONS
-from PIL import Image
 from runs import ROOT, environment
 
 TIME_LIMIT = 280  # seconds, for one start

@@ -217,11 +217,13 @@ def test_killed_inside_a_step_goes_on(small, tmp_path, stage):
     flags = STAGES[stage]
     finish(arguments(small, tmp_path / "whole", *flags), processes=2)
     output = tmp_path / "out"
-    run = LiveRun(arguments(small, output, *flags), processes=2, faults={"slow": 0.5})
+    run = LiveRun(arguments(small, output, *flags), processes=2, faults={"slow": 2})
     run.wait_for_step(3)
     os.killpg(run.process.pid, signal.SIGKILL)
     run.process.communicate()
-    assert output_folder.look(output).last_checkpoint == output / "checkpoint-2"
+    left = output_folder.look(output)
+    assert not left.finished
+    assert left.last_checkpoint.name in ("checkpoint-2", "checkpoint-4")  # 4 on a busy machine
     finish(arguments(small, output, *flags, "--resume_from_checkpoint", "true"), processes=2)
     assert_same_run(output, tmp_path / "whole")
 
