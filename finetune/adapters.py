@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
@@ -250,13 +251,14 @@ def _layers_reachable(model: nn.Module) -> Iterator[None]:
     if inner is None or hasattr(model, "model"):
         yield
         return
-    kind = type(model)
+    kind: Any = type(model)
     kind.model = property(lambda self: self.llm.model)
     try:
         yield
     finally:
         del kind.model
-    config, layers = model.llm.config, inner.layers
+    llm: Any = model.llm
+    config, layers = llm.config, inner.layers
     if len(getattr(config, "layer_types", layers)) != len(layers):
         # PEFT counts the replicated layers, and leaves the list of their kinds short (0.21).
         config.layer_types = [layer.self_attn.layer_type for layer in layers]

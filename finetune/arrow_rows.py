@@ -34,7 +34,7 @@ class ArrowRows:
 
     def __init__(self, path: Path, arrow_path: Path, read_batches: Callable[[Path], Sequence[Any]]) -> None:
         self.path = path
-        self.files = [path] if path.is_file() else [arrow_path]
+        self.files: Sequence[Path] = [path] if path.is_file() else [arrow_path]
         self._arrow_path = arrow_path
         self._read_batches = read_batches
         self._owner = 0

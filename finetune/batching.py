@@ -39,7 +39,7 @@ class BatchMaker:
             ``supervised_sources`` [N]: the source each of those tokens comes from.
             ``on_cpu`` [2 or 3, B, T] int64, ids, mask and positions, with ``copies``.
         """
-        samples = (
+        samples: list[Any] = (
             [join(row if isinstance(row, list) else [row]) for row in rows] if self.packing else list(rows)
         )
         batch = data_collator(samples, pad_token_id=self.pad_token_id)

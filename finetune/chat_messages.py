@@ -87,7 +87,7 @@ def place_pictures(question: str, pictures: Sequence[Image.Image | Picture]) -> 
             f"the question has {len(texts) - 1} {IMAGE_MARK} for {len(pictures)} pictures, expected one for each. "
             "Show as many pictures, or leave the marks out: then all stand in front of the question."
         )
-    content = [texts[0]]
+    content: list[Any] = [texts[0]]
     for picture, text in zip(pictures, texts[1:], strict=True):
         content += [picture, text]
     return [part for part in content if part != ""]

@@ -33,7 +33,8 @@ def fill_in(checkpoint: Path, *, writes: bool, device: torch.device) -> list[str
     """
     here = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     views = gathered((here, writes))
-    names = [name for name in sorted(views[0][0]) if not _OF_ONE_PROCESS.fullmatch(Path(name).name) and name != MANIFEST]
+    shared = [name for name in sorted(views[0][0]) if name != MANIFEST]
+    names = [name for name in shared if not _OF_ONE_PROCESS.fullmatch(Path(name).name)]
     missing = [name for name in names if any(name not in found for found, writer in views if writer)]
     for name in missing:
         _send(checkpoint / name, writes=writes and name not in here, device=device)

@@ -143,7 +143,7 @@ def _kept(rows: SupervisedDataset, decodes: bool) -> tuple[np.ndarray, dict[int,
         distributed.broadcast_object_list(found)
     lengths = np.ones(rows.row_count, dtype=np.int32)
     to_check = np.ones(rows.row_count, dtype=bool)
-    bad = {}
+    bad: dict[int, Any] = {}
     for number, check in found[0].items():
         first = rows.first_row(number)
         place = slice(first, first + len(check.lengths))

@@ -8,7 +8,7 @@ Started by ``finetune_ds.sh`` and ``finetune_lora.sh`` through torchrun, or by i
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from help_page import show_help_when_asked
 from library_noise import silence
@@ -82,7 +82,7 @@ def run(argv: list[str], control: RunControl) -> None:
     set_seed(
         training.seed
     )  # reading data has drawn random numbers; a new adapter must not depend on how many
-    model = load_model(
+    model: Any = load_model(
         folder,
         generation,
         dtype=load_dtype(training),

@@ -16,7 +16,7 @@ LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2", "internlm2")
 
 
 # The parts of a model, in the order in which they are told apart.
-_RELEASED_MODULES = {
+_RELEASED_MODULES: dict[str, tuple[str, ...]] = {
     "vision": ("vpm",),
     "resampler": ("resampler",),
     "embeddings": ("llm.model.embed_tokens",),

@@ -105,7 +105,7 @@ def _fields_in(source: str) -> list[ast.AnnAssign]:
     ]
 
 
-def _entry_of(node: ast.AnnAssign) -> Entry:
+def _entry_of(node: Any) -> Entry:
     keywords = {word.arg: word.value for word in node.value.keywords}
     metadata = keywords.get("metadata")
     parts = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -22,12 +23,12 @@ STARTS_FROM_WEIGHTS = ("pissa", "olora")
 
 def remember_start(model: PeftModel) -> None:
     """Keep a copy of the adapter as it starts, where its start changed the base weights."""
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     if str(config.init_lora_weights).startswith(STARTS_FROM_WEIGHTS):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model.initial_lora = {
-            key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key
-        }
+        start = {key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key}
+        wrapped: Any = model
+        wrapped.initial_lora = start
 
 
 def convert_saved_adapter(folder: Path, initial: dict[str, Tensor]) -> None:

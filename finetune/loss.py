@@ -79,11 +79,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, chunk):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
-        weight_grad = (
+        hidden_grad: Any = torch.zeros_like(hidden) if need_hidden else None
+        weight_grad: Any = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         )
-        bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        bias_grad: Any = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
         token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
@@ -178,7 +178,7 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
     return SupervisedLoss(loss_sum, torch.full_like(correct, targets.numel()), correct, token_losses)
 
 
-def as_lm_head(linear: nn.Linear) -> LMHead:
+def as_lm_head(linear: Any) -> LMHead:
     """Give the output layer of a transformers LLM the loss-making forward, keeping its parameters.
 
     The class of the module is changed in place: the parameters stay the same objects, so weight

@@ -75,7 +75,8 @@ class NativeGenerateMixin:
         runs = VisualRuns.of(kinds, grids, mode=self.config.downsample_mode)
         with torch.no_grad():
             features = encode_slices(self.model, VisionInput(pixel_values), runs.grids).split(list(runs.lengths))
-        outputs, sizes = {}, {}
+        outputs: dict[str, Any] = {}
+        sizes: dict[str, Tensor] = {}
         for kind, name, size_name in _KINDS:
             own = [part for part, found in zip(features, runs.run_kinds, strict=True) if found == kind]
             if own:

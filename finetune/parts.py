@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ def count_parts(model: nn.Module, generation: Generation) -> dict[str, PartCount
     }
 
 
-def parameter_count(parameter: nn.Parameter) -> int:
+def parameter_count(parameter: Any) -> int:
     """Numbers in a parameter, also when ZeRO-3 holds only a share here or 4-bit weights are packed."""
     if getattr(parameter, "quant_state", None) is not None:
         return parameter.quant_state.shape.numel()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -183,7 +184,7 @@ def make_trainer(
 
 def answer_while_training(trainer: CPMTrainer, data: DataArguments, processing: Processing) -> None:
     """With ``--predict_with_generate true``: have evaluation rows answered at every evaluation."""
-    training = trainer.args
+    training: Any = trainer.args
     if not training.predict_with_generate:
         return
     rows = PredictionRows(data.eval_data_path, processing, data.data_options(None))

@@ -239,7 +239,7 @@ class Processing:
         unknown = [index for index, found in enumerate(known) if found is None or found.features is None]
         input_ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
         sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
-        sample = {
+        sample: Sample = {
             "input_ids": input_ids,
             "pixel_values": patches_of(
                 [pictures[index] for index in unknown],

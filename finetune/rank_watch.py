@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -135,7 +136,7 @@ class RankWatch:
     def _key(self, name: str | int) -> str:
         return f"finetune/{self._prefix}/{name}"
 
-    def _try(self, call: Callable[[], object]) -> object | None:
+    def _try(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except RuntimeError as error:  # all of torch.distributed's are

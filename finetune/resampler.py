@@ -124,7 +124,7 @@ class Resampler(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, width))
         if query_positions:
             # Filled by MiniCPMV._init_weights: parameters are made without values while loading.
-            self.pos_embed = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
+            self.pos_embed: nn.Parameter | None = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
         else:
             self.pos_embed = None
 
@@ -145,7 +145,7 @@ class Resampler(nn.Module):
         if self.pos_embed is not None:
             query = query + self.pos_embed
         if packs is None:
-            lengths = layout.lengths
+            lengths: Sequence[int] = layout.lengths
         else:
             key, value = layout.restore(key), layout.restore(value)
             key, lengths = self._with_times(key, layout, packs)

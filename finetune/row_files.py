@@ -58,7 +58,7 @@ class JsonRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = [path]
+        self.files: Sequence[Path] = [path]
         self._lines_path, spans_path = _index(path)
         self._spans = np.load(spans_path, mmap_mode="r")
         self._file: IO[bytes] | None = None
@@ -101,7 +101,7 @@ class JoinedRows:
 
     def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
         self.path = path
-        self.files = [file for part in parts for file in part.files]
+        self.files: Sequence[Path] = [file for part in parts for file in part.files]
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 

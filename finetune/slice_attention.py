@@ -142,7 +142,8 @@ def attend_within_slices(
             key[start:stop].unflatten(0, (count, length)),
             value[start:stop].unflatten(0, (count, length)),
         )
-        out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts), scale=scale)
+        queries, keys, values = (part.transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
         start, query_start = stop, query_stop
     return torch.cat(mixed)

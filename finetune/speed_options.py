@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from generations import Generation
@@ -65,7 +64,7 @@ def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    llm: nn.Module = getattr(model, "llm", model)
+    llm: Any = getattr(model, "llm", model)
     kind = llm.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise SpeedOptionError(

@@ -248,7 +248,8 @@ def test_finetune_sh_is_finetune_ds_sh_with_the_values_of_the_xcomposer_guide(st
     }  # fmt: skip
     assert {flag: call.value(flag) for flag in expected} == expected
     assert not {"--img_size", "--hd_num"} & set(call.argv)
-    _, call = stage.start("finetune.sh", "--learning_rate", "3e-5", MODEL="m", IMG_SIZE="490", HD_NUM="-1", MAX_STEPS="7")
+    chosen = {"IMG_SIZE": "490", "HD_NUM": "-1", "MAX_STEPS": "7"}
+    _, call = stage.start("finetune.sh", "--learning_rate", "3e-5", MODEL="m", **chosen)
     assert (call.value("--img_size"), call.value("--hd_num")) == ("490", "-1")
     assert (call.value("--max_steps"), call.value("--learning_rate")) == ("7", "3e-5")
     assert "--num_train_epochs" not in call.argv
