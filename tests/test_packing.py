@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batching import BatchMaker, supervised_places
+from dataset import SupervisedDataset
+from draw_pictures import draw_data_set
+from make_checkpoint import make_checkpoint
 from meters import SourceLosses
 from mixtures import epoch_order
 from packing import best_fit, join
+from processing import load_processing
 from sampling import PADDING, EpochSampler, PackingSampler, grouped_by_length
 from test_goldens_forward import GOLDENS, SIX, as_patches, golden_model
 
@@ -226,3 +230,16 @@ def test_grouping_by_length_saves_padding():
     grouped = grouped_by_length(shuffled(2000, seed=0), lengths, batch_size=8, seed=0)(0)
     assert sorted(grouped) == list(range(2000))
     assert padding(grouped) < 0.25 * padding(shuffled(2000, seed=0)(0))
+
+
+@pytest.mark.parametrize("task", ["questions_train", "descriptions_train"])
+def test_packed_rows_are_nearly_full_on_the_demo_s_rows(tmp_path, task):
+    files = draw_data_set(tmp_path / "data", sizes={"train": 144, "eval": 9, "held_out": 9}, seed=0)
+    processing = load_processing(make_checkpoint(tmp_path / "model", "v2_6", size="tiny"))
+    rows = SupervisedDataset(files[task], processing)
+    lengths = [len(rows.plan(index).encoded.input_ids) for index in range(rows.row_count)]
+    packed = best_fit(range(len(lengths)), lengths, capacity=2048)
+    # The last row is what is left over; in a data set of any size it is one row.
+    share = sum(lengths) / ((len(packed) - 1) * 2048 + min(2048, sum(lengths[index] for index in packed[-1])))
+    print(f"\n{task}: {share:.1%} useful tokens")
+    assert share > USEFUL_SHARE
