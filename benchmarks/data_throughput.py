@@ -62,11 +62,11 @@ def with_ours(path: Path, prepared: Processing) -> None:
         cut_into_patches(image, layout, np.empty((3, 14, patch_columns(layout)), dtype=np.uint8))
 
 
-def seconds_each(work: Callable[[], object], count: int) -> float:
-    """Wall-clock seconds per image of one run."""
-    start = time.perf_counter()
+def seconds_each(work: Callable[[], object], count: int) -> tuple[float, float]:
+    """Wall-clock and CPU seconds per image of one run; those of workers are not in the latter."""
+    start, cpu = time.perf_counter(), time.process_time()
     work()
-    return (time.perf_counter() - start) / count
+    return (time.perf_counter() - start) / count, (time.process_time() - cpu) / count
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
             "whole sample": lambda: [dataset[index] for index in range(len(paths))],
             f"DataLoader, {options.workers} workers": lambda: list(loader),
         }
-        times: dict[str, list[float]] = {title: [] for title in works}
+        times: dict[str, list[tuple[float, float]]] = {title: [] for title in works}
         for turn in range(
             options.repeats + 1
         ):  # the works take turns, so that a busy machine slows all alike
@@ -103,10 +103,12 @@ def main() -> None:
                 seconds = seconds_each(work, len(paths))
                 if turn:  # the first is the warm-up
                     times[title].append(seconds)
-        base = statistics.median(times["Pillow: decode and resizes"])
+        base = statistics.median(wall for wall, _ in times["Pillow: decode and resizes"])
         for title, values in times.items():
-            middle = statistics.median(values)
-            sys.stdout.write(f"{title:28} {middle * 1000:8.2f} ms per image  {middle / base:5.2f} x\n")
+            wall, cpu = (statistics.median(kind) for kind in zip(*values, strict=True))
+            sys.stdout.write(
+                f"{title:28} {wall * 1000:8.2f} ms per image  {wall / base:5.2f} x  ({cpu * 1000:.2f} ms of CPU)\n"
+            )
         pixels = dataset[0]["pixel_values"]
         sys.stdout.write(f"bytes per pixel value: {pixels.element_size()} ({pixels.dtype})\n")
 
