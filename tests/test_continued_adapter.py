@@ -20,7 +20,7 @@ from processing import load_processing
 def adapter(tmp_path_factory):
     """Of rank 4, with the resampler and the token embeddings."""
     folder = tmp_path_factory.mktemp("continued") / "adapter"
-    saved_adapter(folder, "v2_6")
+    saved_adapter(folder, "v2_6", lora_dropout=0.0)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
     [
         ({"lora_r": 8}, "--lora_r is 8, the adapter was made with 4: leave the flag out"),
         ({"use_dora": True}, "--use_dora is True, the adapter was made with False"),
-        ({"lora_dropout": 0.5}, "--lora_dropout is 0.5, the adapter was made with 0.05"),
+        ({"lora_dropout": 0.5}, "--lora_dropout is 0.5, the adapter was made with 0.0"),
         (
             {"lora_target_modules": "all-linear"},
             "--lora_target_modules is all-linear, the adapter was made with llm",
@@ -117,4 +117,4 @@ def test_a_run_goes_on_from_the_adapter(adapter, tmp_path, more):
     del batch["rows"]
     with torch.no_grad():
         expected = model.train()(**batch).loss.item()
-    assert found["loss"] == pytest.approx(expected, rel=1e-3)  # dropout 0.05 in both
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)

@@ -171,4 +171,5 @@ def test_the_base_of_an_adapter_is_found_by_its_path(tmp_path):
 
 
 def test_the_goldens_know_every_generation():
-    assert {path.name for path in GOLDENS.iterdir()} - {"images"} == set(ALL)
+    found = {path.name for path in GOLDENS.iterdir() if not path.name.startswith("xc2_")}
+    assert found - {"images"} == set(ALL)
