@@ -6,7 +6,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from library_noise import silence
@@ -22,13 +22,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """Read the flags; of a misspelt one the nearest is named, before what is missing because of it."""
-        words = sys.argv[1:] if args is None else args
+        self.refuse_unknown(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
+    def refuse_unknown(self, words: Sequence[str], also_known: Collection[str] = ()) -> None:
+        """End with a message when a flag is neither this command's nor one of ``also_known``."""
+        known = {*self._option_string_actions, *also_known}
         for word in words:
             flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in self._option_string_actions:
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if flag.startswith("--") and flag not in known:
+                near = difflib.get_close_matches(flag, sorted(known), n=1)
                 self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
-        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the list of all flags."""

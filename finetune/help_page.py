@@ -52,6 +52,14 @@ def render_help(width: int = 100) -> str:
     return "\n".join(pages)
 
 
+def flag_names() -> set[str]:
+    """Every flag that ``finetune.py`` takes, old names included."""
+    entries = [entry for group in _OWN_GROUPS for entry in own_entries(group)]
+    entries += [entry for _, inherited in inherited_groups() for entry in inherited]
+    names = {entry.name for entry in entries} | _HIDDEN | {*RENAMED, *DROPPED, *REWRITTEN}
+    return {f"--{name}" for name in names}
+
+
 def own_entries(group: type) -> list[Entry]:
     """The arguments of one of our dataclasses."""
     return [

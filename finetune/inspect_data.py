@@ -17,6 +17,7 @@ from typing import get_args, get_type_hints
 
 from command_flags import CommandParser, add_switch
 from data_flags import DataFlags
+from help_page import flag_names
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -59,6 +60,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--workers", type=int, help="Processes that read rows. Unset: one per core, at most 16."
     )
     values, rest = parser.parse_known_args(argv)
+    parser.refuse_unknown(rest, also_known=flag_names())
     ignored = [word for word in rest if word.startswith("--")]
     if ignored:
         sys.stderr.write(f"ignored, as they say nothing about data: {' '.join(ignored)}\n")

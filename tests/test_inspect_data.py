@@ -147,6 +147,15 @@ def test_padding_shares():
     assert padding_shares(np.array([], dtype=int), batch_size=2, capacity=40) == {"plain": 0.0, "packed": 0.0}
 
 
+def test_a_misspelt_flag_is_named_and_flags_of_training_are_known(tmp_path, capsys):
+    path = write_rows(tmp_path, GOOD)
+    with pytest.raises(SystemExit):
+        flags(path, "--model_max_lenght", "100")
+    assert "unknown flag --model_max_lenght; did you mean --model_max_length?" in capsys.readouterr().err
+    flags(path, "--lora_r=8", "--evaluation_strategy", "no", "--gradient_checkpointing", "true", "--bf16")
+    assert "say nothing about data: --lora_r=8 --evaluation_strategy" in capsys.readouterr().err
+
+
 def run(*arguments, cwd):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
