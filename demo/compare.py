@@ -81,9 +81,12 @@ def main() -> None:
         base = folder / ("full" if adapter else name)
         model, processing = load_for_inference(ModelChoice(str(base), adapter=adapter))
         found[title] = exact_matches(model, processing, held_out)
-    lines = [f"{'exact match on held-out pictures':<34}{'chance':>8}" + "".join(f"{title:>19}" for title in STAGES)]
+    lines = [
+        f"{'exact match on held-out pictures':<34}{'chance':>8}" + "".join(f"{title:>19}" for title in STAGES)
+    ]
     lines += [
-        f"{question:<34}{chances[question]:>8.1%}" + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
+        f"{question:<34}{chances[question]:>8.1%}"
+        + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
         for question in chances
     ]
     draw_losses(folder, folder / "loss.png")

@@ -29,7 +29,6 @@ from write_failures import GIB, free_bytes, is_write_failure, system_reason
 logger = logging.getLogger(__name__)
 
 
-
 class CheckpointError(ValueError):
     """A checkpoint that can't be written, or not be continued by this run.
 

@@ -86,8 +86,12 @@ class ImageFile:
 
     def digest(self) -> bytes:
         """Digest of the encoded image and of how it is decoded."""
-        content = _guarded(self.name, self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue)
-        return hashlib.blake2b(content, digest_size=32, person=b"upright" if self.options.upright else b"").digest()
+        content = _guarded(
+            self.name, self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue
+        )
+        return hashlib.blake2b(
+            content, digest_size=32, person=b"upright" if self.options.upright else b""
+        ).digest()
 
     def decode(self) -> Image.Image:
         """Decode the image, in mode RGB; may be called once."""

@@ -83,7 +83,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_grad: Any = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         )
-        bias_grad: Any = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        bias_grad: Any = (
+            torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        )
         token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):

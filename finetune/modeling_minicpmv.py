@@ -52,7 +52,12 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GraniteDecoderLayer"]
+    _no_split_modules: ClassVar = [
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "GraniteDecoderLayer",
+    ]
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)

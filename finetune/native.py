@@ -180,7 +180,12 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
             packed = packed_mask(placed.put(placed.positions + 1) - 1) if placed.packed else None
             mask = {"full_attention": packed, "linear_attention": None}
         hidden = self.model.language_model(
-            inputs_embeds=seen, attention_mask=mask, position_ids=positions, use_cache=False, samples=placed, **flash
+            inputs_embeds=seen,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            samples=placed,
+            **flash,
         ).last_hidden_state
         return samples.put(hidden[0]) if flash else hidden
 

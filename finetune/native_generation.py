@@ -74,7 +74,9 @@ class NativeGenerateMixin:
         grids = [(rows, columns) for rows, columns in torch.as_tensor(tgt_sizes).tolist()]
         runs = VisualRuns.of(kinds, grids, mode=self.config.downsample_mode)
         with torch.no_grad():
-            features = encode_slices(self.model, VisionInput(pixel_values), runs.grids).split(list(runs.lengths))
+            features = encode_slices(self.model, VisionInput(pixel_values), runs.grids).split(
+                list(runs.lengths)
+            )
         outputs: dict[str, Any] = {}
         sizes: dict[str, Tensor] = {}
         for kind, name, size_name in _KINDS:

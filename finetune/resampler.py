@@ -124,7 +124,9 @@ class Resampler(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, width))
         if query_positions:
             # Filled by MiniCPMV._init_weights: parameters are made without values while loading.
-            self.pos_embed: nn.Parameter | None = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
+            self.pos_embed: nn.Parameter | None = nn.Parameter(
+                torch.zeros(queries, width), requires_grad=False
+            )
         else:
             self.pos_embed = None
 

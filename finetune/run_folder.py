@@ -70,7 +70,9 @@ class RunFolder:
         if not training.do_train:
             return
         if not self._shared:
-            logger.info("Each machine has an output folder of its own, and keeps its processes' part of checkpoints.")
+            logger.info(
+                "Each machine has an output folder of its own, and keeps its processes' part of checkpoints."
+            )
         if self.moves:
             self._clean()
         gathered(None)  # nobody looks for checkpoints before all is cleaned

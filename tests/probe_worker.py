@@ -42,7 +42,11 @@ batches = []
 
 def planted(name, step):
     where = FAULTS.get(name)
-    return where is not None and where[0] == RANK and where[1] <= step <= (where[2] if len(where) > 2 else where[1])
+    return (
+        where is not None
+        and where[0] == RANK
+        and where[1] <= step <= (where[2] if len(where) > 2 else where[1])
+    )
 
 
 class PlantedError(ValueError):

@@ -109,7 +109,9 @@ class Soak:
         assert code in ENDED_BY_FAULT, printed[-5000:]
         assert "Traceback" not in printed, printed[-5000:]
         passed = time.monotonic() - since
-        return f"{name:16} from {from_step:4} at {at:4}: code {code}, next from {self.last():4} ({passed:.0f} s)"
+        return (
+            f"{name:16} from {from_step:4} at {at:4}: code {code}, next from {self.last():4} ({passed:.0f} s)"
+        )
 
     def kill_rank(self, run):
         """One process is killed."""
@@ -220,7 +222,9 @@ def soak(folder, options):
     say(f"undisturbed: {options.steps} steps in {undisturbed(folder, flags):.0f} s ({options.stage})")
     with small_disk(folder / "disk") as mounted:
         run = Soak(folder, flags, steps=options.steps, faults=options.faults, seed=options.seed)
-        names = ["kill_rank", "kill_all", "terminate", "cut_image", "cut_checkpoint"] + ["fill_disk"] * mounted
+        names = ["kill_rank", "kill_all", "terminate", "cut_image", "cut_checkpoint"] + [
+            "fill_disk"
+        ] * mounted
         if not mounted:
             say("no file system can be mounted here, so the disk is not filled")
         faults = [names[number % len(names)] for number in range(options.faults)]
@@ -233,7 +237,9 @@ def soak(folder, options):
         run.finish()
         found, tensors = difference(folder / "whole", run.output)
         same = numbers(runs.losses(run.output)) == whole
-    say(f"after {options.faults} faults: largest difference of {tensors} tensors {found}; all losses equal: {same}")
+    say(
+        f"after {options.faults} faults: largest difference of {tensors} tensors {found}; all losses equal: {same}"
+    )
     return 0 if found == 0 and same else 1
 
 
@@ -241,7 +247,9 @@ def main():
     parser = argparse.ArgumentParser(description="A long run under faults.")
     parser.add_argument("--steps", type=int, default=500, help="steps of the run (default: 500)")
     parser.add_argument("--faults", type=int, default=24, help="faults on its way (default: 24)")
-    parser.add_argument("--stage", default="none", choices=list(STAGES), help="DeepSpeed's stage (default: none)")
+    parser.add_argument(
+        "--stage", default="none", choices=list(STAGES), help="DeepSpeed's stage (default: none)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides which faults come when (default: 0)")
     parser.add_argument("--folder", type=Path, default=None, help="where everything goes, and stays")
     options = parser.parse_args()

@@ -190,7 +190,14 @@ def take_turns(place, tag, generations, stage, data, *flags, processes):
         f"{tag}-alone-{stage}", generations, *flags, processes=1, batch=processes, data=data, steps=2
     )
     found, reports = place.run(
-        f"{tag}-{stage}", generations, *flags, *STAGES[stage], processes=processes, batch=1, data=data, steps=2
+        f"{tag}-{stage}",
+        generations,
+        *flags,
+        *STAGES[stage],
+        processes=processes,
+        batch=1,
+        data=data,
+        steps=2,
     )
     assert_every_gradient(reports, processes=processes, batches=2 * len(generations))
     for name in generations:

@@ -97,7 +97,9 @@ def test_a_full_step_moves_every_part_and_saves_the_released_layout(checkpoints,
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_lora_step_saves_the_adapter_and_what_trains_in_full_beside_it_and_nothing_frozen(outputs, generation):
+def test_a_lora_step_saves_the_adapter_and_what_trains_in_full_beside_it_and_nothing_frozen(
+    outputs, generation
+):
     saved = tensors(outputs / "lora" / generation, "adapter_model.safetensors")
     row = GENERATIONS[generation]
     # In 4.6 and 4.7 the output layer is the embeddings' transpose, so it trains and is saved with them.

@@ -201,13 +201,19 @@ def test_a_taken_port_is_replaced_on_one_machine_only_and_said(stage):
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_restarts_go_on_from_the_last_checkpoint_and_nothing_contradicts_it(stage, shell):
-    _, call = stage.start("finetune_lora.sh", "--seed", "1", shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
+    _, call = stage.start(
+        "finetune_lora.sh", "--seed", "1", shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3"
+    )
     assert call.value("--max_restarts") == "3"
     assert call.argv[-4:] == ["--seed", "1", "--resume_from_checkpoint", "true"]
     for words in (["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint=true"]):
         done, _ = stage.start("finetune_lora.sh", *words, shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
         assert done.returncode == 0, done.stderr
-    for words in (["--resume_from_checkpoint", "a/path"], ["--overwrite_output_dir"], ["--overwrite_output_dir=true"]):
+    for words in (
+        ["--resume_from_checkpoint", "a/path"],
+        ["--overwrite_output_dir"],
+        ["--overwrite_output_dir=true"],
+    ):
         done, _ = stage.start("finetune_lora.sh", *words, shell=shell, MODEL="m", DATA="d", MAX_RESTARTS="3")
         assert done.returncode == 1
         assert "With MAX_RESTARTS a run goes on from the last checkpoint" in done.stderr

@@ -74,7 +74,10 @@ def test_two_launchers_on_one_machine_are_one_run(small, alone, tmp_path):
     end_all([launch(flags, NNODES="2", NODE_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)])
     assert_same(numbers(tmp_path / "out"), alone)
     assert output_folder.read_manifest(tmp_path / "out" / "checkpoint-4")["processes"] == 2
-    assert sorted(path.name for path in (tmp_path / "out" / "logs").glob("rank*")) == ["rank0.log", "rank1.log"]
+    assert sorted(path.name for path in (tmp_path / "out" / "logs").glob("rank*")) == [
+        "rank0.log",
+        "rank1.log",
+    ]
 
 
 def test_two_runs_at_once_take_two_ports_and_never_one_folder(small, tmp_path):
@@ -104,7 +107,16 @@ def test_two_runs_at_once_take_two_ports_and_never_one_folder(small, tmp_path):
 def test_an_error_on_one_machine_ends_the_other_and_is_shown_there_too(small, tmp_path, failing):
     port, nodes = free_port(), []
     for rank in (0, 1):
-        start = [sys.executable, live_runs.START, "--nproc_per_node", "1", "--nnodes", "2", "--node_rank", str(rank)]
+        start = [
+            sys.executable,
+            live_runs.START,
+            "--nproc_per_node",
+            "1",
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(rank),
+        ]
         start += ["--master_addr", "localhost", "--master_port", port, live_runs.WORKER]
         faults = {"raise": [failing, 3]}
         nodes.append(LiveRun(live_runs.flags(*small, tmp_path / "out"), start=start, faults=faults))
@@ -163,7 +175,9 @@ def test_processes_are_started_again_after_one_was_killed(small, tmp_path, stage
     variables = {"GPUS_PER_NODE": "2", "DEEPSPEED": deepspeed, "MASTER_PORT": free_port()}
     end_all([launch(live_runs.flags(*small, tmp_path / "whole", steps=steps), **variables)])
     more = {"RDZV": f"localhost:{free_port()}"} if rendezvous else {}
-    run = launch(live_runs.flags(*small, tmp_path / "out", steps=steps), MAX_RESTARTS="2", **variables, **more)
+    run = launch(
+        live_runs.flags(*small, tmp_path / "out", steps=steps), MAX_RESTARTS="2", **variables, **more
+    )
     # Inside the second epoch, of four steps each.
     run.wait_for_step(6)
     os.kill(run.workers()[1], signal.SIGKILL)

@@ -47,7 +47,9 @@ def run_as_written(stage, command):
     """Run a command from the repository's folder; give the recorded call."""
     command = command.replace("MODEL=... DATA=...", "MODEL=m DATA=d").replace("DATA=...", "DATA=d")
     assert "..." not in command
-    env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")
+    }
     done = subprocess.run(
         ["bash", "-c", command], env={**env, "PATH": f"{stage.bin}:{env['PATH']}"}, cwd=runs.ROOT,
         capture_output=True, text=True, timeout=120, check=False,
@@ -58,7 +60,11 @@ def run_as_written(stage, command):
 
 def test_two_machines(stage):
     call = run_as_written(stage, commands()["two machines"])
-    assert [call.value(f"--{name}") for name in ("nnodes", "node_rank", "master_addr")] == ["2", "0", "10.0.0.1"]
+    assert [call.value(f"--{name}") for name in ("nnodes", "node_rank", "master_addr")] == [
+        "2",
+        "0",
+        "10.0.0.1",
+    ]
 
 
 def test_machines_that_meet_at_an_address(stage):
@@ -76,7 +82,12 @@ def test_slurm(stage):
 def test_the_recipe_for_three_rtx_3090(stage):
     call = run_as_written(stage, commands()["MiniCPM-V 2.0 on three RTX 3090"])
     flags = ("--nproc_per_node", "--deepspeed", "--model_name_or_path", "--tune_llm")
-    assert [call.value(flag) for flag in flags] == ["3", "ds_config_zero2_offload.json", "openbmb/MiniCPM-V-2", "true"]
+    assert [call.value(flag) for flag in flags] == [
+        "3",
+        "ds_config_zero2_offload.json",
+        "openbmb/MiniCPM-V-2",
+        "true",
+    ]
 
 
 @pytest.mark.slow
@@ -87,7 +98,9 @@ def test_the_recipe_trains_and_continues_as_one_process_would(tmp_path):
     def launch(output, *flags, batch, **variables):
         env = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **variables}
         start = ["bash", runs.FINETUNE.with_name("finetune_ds.sh")]
-        run = LiveRun(live_runs.flags(model, data, output, *flags, steps=6, batch=batch), start=start, env=env)
+        run = LiveRun(
+            live_runs.flags(model, data, output, *flags, steps=6, batch=batch), start=start, env=env
+        )
         code, printed = run.end()
         assert code == 0, printed[-5000:]
         return [(line["loss"], line["grad_norm"]) for line in runs.losses(output)]

@@ -108,7 +108,14 @@ def test_the_curve_is_drawn_of_what_is_finite_and_kept_current(tmp_path, monkeyp
 def test_where_to_report_passes_through(tmp_path, names):
     data = runs.write_data(tmp_path / "data", rows=1)
     (tmp_path / "config.json").write_text("{}")
-    words = ["--model_name_or_path", str(tmp_path), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    words = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     training = parse_arguments([*words, "--report_to", *names])[2]
     assert training.report_to == ([] if names == ["none"] else names)
 
@@ -117,6 +124,13 @@ def test_trusting_code_is_not_needed(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     data = runs.write_data(tmp_path / "data", rows=1)
     (tmp_path / "config.json").write_text("{}")
-    words = ["--model_name_or_path", str(tmp_path), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    words = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     parse_arguments([*words, "--trust_remote_code", "true"])
     assert "--trust_remote_code true is left out: no code of a checkpoint is needed here" in caplog.text

@@ -17,7 +17,7 @@ import runs
 from live_runs import LORA, STAGES, finish
 from safe_loading import allow_deepspeed_states, refuse_pickles
 
-ODD = "it's a \"model\" with $HOME, `ticks`; & ünï\ncode *?"
+ODD = 'it\'s a "model" with $HOME, `ticks`; & ünï\ncode *?'
 
 
 class Bomb:

@@ -211,7 +211,10 @@ def test_an_adapters_names_open_in_the_released_code(name, tmp_path):
     expected = {
         f"base_model.model.model.layers.{number}.{layer}.lora_{matrix}.weight"
         for number in (0, 1) for layer in layers for matrix in "AB"
-    } | {f"base_model.model.vision_proj.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")}  # fmt: skip
+    }  # fmt: skip
+    expected |= {
+        f"base_model.model.vision_proj.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")
+    }
     assert found == expected
     base = load_model(checkpoint(name), GENERATIONS[name], dtype=torch.float32)
     again = load_adapter(base, tmp_path, trainable=True)

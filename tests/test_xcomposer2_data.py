@@ -185,5 +185,7 @@ def test_a_long_row_uses_fewer_tiles():
 def test_a_row_whose_image_leaves_no_room_for_the_answer_is_refused_with_the_reason():
     row = list(read_turns(chat("What?", "A cat.")))
     row[0] = Turn("user", (Media("image", 0), "What?"))
-    with pytest.raises(RowError, match="none of the 4 tokens that --model_max_length 200 leaves is supervised"):
+    with pytest.raises(
+        RowError, match="none of the 4 tokens that --model_max_length 200 leaves is supervised"
+    ):
         processing("xc2_7b").encode(row, [Image.new("RGB", (90, 90))], limit=200)
