@@ -124,9 +124,10 @@ def test_its_sample_cuts_large_pictures_and_leaves_small_ones_whole(checkpoint):
     turns = [Turn("user", ("What is it?",)), Turn("assistant", ("A circle.",))]
     sample = processing.encode(turns, [])
     assert (sample["labels"] != -100).any()
-    rules = processing.rules
-    assert len(rules.layout(100, 100).tgt_sizes) == 1
-    assert len(rules.layout(224, 224).tgt_sizes) > 2
+    if processing.generation.layout in ("slices", "native"):  # the others see a square, or always tiles
+        rules = processing.rules
+        assert len(rules.layout(100, 100).tgt_sizes) == 1
+        assert len(rules.layout(224, 224).tgt_sizes) > 2
 
 
 def test_the_released_files_stand_beside_the_weights(tmp_path):
