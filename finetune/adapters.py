@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
@@ -59,13 +59,13 @@ def add_adapter(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        bias=lora.lora_bias,
+        bias=cast(Any, lora.lora_bias),  # argparse has seen to the value
         target_modules=targets,
         modules_to_save=saved or None,
         layer_replication=lora.layer_replication,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights={"true": True}.get(lora.init_lora_weights, lora.init_lora_weights),
+        init_lora_weights=cast(Any, True if lora.init_lora_weights == "true" else lora.init_lora_weights),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
         # Where the output layer is the embeddings' transpose, both have to be what is trained.

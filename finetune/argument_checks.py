@@ -284,7 +284,8 @@ def _output_folder(training: Namespace) -> Iterator[str]:
     wants_to_resume = bool(resume) and resume.lower() == "true"
     if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
         return
-    state = "a finished run" if earlier.finished else f"an unfinished run ({earlier.last_checkpoint.name})"
+    last = earlier.last_checkpoint
+    state = "a finished run" if earlier.finished or last is None else f"an unfinished run ({last.name})"
     yield (
         f"--output_dir {str(folder)!r} holds {state}. Give another folder, continue that run with "
         "--resume_from_checkpoint true, or start over with --overwrite_output_dir true, which deletes it."

@@ -8,7 +8,7 @@ import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import transformers
 from transformers import HfArgumentParser
@@ -41,6 +41,13 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
     Differs from transformers: what ``RunOptions`` names; ``use_cpu`` is set on a machine without GPUs.
     """
 
+    if TYPE_CHECKING:  # what the fields hold once they are settled, narrower than they are declared
+        output_dir: str = ""
+        do_train: bool = False
+        dataloader_num_workers: int = 0
+        deepspeed: dict[str, Any] | None = None
+        activation_checkpointing_kwargs: dict[str, Any] | None = None
+
     def __post_init__(self) -> None:
         """Settle the device, DeepSpeed's file and the checkpoint to continue before transformers does."""
         if not has_accelerator():
@@ -56,7 +63,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if isinstance(self.deepspeed, str):
-            self._read_deepspeed()
+            self._read_deepspeed(self.deepspeed)
         super().__post_init__()
         # What was asked for; speed_options takes it over from Trainer and clears the flag.
         self.checkpoints_llm = bool(self.gradient_checkpointing)
@@ -88,11 +95,11 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         last = output_folder.look(os.path.expanduser(self.output_dir or "trainer_output")).last_checkpoint
         return None if last is None else str(last)
 
-    def _read_deepspeed(self) -> None:
-        config = read_config(self.deepspeed)
+    def _read_deepspeed(self, value: str) -> None:
+        config = read_config(value)
         if drop_automatic_scheduler(config):
             _note(
-                f"{self.deepspeed}: its scheduler section is left out, so that --lr_scheduler_type "
+                f"{value}: its scheduler section is left out, so that --lr_scheduler_type "
                 f"{self.lr_scheduler_type} is what runs."
             )
         self.deepspeed = config
@@ -129,9 +136,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     except LegacyFlagError as error:
         raise UsageError(str(error)) from error
     # Full names only: with abbreviations a misspelt flag may be taken for another.
-    parser = _Parser(
-        [ModelArguments, DataArguments, TrainingArguments, LoraArguments], add_help=False, allow_abbrev=False
-    )
+    groups: Any = [ModelArguments, DataArguments, TrainingArguments, LoraArguments]
+    parser = _Parser(groups, add_help=False, allow_abbrev=False)
     values, unknown = parser.parse_known_args(translation.argv)
     raise_problems(_unknown_flags(unknown, _flag_names(parser)))
     model, data, lora = (_pick(group, values) for group in (ModelArguments, DataArguments, LoraArguments))

@@ -58,18 +58,9 @@ class BadRowLog:
             return
         line = json.dumps(asdict(bad), ensure_ascii=False, default=str) + "\n"
         try:
-            self._append(line.encode("utf-8", "replace"))
+            _append(self.path, line.encode("utf-8", "replace"))
         except OSError as error:  # a full disk: the run may outlive it
             logger.warning("%s was not written: %s. It is about %s", self.path, error, bad)
-
-    def _append(self, line: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write on a file opened for appending: lines of several workers don't mix.
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
 
     def read(self) -> list[dict[str, Any]]:
         """Every bad row in the file, each once (workers and ranks may have met the same)."""
@@ -92,3 +83,13 @@ class BadRowLog:
         kinds = Counter(row["kind"] for row in bad)
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return f"bad rows: {len(bad)} contributed nothing ({named}); listed in {self.path}"
+
+
+def _append(path: Path, line: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write on a file opened for appending: lines of several workers don't mix.
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)

@@ -68,7 +68,8 @@ class CLIPTower(nn.Module):
         super().__init__()
         self.embeddings = CLIPEmbeddings(config.hidden_size, positions)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's spelling
-        self.encoder = CLIPEncoder(config)
+        # transformers' annotation names the configuration of the whole CLIP; its own tower gives it this one.
+        self.encoder = CLIPEncoder(config)  # type: ignore[arg-type]
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class MicroBatch:
 
     def report(self, rank: int) -> dict[str, Any]:
         """What other processes are told of it when something is wrong."""
+        assert self.loss is not None  # it has been through the model
         return {"rank": rank, "rows": [row for row in self.rows if row is not None], "loss": float(self.loss)}
 
 

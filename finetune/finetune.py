@@ -63,7 +63,7 @@ def run(argv: list[str], control: RunControl) -> None:
     model_args, data_args, training, lora = parse_arguments(argv)
     run_folder = RunFolder(training)
     run_folder.take()
-    control.begin(training)
+    watch = control.begin(training)
     run_folder.prepare()
     record = start_record(argv, model_args, data_args, training, lora)
 
@@ -110,7 +110,7 @@ def run(argv: list[str], control: RunControl) -> None:
         processing,
         train_rows=train_rows,
         eval_rows=eval_rows,
-        watch=control.watch,
+        watch=watch,
         moves=run_folder.moves,
         feature_writer=use_vision_cache(model, training, folder, train_rows, eval_rows),
         after_save=base_recorder(folder, generation, training, quant_bits=quant_bits),

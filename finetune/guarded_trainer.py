@@ -22,6 +22,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 import output_folder
+from arguments import TrainingArguments
 from checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape
 from fault_handling import MemoryExhaustedError, MicroBatch, NonFiniteSteps, is_out_of_memory, memory_advice
 from rank_watch import RankWatch
@@ -51,6 +52,8 @@ class GuardedTrainer(Trainer):
         surroundings: The run around it; by default one that has nothing but this process.
         **kwargs: As for ``transformers.Trainer``.
     """
+
+    args: TrainingArguments  # narrower than Trainer's
 
     def __init__(self, *, surroundings: Surroundings | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

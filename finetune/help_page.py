@@ -115,7 +115,7 @@ def _fields_in(source: str) -> list[ast.AnnAssign]:
 
 def _entry_of(node: Any) -> Entry:
     keywords = {word.arg: word.value for word in node.value.keywords}
-    metadata = keywords.get("metadata")
+    metadata = keywords["metadata"]
     parts = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}
     text = re.sub(r"\s+", " ", str(_constant(parts.get("help"))))
     return Entry(node.target.id, text, _constant(keywords.get("default")))

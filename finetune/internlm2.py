@@ -97,6 +97,7 @@ class InternLM2Attention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.partial_dropout = config, layer_idx, dropout
         self.head_dim = config.hidden_size // config.num_attention_heads
+        assert config.num_key_value_heads is not None  # LlamaConfig has put its default there
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, True
         heads = config.num_attention_heads + 2 * config.num_key_value_heads

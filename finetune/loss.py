@@ -129,7 +129,7 @@ class LMHead(nn.Linear):
     call of a module is a collective, and ranks have different numbers of supervised tokens.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # more than a Linear's
         self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Give logits, or the loss of the tokens in ``labels``.

@@ -38,6 +38,7 @@ class LossCurve(TrainerCallback):
             self._draw(args, state)
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert args.output_dir is not None  # transformers has put its default there
         start = time.monotonic()
         try:
             draw_losses(state.log_history, Path(args.output_dir) / CURVE_FILE)

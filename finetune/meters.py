@@ -53,7 +53,7 @@ class ThroughputMeter:
         counts = accelerator.reduce(torch.cat([self._sums, counts]), reduction="sum")
         tokens, supervised, slots, samples = counts.tolist()
         seconds = time.perf_counter() - self._since
-        self.__init__()
+        ThroughputMeter.__init__(self)
         return {
             "tokens_per_second": round(tokens / seconds, 1),
             "samples_per_second": round(samples / seconds, 2),

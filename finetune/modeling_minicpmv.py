@@ -33,7 +33,7 @@ from vision import NaViTTower, TimmTower
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
 
-class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
+class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
 
     Args:
@@ -45,14 +45,15 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
     # o-2.6's speech parts: not run here, saved unchanged.
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]  # type: ignore[misc]
     # V-2's query positions are a fixed table; a checkpoint may leave it out.
-    _keys_to_ignore_on_load_missing: ClassVar = [r"^resampler\.pos_embed$"]
+    _keys_to_ignore_on_load_missing: ClassVar = [r"^resampler\.pos_embed$"]  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar = [
+    _no_split_modules: ClassVar = [  # type: ignore[misc]
         "LlamaDecoderLayer",
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
@@ -67,13 +68,18 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         self.llm.lm_head = as_lm_head(self.llm.lm_head)
         drop_last = released.get("drop_vision_last_layer", True)
         if row.vision == "timm":
-            self.vpm = TimmTower(released["vision_encoder"], drop_last_layer=drop_last)
+            self.vpm: TimmTower | NaViTTower = TimmTower(
+                released["vision_encoder"], drop_last_layer=drop_last
+            )
+            vision_width = self.vpm.width
         else:
+            assert config.vision_config is not None  # None in V-2 only
             self.vpm = NaViTTower(config.vision_config, drop_last_layer=drop_last, positions=row.positions)
+            vision_width = config.vision_config.hidden_size
         self.resampler = Resampler(
             queries=config.query_num,
             width=config.hidden_size,
-            vision_width=self.vpm.width if row.vision == "timm" else config.vision_config.hidden_size,
+            vision_width=vision_width,
             query_positions=row.vision == "timm",
         )
         self.embedding_scale = released.get("scale_emb", 1)

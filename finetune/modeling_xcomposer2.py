@@ -33,7 +33,7 @@ from xcomposer2_vision import check_bounds, encode_dummy, encode_images
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
 
 
-class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):
+class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 
     Args:
@@ -45,13 +45,14 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]
+    # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]  # type: ignore[misc]
     # Buffers that transformers 4 stored, and that are computed here.
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.", r"\.position_ids$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.", r"\.position_ids$"]  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar = ["InternLM2Layer", "CLIPEncoderLayer"]
+    _no_split_modules: ClassVar = ["InternLM2Layer", "CLIPEncoderLayer"]  # type: ignore[misc]
 
     def __init__(self, config: XComposer2Config):
         super().__init__(config)
@@ -82,11 +83,12 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
     def _fit_positions(self) -> None:
         table = self.vit.tower.embeddings.position_embedding
         rows = 1 + self.config.side**2
-        if getattr(table.weight, "ds_shape", table.weight.shape)[0] == rows:
+        stored = getattr(table.weight, "ds_shape", table.weight.shape)[0]
+        if stored == rows:
             return
         if hasattr(table.weight, "ds_id"):
             raise ValueError(
-                f"vision tower: {table.weight.ds_shape[0]} positions are stored and img_size asks for {rows}; "
+                f"vision tower: {stored} positions are stored and img_size asks for {rows}; "
                 "under ZeRO-3 they can't be resampled. Load and save the model once without DeepSpeed."
             )
         table.weight = nn.Parameter(resized_positions(table.weight.data, self.config.side))

@@ -82,7 +82,8 @@ class NativeGenerateMixin:
         for kind, name, size_name in _KINDS:
             own = [part for part, found in zip(features, runs.run_kinds, strict=True) if found == kind]
             if own:
-                outputs[name] = BaseModelOutputWithPooling(pooler_output=own)
+                # A list, as ``forward`` wants it; transformers' annotation knows one tensor only.
+                outputs[name] = BaseModelOutputWithPooling(pooler_output=own)  # type: ignore[arg-type]
                 sizes[size_name] = runs.sizes_of(kind)
         return {"mm_encoder_outputs": outputs, **sizes}
 

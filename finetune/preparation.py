@@ -81,7 +81,8 @@ def load_datasets(
     """Read and check the training and the evaluation rows; None for what is not asked for."""
     options = data.data_options(training.model_max_length)
 
-    def load(path: str) -> SupervisedDataset:
+    def load(path: str | None) -> SupervisedDataset:
+        assert path is not None  # check_arguments has seen to it
         with training.main_process_first(desc="index of the data files"):
             rows = SupervisedDataset(path, processing, options)
         rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
@@ -163,7 +164,7 @@ def make_trainer(
     trainer = CPMTrainer(
         generation=processing.generation,
         padding_sample=padding,
-        lengths=train_rows.lengths() if needs_lengths else None,
+        lengths=train_rows.lengths() if train_rows is not None and needs_lengths else None,
         surroundings=Surroundings(
             watch=watch, moves=moves, files=[] if train_rows is None else train_rows.source_names
         ),
@@ -187,6 +188,7 @@ def answer_while_training(trainer: CPMTrainer, data: DataArguments, processing: 
     training: Any = trainer.args
     if not training.predict_with_generate:
         return
+    assert data.eval_data_path is not None  # check_arguments has seen to it
     rows = PredictionRows(data.eval_data_path, processing, data.data_options(None))
     trainer.add_callback(
         PredictionCallback(
@@ -212,6 +214,7 @@ def base_recorder(
 def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | None) -> None:
     """See that the checkpoint to continue from was written by a run of this shape, before weights are loaded."""
     if training.do_train and training.resume_from_checkpoint:
+        assert train_rows is not None  # load_datasets has read them
         shape = run_shape(training, len(train_rows))
         check_continues(Path(training.resume_from_checkpoint), shape, skips_data=training.ignore_data_skip)
 

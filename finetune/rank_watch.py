@@ -106,10 +106,11 @@ class RankWatch:
         Returns:
             True for the first process that fails: it is the one to show its message on the screen.
         """
-        if self._store is None:
+        store = self._store
+        if store is None:
             return True
         mine = json.dumps([self.rank, socket.gethostname(), _machine(), text])
-        kept = self._try(lambda: self._store.compare_set(self._key("failed"), "", mine).decode())
+        kept = self._try(lambda: store.compare_set(self._key("failed"), "", mine).decode())
         return kept is None or kept == mine
 
     def show_elsewhere(self) -> None:
@@ -144,6 +145,7 @@ class RankWatch:
             return None
 
     def _publish(self) -> None:
+        assert self._store is not None  # ``start`` has made it, here and below
         self._beat += 1
         sign = Sign(socket.gethostname(), os.getpid(), self._beat, self._count, self._stage, self._done)
         self._store.set(self._key(self.rank), json.dumps(asdict(sign)))
@@ -179,6 +181,7 @@ class RankWatch:
         os._exit(1)
 
     def _failure(self) -> str | None:
+        assert self._store is not None
         if not self._store.check([self._key("failed")]):
             return None
         rank, host, self._failed_on, text = json.loads(self._store.get(self._key("failed")))
@@ -186,6 +189,7 @@ class RankWatch:
 
     def _others(self) -> dict[int, tuple[Sign, float]]:
         """The last sign of each of the others, and when it came (seconds, this process's clock)."""
+        assert self._store is not None
         ranks = [rank for rank in range(self.world) if rank != self.rank]
         now = time.monotonic()
         for rank, text in zip(ranks, self._store.multi_get([self._key(rank) for rank in ranks]), strict=True):

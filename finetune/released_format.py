@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class ReleasedConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
-    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *_: Any, **__: Any) -> None:
         """Write config.json with the released keys only."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")

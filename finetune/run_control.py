@@ -55,10 +55,13 @@ class RunControl:
         _log_to_screen()
         sys.excepthook = self._end_by
 
-    def begin(self, training: TrainingArguments) -> None:
+    def begin(self, training: TrainingArguments) -> RankWatch:
         """Log to ``logs/rank<number>.log`` in the output folder too, and watch over the other processes.
 
         The log of every rank holds all that rank 0 shows on the screen.
+
+        Returns:
+            The watch.
         """
         self._training = training
         folder = Path(training.output_dir) / LOGS
@@ -68,12 +71,14 @@ class RunControl:
         logging.getLogger().addHandler(handler)
         transformers.utils.logging.add_handler(handler)
         logging.raiseExceptions = False  # a disk that is full for a moment must not spoil the screen
+        assert handler.stream is not None  # opened at once, without ``delay``
         self._log = handler.stream
-        faulthandler.enable(self._log)
+        faulthandler.enable(handler.stream)
         # Joining the processes has put torch's hook around ours, which collects what is written (torch 2.13).
         sys.excepthook = self._end_by
         self.watch = RankWatch(limit=training.ddp_timeout, dump=self._dump_stacks)
         self.watch.start()
+        return self.watch
 
     def _dump_stacks(self) -> None:
         if self._log is not None:

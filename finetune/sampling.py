@@ -117,7 +117,7 @@ class PaddedRows(Dataset):
         self.rows, self.padding = rows, padding
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def __getitem__(self, index: int | tuple[int, ...]) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, tuple):

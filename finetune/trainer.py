@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class CPMTrainer(GuardedTrainer):
         *,
         generation: Generation,
         padding_sample: dict[str, Any],
-        lengths: Sequence[int] | None = None,
+        lengths: np.ndarray | None = None,
         after_save: Callable[[Path], None] | None = None,
         feature_writer: FeatureWriter | None = None,
         **kwargs: Any,

@@ -111,7 +111,8 @@ class NaViTTower(nn.Module):
         config._attn_implementation = ATTENTION_NAME
         self.positions = positions
         self.embeddings = NaViTEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
+        # transformers' annotation names the configuration of the whole SigLIP; its own tower gives it this one.
+        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
         if drop_last_layer:
             self.encoder.layers = self.encoder.layers[:-1]
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -200,7 +200,7 @@ def open_cache(
     digest.update(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}, sort_keys=True).encode())
     for name, values in sorted(_tower_tensors(checkpoint, generation), key=lambda item: item[0]):
         digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}".encode())
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
     own = Path(folder).expanduser() / f"{generation.name}-{digest.hexdigest()}"
     try:
         own.mkdir(parents=True, exist_ok=True)
