@@ -34,7 +34,7 @@ class ModelArguments:
         default="openbmb/MiniCPM-V-2",
         metadata={
             "help": "The checkpoint to start from: a folder in the released layout, or a Hub id "
-            "(owner/name): any generation from 2.0 to 4.7."
+            "(owner/name): MiniCPM-V 2.0 to 4.7, or InternLM-XComposer2."
         },
     )
     attn_implementation: str = field(
