@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "demo"):
     sys.path.insert(0, str(ROOT / folder))
 
-from dataset import SupervisedDataset, data_collator  # noqa: E402 (needs the path above)
-from image_files import ImageOptions, open_image  # noqa: E402
-from processing import Processing, load_processing  # noqa: E402
-from slicing import cut_into_patches, patch_columns  # noqa: E402
+from dataset import SupervisedDataset, data_collator
+from minicpm_tune.data.media.images import ImageOptions, open_image
+from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.data.slicing.adaptive import cut_into_patches, patch_columns
 
 SIZE = (1344, 1008)
 

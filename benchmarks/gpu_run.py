@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from adapters import add_adapter
-from arguments import parse_arguments
-from configuration_minicpmv import MiniCPMVConfig
-from generations import GENERATIONS
 from make_checkpoint import make_checkpoint
-from modeling_minicpmv import MiniCPMV
-from parts import count_parts, freeze
-from phase_clock import PhaseClock
-from preparation import (
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
+from minicpm_tune.models.minicpmv.modeling import MiniCPMV
+from minicpm_tune.models.parameter_parts import count_parts, freeze
+from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
+from minicpm_tune.settings.arguments import parse_arguments
+from minicpm_tune.training.peer_monitor import RankWatch
+from minicpm_tune.training.preparation import (
     load_data_rules,
     load_datasets,
     load_dtype,
@@ -29,10 +30,9 @@ from preparation import (
     make_trainer,
     settle_training_arguments,
 )
-from rank_watch import RankWatch
-from real_configs import REAL_CONFIGS
-from speed_options import apply_liger, set_checkpointing
+from phase_clock import PhaseClock
 from step_flops import Trains, Work, needed_flops, shape_of
+from support.real_configs import REAL_CONFIGS
 
 PROFILED = 2  # steps under torch.profiler
 GIB = 1024**3
@@ -140,7 +140,7 @@ def _quantise(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
 
 
 def _shape_unquantised(folder: Path) -> Any:
-    from meta_model import build_on_meta
+    from minicpm_tune.planning.meta_model import build_on_meta
 
     return shape_of(build_on_meta(folder, GENERATIONS[folder.name]))
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "tests", "benchmarks"):
     sys.path.insert(0, str(ROOT / folder))
 
-from step_flops import ModelShape, Trains, Work, needed_flops, shape_of_folder  # noqa: E402 (needs the path above)
+from step_flops import ModelShape, Trains, Work, needed_flops, shape_of_folder
 
 GPUS_PER_NODE = 8
 SLICE = 1024  # patches
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="samples of a GPU per optimizer step")
     parser.add_argument("--micro_batches", type=int, default=4, help="of an optimizer step")
     given = parser.parse_args()
-    from real_configs import write_config
+    from support.real_configs import write_config
 
     with tempfile.TemporaryDirectory() as name:
         shape = shape_of_folder(write_config(given.generation, Path(name)))

@@ -33,7 +33,7 @@ def measure(kind: str, length: int, share: float) -> dict[str, float]:
     sys.path.insert(0, str(ROOT / "finetune"))
     import torch
 
-    from loss import LMHead, supervised_loss
+    from minicpm_tune.models.loss import LMHead, supervised_loss
 
     torch.manual_seed(0)
     torch.set_num_threads(2)

@@ -73,12 +73,12 @@ def write_rows(folder: Path, count: int) -> Path:
 
 def keep_check(path: Path, model: Path) -> None:
     """Check the different rows as finetune.py does, and keep what the check of all would find."""
-    from data_check import check_row, for_rows
-    from data_flags import DataFlags
     from dataset import SupervisedDataset
-    from kept_checks import FileCheck, check_path
-    from options import TuningOptions
-    from processing import load_processing
+    from minicpm_tune.data.files.check_cache import FileCheck, check_path
+    from minicpm_tune.data.row_check import check_row, for_rows
+    from minicpm_tune.data.samples import load_processing
+    from minicpm_tune.settings.argument_groups import TuningOptions
+    from minicpm_tune.settings.data_arguments import DataFlags
 
     flags: Any = DataFlags()
     processing = load_processing(

@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("finetune", "demo"):
     sys.path.insert(0, str(ROOT / folder))
 
-from batching import BatchMaker  # noqa: E402
-from generations import GENERATIONS  # noqa: E402
-from known_slices import PictureFeatures  # noqa: E402
-from loading import load_model  # noqa: E402
-from make_checkpoint import make_checkpoint  # noqa: E402 (needs the path above)
-from packing import best_fit  # noqa: E402
-from parts import freeze  # noqa: E402
-from pictures import Picture  # noqa: E402
-from processing import Processing, load_processing  # noqa: E402
-from records import parse_row  # noqa: E402
+from make_checkpoint import make_checkpoint
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.data.batching import BatchMaker
+from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.packing import best_fit
+from minicpm_tune.data.row_parsing import parse_row
+from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.parameter_parts import freeze
+from minicpm_tune.models.tower_features import PictureFeatures
 
 KEPT = "+ packing, features kept"
 SAMPLES, BATCH, CAPACITY = 48, 8, 1024

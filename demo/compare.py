@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "finetune"))
 
-from draw_pictures import chance, without_placeholder  # noqa: E402 (finetune stands behind it on the path)
+from draw_pictures import chance, without_placeholder
 
 BATCH = 24
 MAX_NEW_TOKENS = 12  # the longest answer has 10 and its end
@@ -27,9 +27,9 @@ STAGES = {"before": "base", "after full tuning": "full", "after LoRA": "lora"}
 
 def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
     """Let a model answer every row of a file; last question -> share of exact answers."""
-    from decoding import GREEDY
+    from minicpm_tune.answering.generate import GREEDY
+    from minicpm_tune.answering.prediction_rows import PredictionRows
     from predict import answered
-    from prediction_rows import PredictionRows
 
     rows = PredictionRows(str(data), processing)
     right, asked = Counter(), Counter()
@@ -68,10 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    from library_noise import silence
+    from minicpm_tune.logs import silence
 
     silence()
-    from inference import ModelChoice, load_for_inference
+    from minicpm_tune.answering.load import ModelChoice, load_for_inference
 
     held_out = folder / "data" / "held_out.json"
     chances = chance(json.loads(held_out.read_text(encoding="utf-8")))

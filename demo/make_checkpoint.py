@@ -20,12 +20,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "finetune")]
 
-import torch  # noqa: E402
+import torch
 
-from draw_pictures import sentences  # noqa: E402
-from generations import GENERATIONS, Generation  # noqa: E402
-from model_classes import class_and_config  # noqa: E402
-from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model  # noqa: E402
+from draw_pictures import sentences
+from minicpm_tune.checkpoints.model_generations import GENERATIONS, Generation
+from minicpm_tune.models.model_classes import class_and_config
+from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model
 
 Json = dict[str, Any]
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_flags import (
+from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
     add_model_flags,
@@ -45,7 +45,7 @@ class MiniCPMVChat:
     """
 
     def __init__(self, model_path: str, **choice: Any) -> None:
-        from inference import ModelChoice, load_for_inference
+        from minicpm_tune.answering.load import ModelChoice, load_for_inference
 
         self.model, self.processing = load_for_inference(ModelChoice(str(model_path), **choice))
         self.tokenizer = self.processing.tokenizer
@@ -78,7 +78,7 @@ def _content(content: Any) -> Any:
 def _picture(encoded: str | bytes) -> Any:
     from PIL import Image
 
-    from chat_messages import MessageError
+    from minicpm_tune.answering.chat_messages import MessageError
 
     try:
         return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("RGB")
@@ -96,7 +96,7 @@ class Conversation:
     """
 
     def __init__(self, values: argparse.Namespace) -> None:
-        from inference import ModelChoice, find_model, load_for_inference
+        from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
 
         self.values = values
         choice = ModelChoice.of(values)
@@ -115,9 +115,9 @@ class Conversation:
 
     def _open(self, kind: str, path: str) -> Any:
         """Open and decode a picture, which every further turn needs again."""
-        from image_files import ImageOptions, open_image
-        from row_errors import RowError
-        from video_frames import open_video
+        from minicpm_tune.data.media.images import ImageOptions, open_image
+        from minicpm_tune.data.media.videos import open_video
+        from minicpm_tune.errors import RowError
 
         generation, rules = self.processing.generation, self.processing.video
         options = ImageOptions(Path(), upright=generation.native)
@@ -138,8 +138,8 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated."""
-        from chat_messages import place_pictures, read_messages
-        from decoding import TextPieces, answer, stop_ids
+        from minicpm_tune.answering.chat_messages import place_pictures, read_messages
+        from minicpm_tune.answering.generate import TextPieces, answer, stop_ids
 
         content = place_pictures(question, self.shown)
         asked = [*self.messages, {"role": "user", "content": content}]
@@ -208,8 +208,8 @@ def _lines() -> Iterator[str]:
 
 def _obey(conversation: Conversation, line: str) -> None:
     """Do what a line says; a mistake in it does not end the conversation."""
-    from chat_messages import MessageError
-    from row_errors import RowError
+    from minicpm_tune.answering.chat_messages import MessageError
+    from minicpm_tune.errors import RowError
 
     try:
         if line == "/reset":

@@ -1,6 +1,6 @@
 """Rows -> samples: ``SupervisedDataset``. A row is used exactly as written, or reported.
 
-Shapes as in ``processing.py``; batches are made in ``collating.py``.
+Shapes as in ``data/samples.py``; batches are made in ``data/collating.py``.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from bad_rows import BadRow, BadRowLog
-from collating import data_collator
-from conversation import IGNORE_INDEX
-from image_files import DEFAULT_MAX_PIXELS, ImageOptions, open_image
-from mixtures import epoch_order, read_data_path
-from pictures import Picture
-from processing import OVERLENGTH, Plan, Processing, Sample
-from records import Conversation, Source, parse_row
-from row_errors import DataError, DroppedRowError, RowError
-from row_files import Rows, open_rows
-from video_frames import open_video
+from minicpm_tune.data.bad_rows import BadRow, BadRowLog
+from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.files.json_rows import Rows, open_rows
+from minicpm_tune.data.files.mixtures import epoch_order, read_data_path
+from minicpm_tune.data.media.images import DEFAULT_MAX_PIXELS, ImageOptions, open_image
+from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.videos import open_video
+from minicpm_tune.data.row_parsing import Conversation, Source, parse_row
+from minicpm_tune.data.samples import OVERLENGTH, Plan, Processing, Sample
+from minicpm_tune.data.token_labels import IGNORE_INDEX
+from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 __all__ = ["DataOptions", "SupervisedDataset", "data_collator", "padding_sample"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minicpm_tune.dataset")
 
 EXIF_ORIENTATION = ("auto", "apply", "ignore")
 ON_BAD_ROW = ("error", "skip")
@@ -97,7 +97,7 @@ class SupervisedDataset(Dataset):
     holds, and ``len(dataset)`` how many those are.
 
     Args:
-        data_path: What ``--data_path`` takes, see ``mixtures.py``.
+        data_path: What ``--data_path`` takes, see ``data/files/mixtures.py``.
         processing: The checkpoint's ``Processing``.
         options: Limits, and what happens to rows that can't be used.
 
@@ -263,7 +263,7 @@ class SupervisedDataset(Dataset):
         Raises:
             DataError: With the first twenty problems and their number, unless ``on_bad_row`` is ``skip``.
         """
-        from data_check import check_rows  # it reads this module
+        from minicpm_tune.data.row_check import check_rows  # it reads this module
 
         self._lengths = check_rows(self)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from help_page import show_help_when_asked
-from library_noise import silence
+from minicpm_tune.logs import silence
+from minicpm_tune.settings.help_page import show_help_when_asked
 
 if TYPE_CHECKING:
-    from run_control import RunControl
+    from minicpm_tune.training.process_lifecycle import RunControl
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     show_help_when_asked(argv)
     silence()
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from run_control import RunControl
+    from minicpm_tune.training.process_lifecycle import RunControl
 
     control = RunControl()
     with control.user_errors_as_messages():
@@ -34,12 +34,13 @@ def run(argv: list[str], control: RunControl) -> None:
     """The steps of a fine-tuning, in their order."""
     from transformers import set_seed
 
-    from arguments import parse_arguments
-    from checkpointing import write_failures_told
-    from generations import check_llm_type
-    from loading import load_model, resolve_model_folder
-    from parts import freeze
-    from preparation import (
+    from minicpm_tune.checkpoints.model_generations import check_llm_type
+    from minicpm_tune.models.loading import load_model, resolve_model_folder
+    from minicpm_tune.models.parameter_parts import freeze
+    from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
+    from minicpm_tune.settings.arguments import parse_arguments
+    from minicpm_tune.training.checkpointing import write_failures_told
+    from minicpm_tune.training.preparation import (
         adapted,
         answer_while_training,
         base_recorder,
@@ -56,9 +57,8 @@ def run(argv: list[str], control: RunControl) -> None:
         settle_training_arguments,
         use_vision_cache,
     )
-    from run_folder import RunFolder
-    from run_record import start_record
-    from speed_options import apply_liger, set_checkpointing
+    from minicpm_tune.training.run_folder import RunFolder
+    from minicpm_tune.training.run_record import start_record
 
     model_args, data_args, training, lora = parse_arguments(argv)
     run_folder = RunFolder(training)

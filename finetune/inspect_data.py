@@ -15,9 +15,9 @@ from dataclasses import fields
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from command_flags import CommandParser, add_switch
-from data_flags import DataFlags
-from help_page import flag_names
+from minicpm_tune.settings.command_flags import CommandParser, add_switch
+from minicpm_tune.settings.data_arguments import DataFlags
+from minicpm_tune.settings.help_page import flag_names
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -85,12 +85,12 @@ def main(argv: list[str]) -> int:
     """Inspect a data set; give the exit code: 1 for rows that can't be used, or a mistake of the user's."""
     values = parse_flags(argv)
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from run_control import RunControl
+    from minicpm_tune.training.process_lifecycle import RunControl
 
     control = RunControl()
     bad = 0
     with control.user_errors_as_messages():
-        from inspection import inspect
+        from minicpm_tune.planning.inspection import inspect
 
         bad = inspect(values)
     return control.end() or min(bad, 1)

@@ -50,7 +50,7 @@ torchrun() {
     exec "$PYTHON" "$HERE/start_processes.py" "$@"
 }
 
-if ! found=$("$PYTHON" "$HERE/hardware.py" "$MASTER_PORT"); then
+if ! found=$("$PYTHON" "$HERE/minicpm_tune/settings/hardware.py" "$MASTER_PORT"); then
     say "$PYTHON can't look at the hardware (message above)."
     say "Is everything installed there? $PYTHON -m pip install -r $HERE/requirements.txt"
     exit 1

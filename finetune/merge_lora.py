@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_flags import DTYPES, CommandParser, add_switch, run_command
+from minicpm_tune.settings.command_flags import DTYPES, CommandParser, add_switch, run_command
 
-logger = logging.getLogger("merge_lora")
+logger = logging.getLogger("minicpm_tune.merge_lora")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -62,11 +62,11 @@ def main(argv: list[str]) -> int:
 
 def run(values: argparse.Namespace) -> None:
     """The steps of a merge, in their order."""
-    from adapter_folders import check_base, load_onto
-    from inference import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
-    from merging import check_saved, merge, to_bin_files
-    from new_folder import check_new_folder, checked_size, whole_folder
-    from processing import load_processing
+    from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
+    from minicpm_tune.data.samples import load_processing
+    from minicpm_tune.lora.folders import check_base, load_onto
+    from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
+    from minicpm_tune.new_folder import check_new_folder, checked_size, whole_folder
 
     size = checked_size(values.max_shard_size)
     output = check_new_folder(values.output_dir)
@@ -93,10 +93,10 @@ def run(values: argparse.Namespace) -> None:
 
 def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapter: Any, dtype: Any) -> Any:
     """Load the weights that the adapter is merged into, and say which these are."""
-    from loading import load_model
-    from merging import MergeError
-    from quantization import dequantize
-    from quantized_checkpoints import stored_quantization
+    from minicpm_tune.checkpoints.quantized_files import stored_quantization
+    from minicpm_tune.lora.merging import MergeError
+    from minicpm_tune.lora.quantization import dequantize
+    from minicpm_tune.models.loading import load_model
 
     stored = stored_quantization(base)
     trained_in = adapter.record.quantization if adapter.record else None

@@ -13,7 +13,7 @@ import logging
 import sys
 from argparse import Namespace
 
-from command_flags import CommandParser, add_switch, count, run_command
+from minicpm_tune.settings.command_flags import CommandParser, add_switch, count, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
 def run(values: Namespace) -> None:
     """Plan the training of the command line."""
-    logging.getLogger("adapters").setLevel(logging.WARNING)  # what it adapts is no news here
+    logging.getLogger("minicpm_tune.lora.build").setLevel(logging.WARNING)  # what it adapts is no news here
     sys.stdout.write(render(values))
 
 
@@ -33,10 +33,10 @@ def render(values: Namespace) -> str:
     Raises:
         PlanError: When the flags can't be combined.
     """
-    from checkpoint import read_generation
-    from loading import resolve_model_folder
-    from memory_plan import Training, host_bytes, plan
-    from options import LoraArguments
+    from minicpm_tune.checkpoints.model_folder import read_generation
+    from minicpm_tune.models.loading import resolve_model_folder
+    from minicpm_tune.planning.memory_plan import Training, host_bytes, plan
+    from minicpm_tune.settings.argument_groups import LoraArguments
 
     names = {item.name for item in dataclasses.fields(Training)} - {"lora"}
     lora = LoraArguments(
@@ -61,7 +61,7 @@ def render(values: Namespace) -> str:
 
 def parse_flags(argv: list[str]) -> Namespace:
     """Read the command line."""
-    from options import OFFICIAL_LORA_TARGETS
+    from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS
 
     parser = CommandParser(prog="plan_memory.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument

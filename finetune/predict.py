@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_flags import (
+from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
     add_model_flags,
@@ -27,7 +27,7 @@ from command_flags import (
     run_command,
 )
 
-logger = logging.getLogger("predict")
+logger = logging.getLogger("minicpm_tune.predict")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -58,9 +58,9 @@ def run(values: argparse.Namespace) -> None:
     """The steps of a prediction, in their order."""
     from transformers import set_seed
 
-    from inference import ModelChoice, find_model, load_for_inference
-    from metrics import mean_scores
-    from prediction_file import PredictionFile
+    from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
+    from minicpm_tune.answering.metrics import mean_scores
+    from minicpm_tune.answering.prediction_file import PredictionFile
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
@@ -114,8 +114,8 @@ def answered(
     """
     from tqdm.auto import tqdm
 
-    from decoding import answer
-    from metrics import score
+    from minicpm_tune.answering.generate import answer
+    from minicpm_tune.answering.metrics import score
 
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for batch in tqdm(
@@ -138,7 +138,7 @@ def answered(
 
 def _rows(values: argparse.Namespace, processing: Any) -> Any:
     from dataset import DataOptions
-    from prediction_rows import PredictionRows
+    from minicpm_tune.answering.prediction_rows import PredictionRows
 
     return PredictionRows(
         values.data_path,

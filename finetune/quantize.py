@@ -15,9 +15,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from command_flags import CommandParser, run_command
+from minicpm_tune.settings.command_flags import CommandParser, run_command
 
-logger = logging.getLogger("quantize")
+logger = logging.getLogger("minicpm_tune.quantize")
 
 _GIBIBYTE = 2**30
 
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
 
 def run(values: Namespace) -> None:
     """Find the checkpoint of the command line and quantise it."""
-    from loading import resolve_model_folder
-    from new_folder import checked_size
+    from minicpm_tune.models.loading import resolve_model_folder
+    from minicpm_tune.new_folder import checked_size
 
     size = checked_size(values.max_shard_size)
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir)
@@ -62,12 +62,12 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
         QuantizationError: When the checkpoint is quantised already.
         OutputError: When ``output`` can't be written.
     """
-    from checkpoint import read_config, read_generation
-    from loading import load_model
-    from new_folder import check_new_folder, whole_folder
-    from quantization import quantized_modules
-    from quantized_checkpoints import QuantizationError, stored_quantization
-    from released_format import storage_dtype
+    from minicpm_tune.checkpoints.model_folder import read_config, read_generation
+    from minicpm_tune.checkpoints.quantized_files import QuantizationError, stored_quantization
+    from minicpm_tune.checkpoints.released_format import storage_dtype
+    from minicpm_tune.lora.quantization import quantized_modules
+    from minicpm_tune.models.loading import load_model
+    from minicpm_tune.new_folder import check_new_folder, whole_folder
 
     output = check_new_folder(str(output))
     if stored_quantization(folder) is not None:
@@ -91,7 +91,7 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
 
 
 def _size(folder: Path) -> float:
-    from weights import weight_files
+    from minicpm_tune.checkpoints.weight_files import weight_files
 
     return sum(path.stat().st_size for path in weight_files(folder)) / _GIBIBYTE
 

@@ -22,8 +22,8 @@ from torch.distributed import DistError, DistNetworkError, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from hardware import free_port
-from stop_request import NOTE
+from minicpm_tune.settings.hardware import free_port
+from minicpm_tune.training.stop_signals import NOTE
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 # What is left for torchrun's own handler, which ends the processes at once.

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from generations import Generation
-from guarded_trainer import GuardedTrainer
-from learning_rates import split_by_rate
-from meters import SourceLosses, ThroughputMeter
-from parts import count_parts
-from sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
-from vision_cache import FeatureWriter
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
+from minicpm_tune.data.vision_cache import FeatureWriter
+from minicpm_tune.models.parameter_parts import count_parts
+from minicpm_tune.training.learning_rates import split_by_rate
+from minicpm_tune.training.resilient_trainer import GuardedTrainer
+from minicpm_tune.training.throughput import SourceLosses, ThroughputMeter
 
 
 class CPMTrainer(GuardedTrainer):
     """Trains a MiniCPM-V model.
 
     - The loss is the sum over supervised tokens divided by their number in the whole optimizer
-      step, over all micro-batches and processes; the model's forward divides, see ``loss.py``.
+      step, over all micro-batches and processes; the model's forward divides, see ``models/loss.py``.
     - Every process runs the same number of steps on an order without repeated rows.
     - Evaluation adds up counts; logits are never kept.
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parent.parent
-for folder in ("finetune", "demo"):
-    sys.path.insert(0, str(ROOT / folder))
+TESTS = Path(__file__).resolve().parent
+# The product as under torchrun, the demo, the benchmarks, and the tests' own ``support``.
+for folder in (TESTS.parent / "finetune", TESTS.parent / "demo", TESTS.parent / "benchmarks", TESTS):
+    sys.path.insert(0, str(folder))
 
 # More threads than idle cores wait for each other by spinning, ten times slower.
 torch.set_num_threads(1)

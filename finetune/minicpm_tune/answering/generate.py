@@ -1,0 +1,227 @@
+"""How a model answers: prompts -> a batch padded on the left -> new tokens -> texts.
+
+Generation uses the key/value cache of transformers' ``generate``. Letters: B prompts, T tokens of the
+longest prompt.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from minicpm_tune.data.samples import Processing, Sample
+
+# Ends of a text besides the generation's own turn end, as the released code's terminators have them.
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+# The released chat's two ways to answer; ``sampling=True`` is its default.
+RELEASED_SAMPLING = {
+    "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05,
+}  # fmt: skip
+RELEASED_BEAMS = {"do_sample": False, "num_beams": 3, "repetition_penalty": 1.2}
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+def stop_ids(processing: Processing) -> list[int]:
+    """The tokens that end an answer: the generation's turn end, and the ends of a text it knows.
+
+    Example:
+        A MiniCPM-V 2.6 checkpoint gives the ids of ``<|im_end|>`` and ``<|endoftext|>``.
+    """
+    tokenizer = processing.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    texts = (processing.generation.turn_end, tokenizer.eos_token, *_TEXT_ENDS)
+    return sorted({vocabulary[text] for text in texts if text in vocabulary})
+
+
+def left_padded(samples: Sequence[Sample], *, pad_token_id: int) -> dict[str, Any]:
+    """Join prompts into a batch whose last tokens stand side by side, as generating needs them.
+
+    Args:
+        samples: What ``Processing.encode_prompt`` gives.
+        pad_token_id: Any valid id; padding is never attended.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [B, T], ``pixel_values``, ``tgt_sizes``, ``image_bound``
+        [P, 3] = (row, start, end) and, where the samples have them, ``temporal_ids``; as in training.
+    """
+    length = max(len(sample["input_ids"]) for sample in samples)
+    ids = torch.full((len(samples), length), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(len(samples), length, dtype=torch.int64)
+    bounds = []
+    for row, sample in enumerate(samples):
+        start = length - len(sample["input_ids"])
+        ids[row, start:] = sample["input_ids"]
+        mask[row, start:] = 1
+        bound = sample["image_bound"] + start
+        bounds.append(torch.cat([torch.full((len(bound), 1), row), bound], dim=1))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
+        "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]),
+        "image_bound": torch.cat(bounds),
+    }
+    if any("temporal_ids" in sample for sample in samples):
+        batch["temporal_ids"] = _joined_times(samples)
+    return batch
+
+
+def _joined_times(samples: Sequence[Sample]) -> Tensor:
+    """[S, 2] (placeholder, time) over the batch; a still image is a placeholder of its own, time -1."""
+    joined, placeholders = [], 0
+    for sample in samples:
+        times = sample.get("temporal_ids")
+        if times is None:
+            numbers = torch.arange(len(sample["tgt_sizes"]))
+            times = torch.stack([numbers, torch.full_like(numbers, -1)], dim=1)
+        joined.append(times + torch.tensor([placeholders, 0]))
+        placeholders += len(sample["image_bound"])
+    return torch.cat(joined)
+
+
+def answer(
+    model: Any,
+    processing: Processing,
+    samples: Sequence[Sample],
+    *,
+    streamer: BaseStreamer | None = None,
+    synced: bool = False,
+    **options: Any,
+) -> list[str]:
+    """Let the model answer prompts.
+
+    Args:
+        model: A model of any generation, with or without an adapter.
+        processing: The checkpoint's ``Processing``.
+        samples: The prompts, from ``Processing.encode_prompt``.
+        streamer: Gets the tokens as they come; one prompt, no beams.
+        synced: Other processes hold parts of the weights (ZeRO-3) and must run as many steps.
+        **options: transformers' generation options: ``max_new_tokens``, ``do_sample``, ``top_p``, ...
+
+    Returns:
+        The answers, without the token that ended them.
+    """
+    tokenizer = processing.tokenizer
+    pad = tokenizer.pad_token_id
+    stops = stop_ids(processing)
+    batch = left_padded(samples, pad_token_id=stops[0] if pad is None else pad)
+    width = batch["input_ids"].shape[1]
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        batch[name] = batch[name].to(model.device)
+    if synced:
+        options["synced_gpus"] = batch["dummy"] = True
+    with torch.no_grad(), warnings.catch_warnings():
+        # The penalty covers the answer alone, as in the released chat.
+        warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+        found = model.generate(
+            **batch, eos_token_id=stops, pad_token_id=stops[0], streamer=streamer, **options
+        )
+    if processing.generation.native:
+        found = found[:, width:]  # transformers' own classes give the prompt too
+    return [decoded(row, tokenizer, stops) for row in found.tolist()]
+
+
+def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> str:
+    """The text of new tokens up to the first that ends it; marks such as ``<box>`` stay in it."""
+    end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
+    return _text(tokenizer, ids[:end]).strip()
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+class TextPieces(BaseStreamer):
+    """Turns the tokens of one answer into pieces of text, none of which is changed later.
+
+    The pieces joined are the answer: white space at its two ends is left out, and a character is
+    given when all its bytes are there.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        stops: Tokens that end the answer.
+        give: Called with every piece.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[int], give: Callable[[str], None]):
+        self.tokenizer, self.stops, self.give = tokenizer, set(stops), give
+        self.ids: list[int] = []
+        self._prompt_seen = self._ended = False
+        self._start = self._shown = 0  # tokens in front of _shown are given; _start gives them context
+        self._held = ""
+        self._any = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (the first call) or the next token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            self._ended = self._ended or token in self.stops
+            if not self._ended:
+                self.ids.append(token)
+        self._decode(last=False)
+
+    def end(self) -> None:
+        """Give what is left of the answer."""
+        self._decode(last=True)
+
+    def _decode(self, *, last: bool) -> None:
+        before = _text(self.tokenizer, self.ids[self._start : self._shown])
+        text = _text(self.tokenizer, self.ids[self._start :])
+        if text.endswith(INCOMPLETE) and not last:
+            return
+        self._start, self._shown = self._shown, len(self.ids)
+        self._give(text[len(before) :])
+
+    def _give(self, text: str) -> None:
+        text = self._held + text
+        text = text if self._any else text.lstrip()
+        given = text.rstrip()
+        self._held = text[len(given) :]
+        if given:
+            self._any = True
+            self.give(given)
+
+
+def stream(model: Any, processing: Processing, sample: Sample, **options: Any) -> Iterator[str]:
+    """Give an answer piece by piece while it is generated, in another thread.
+
+    Args:
+        model: As for ``answer``.
+        processing: As for ``answer``.
+        sample: The prompt.
+        **options: As for ``answer``.
+
+    Yields:
+        The pieces; joined they are the answer.
+    """
+    pieces: SimpleQueue[str | None] = SimpleQueue()
+    streamer = TextPieces(processing.tokenizer, stop_ids(processing), pieces.put)
+    left = Event()
+
+    def reader_left(ids: Tensor, *_: Any) -> Tensor:
+        return torch.full((ids.shape[0],), left.is_set(), device=ids.device)
+
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        result = threads.submit(
+            answer, model, processing, [sample], streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([reader_left]), **options,
+        )  # fmt: skip
+        result.add_done_callback(lambda _: pieces.put(None))
+        try:
+            while (piece := pieces.get()) is not None:
+                yield piece
+        finally:
+            left.set()  # a reader who stops reading stops the generation
+        result.result()

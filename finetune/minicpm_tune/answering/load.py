@@ -1,0 +1,205 @@
+"""A model ready to answer: checkpoint, adapter, device and precision put together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minicpm_tune.checkpoints.released_format import storage_dtype
+from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.errors import UserError
+from minicpm_tune.lora.folders import AdapterFolder, check_base, load_onto, read_adapter_folder
+from minicpm_tune.models.loading import load_model, resolve_model_folder
+from minicpm_tune.settings.hardware import best_precision
+
+logger = logging.getLogger(__name__)
+
+DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Above this size of its files a checkpoint stays in 16 bit on a CPU too, in bytes.
+_SMALL_CHECKPOINT = 2**31
+
+
+class InferenceError(UserError):
+    """A wish for a model that can't be served; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model is asked, and how it is held; the names are those of the flags.
+
+    Attributes:
+        model_name_or_path: A checkpoint's folder or hub id; None takes the adapter's base. An adapter's
+            folder is understood too.
+        adapter: Folder of an adapter, or None.
+        dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        device: ``auto`` or a torch device.
+        load_4bit: Whether the LLM is held in 4 bit.
+        attn_implementation: transformers' attention for the LLM.
+        cache_dir: Where hub checkpoints are kept.
+        max_slice_nums: Most slices an image is cut into; None takes the checkpoint's.
+        video_fps: Frames taken per second of video; None takes the generation's.
+        max_num_frames: Most frames of a video; None takes the generation's.
+        enable_thinking: Whether the model is to think first.
+        allow_other_base: Whether the adapter may be put on a model it was not trained on.
+    """
+
+    model_name_or_path: str | None = None
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    load_4bit: bool = False
+    attn_implementation: str = "sdpa"
+    cache_dir: str | None = None
+    max_slice_nums: int | None = None
+    video_fps: float | None = None
+    max_num_frames: int | None = None
+    enable_thinking: bool = False
+    allow_other_base: bool = False
+
+    @classmethod
+    def of(cls, values: Namespace) -> ModelChoice:
+        """Read the choice off parsed flags."""
+        return cls(**{name: getattr(values, name) for name in cls.__dataclass_fields__})
+
+
+def resolve_base(
+    model_name_or_path: str | None, adapter: str | None, *, cache_dir: str | None = None
+) -> tuple[Path, AdapterFolder | None]:
+    """Find the base model's folder and the adapter's.
+
+    Raises:
+        InferenceError: When neither is given, or the adapter does not name its base.
+    """
+    if adapter is None and model_name_or_path is not None:
+        if (Path(model_name_or_path).expanduser() / "adapter_config.json").is_file():
+            model_name_or_path, adapter = None, model_name_or_path
+    found = None if adapter is None else read_adapter_folder(adapter)
+    name = model_name_or_path or (found.base_name if found else "")
+    if not name:
+        raise InferenceError(
+            "no model is given, expected --model_name_or_path (or an --adapter that names its base). Add it."
+        )
+    return resolve_model_folder(name, cache_dir=cache_dir), found
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's files, looked at but not loaded.
+
+    Attributes:
+        folder: The base model's folder.
+        adapter: The adapter, or None.
+        processing: The checkpoint's ``Processing``.
+    """
+
+    folder: Path
+    adapter: AdapterFolder | None
+    processing: Processing
+
+
+def find_model(choice: ModelChoice) -> FoundModel:
+    """Find a model's files, and see that they belong together.
+
+    Raises:
+        InferenceError: When no model is named, or it can't think as wished.
+        AdapterError: When the adapter belongs to another model.
+    """
+    folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
+    processing = load_processing(
+        folder,
+        max_slice_nums=choice.max_slice_nums,
+        video_fps=choice.video_fps,
+        max_num_frames=choice.max_num_frames,
+    )
+    if choice.enable_thinking and not processing.generation.thinking:
+        raise InferenceError(
+            f"--enable_thinking: {processing.generation.title} has no thinking mode, expected V-4.5 or later. Leave "
+            "it out."
+        )
+    if adapter is not None:
+        check_base(adapter, folder, processing.generation, allow_other_base=choice.allow_other_base)
+    return FoundModel(folder, adapter, processing)
+
+
+def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> tuple[Any, Processing]:
+    """Load a model, with its adapter, ready to answer.
+
+    Args:
+        choice: Which model, and how it is held.
+        found: Its files, if they were looked for already.
+
+    Returns:
+        The model in eval mode on its device, and the checkpoint's ``Processing``.
+
+    Raises:
+        InferenceError: When the device is not there.
+        AdapterError: When the adapter does not fit.
+    """
+    found = found or find_model(choice)
+    generation, adapter = found.processing.generation, found.adapter
+    device = choose_device(choice.device)
+    model: Any = load_model(
+        found.folder,
+        generation,
+        dtype=choose_dtype(choice.dtype, found.folder, device),
+        attention=choice.attn_implementation,
+        quant_bits=4 if choice.load_4bit else None,
+        # Straight to the GPU: quantised layers can't all be moved later, and the CPU need not hold the model.
+        **({"device_map": {"": device}} if device.type == "cuda" else {}),
+    )
+    if adapter is not None:
+        model = load_onto(model, adapter)
+        logger.info("Adapter: %s", adapter.path)
+    logger.info("%s on %s in %s", generation.title, device, str(model.dtype).removeprefix("torch."))
+    return model.eval(), found.processing
+
+
+def choose_device(wish: str) -> torch.device:
+    """The wished device; ``auto``: this process's GPU, else the CPU.
+
+    Raises:
+        InferenceError: When it is not there.
+    """
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wish)
+    except RuntimeError as error:
+        raise InferenceError(
+            f"--device {wish}: found no such kind, expected auto, cpu, cuda or cuda:N."
+        ) from error
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise InferenceError(
+                f"--device {wish}: found {torch.cuda.device_count()} GPUs, expected more than {index}. Use "
+                "--device cpu."
+            )
+        device = torch.device("cuda", index)
+    return device
+
+
+def choose_dtype(wish: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The wished precision; ``auto``: what suits the device and the size of the checkpoint."""
+    if wish != "auto":
+        return DTYPE_NAMES[wish]
+    stored = stored_dtype(folder)
+    if stored == torch.float32:
+        return stored
+    if device.type == "cuda":
+        return DTYPE_NAMES[best_precision()]
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return torch.float32 if size < _SMALL_CHECKPOINT else torch.bfloat16
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision that a checkpoint's config.json names."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return storage_dtype(config.get("torch_dtype") or config.get("dtype"))

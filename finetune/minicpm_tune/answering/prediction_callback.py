@@ -1,0 +1,152 @@
+"""Answers to a few evaluation rows during training: metrics, and examples to look at in TensorBoard.
+
+Attached with ``trainer.add_callback(PredictionCallback(...))``; runs at every evaluation, before the best
+checkpoint is chosen, so that ``--metric_for_best_model eval_anls`` works.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from minicpm_tune.answering.generate import GREEDY
+from minicpm_tune.answering.metrics import mean_scores
+from minicpm_tune.answering.prediction_rows import PredictionRows
+from predict import answered
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 4  # examples with their picture per evaluation
+PICTURE_SIDE = 448  # longest side of a shown picture, in pixels
+
+
+class PredictionCallback(TrainerCallback):
+    """Lets the model answer evaluation rows at every evaluation.
+
+    The rows are shared out among the processes. Under ZeRO-3, where every step needs all of them, each
+    process runs the same number of batches and steps.
+
+    Args:
+        trainer: The trainer; its model answers.
+        rows: The evaluation rows, as questions.
+        samples: How many of them are answered, spread evenly over the file.
+        batch_size: Rows at once on each process.
+        max_new_tokens: Longest answer, in tokens.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        rows: PredictionRows,
+        *,
+        samples: int,
+        batch_size: int,
+        max_new_tokens: int = 128,
+    ) -> None:
+        self.trainer, self.rows, self.batch_size = trainer, rows, batch_size
+        self.options = GREEDY | {"max_new_tokens": max_new_tokens}
+        count = min(samples, len(rows))
+        self.indices = [index * len(rows) // count for index in range(count)]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Answer the rows, add the metrics to the evaluation's, and show examples."""
+        lines = self.answers()
+        scores = {f"eval_{name}": value for name, value in _scores(lines).items()}
+        if metrics is not None:
+            metrics.update(scores)
+        if scores:
+            self.trainer.log(dict(scores))
+        if state.is_world_process_zero:
+            self._show(lines, step=state.global_step)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Answer the rows on all processes; every process gets all lines, in the order of the rows."""
+        world, rank = self.trainer.args.world_size, self.trainer.args.process_index
+        mine = self.indices[rank::world]
+        synced = is_deepspeed_zero3_enabled()
+        if synced and self.indices:
+            # Ranks with fewer rows answer some of theirs again; the answers are dropped below.
+            most = len(self.indices[::world])
+            mine = (mine or self.indices[:1]) * most
+            mine = mine[:most]
+        lines: dict[int, dict[str, Any]] = {}
+        with self._ready_to_answer() as model:
+            for batch in answered(
+                model, self.rows, mine, batch_size=self.batch_size, options=self.options, synced=synced
+            ):
+                lines |= {line["row"]: line for line in batch}
+        for found in _gathered(lines, world):
+            lines |= found
+        return [lines[index] for index in self.indices]
+
+    @contextmanager
+    def _ready_to_answer(self) -> Iterator[Any]:
+        """The model in eval mode and in the run's precision; its mode is put back at the end."""
+        model: Any = self.trainer.model
+        was_training = model.training
+        model.eval()
+        try:
+            with self.trainer.compute_loss_context_manager():
+                yield model
+        finally:
+            model.train(was_training)
+
+    def _show(self, lines: Sequence[dict[str, Any]], *, step: int) -> None:
+        """Write a few rows with their first picture to TensorBoard."""
+        writer = next(
+            (
+                callback.tb_writer
+                for callback in self.trainer.callback_handler.callbacks
+                if isinstance(callback, TensorBoardCallback)
+            ),
+            None,
+        )
+        if writer is None:
+            return
+        for number, line in enumerate(lines[:SHOWN]):
+            writer.add_text(f"predictions/{number}", _as_text(line), step)
+            picture = self.rows.picture(line["row"])
+            if picture is not None:
+                writer.add_image(f"pictures/{number}", _small(picture), step, dataformats="HWC")
+        writer.flush()
+
+
+def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return mean_scores(line["scores"] for line in lines if line["scores"])
+
+
+def _gathered(lines: dict[int, dict[str, Any]], world: int) -> list[dict[int, dict[str, Any]]]:
+    if world == 1:
+        return [lines]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, lines)
+    return found
+
+
+def _as_text(line: dict[str, Any]) -> str:
+    """Markdown, as TensorBoard renders it; the texts are set as code, so that none of them is markup."""
+    parts = [
+        f"**{name}**\n\n{_code(line[name])}" for name in ("question", "answer", "prediction") if line[name]
+    ]
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in (line["scores"] or {}).items())
+    return "\n\n".join([*parts, scores])
+
+
+def _code(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _small(picture: Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8, at most ``PICTURE_SIDE`` on a side."""
+    small = picture.copy()
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return np.asarray(small)

@@ -1,0 +1,174 @@
+"""The output file of a batch prediction: one JSON object per line, written so that a stopped run can go on.
+
+One process appends to the file itself. Of several each appends to a part of its own; the parts are put
+together, in the order of the rows, when all have ended, or when the next run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minicpm_tune.errors import UserError
+from minicpm_tune.write_failures import system_reason
+
+Line = dict[str, Any]
+
+
+class PredictionFileError(UserError):
+    """An output file that belongs to another run; the message says what to do."""
+
+
+class PredictionFile:
+    """The lines of one output file.
+
+    Args:
+        path: The file.
+        rank: This process's number.
+        world: How many processes write.
+    """
+
+    def __init__(self, path: Path, *, rank: int = 0, world: int = 1) -> None:
+        self.path, self.rank, self.world = path, rank, world
+        self.own = path if world == 1 else _part(path, rank)
+
+    @property
+    def settings_path(self) -> Path:
+        """Where the run's settings and, at its end, its scores are kept."""
+        return self.path.with_name(self.path.name + ".summary.json")
+
+    def prepare(self, settings: Line, *, overwrite: bool) -> None:
+        """Make ready to go on, by one process before any other reads: join parts, drop a half-written line.
+
+        Args:
+            settings: What decides the answers: model, data, options.
+            overwrite: Start over.
+
+        Raises:
+            PredictionFileError: When the file was written with other settings, or can't be written.
+        """
+        if self.path.is_dir():
+            raise PredictionFileError(
+                f"--output {self.path}: found a folder, expected a file to write. Name one in it."
+            )
+        with self.writing():
+            self._prepare(settings, overwrite=overwrite)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the system's refusal to write into a message.
+
+        Raises:
+            PredictionFileError: With the system's reason; the rows written so far stay.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason, _ = system_reason(error, self.path.parent)
+            raise PredictionFileError(
+                f"--output {self.path}: it can't be written: {reason}. Free space, or give a file where you may write; "
+                "the same command goes on with the rows that are not answered yet."
+            ) from error
+
+    def _prepare(self, settings: Line, *, overwrite: bool) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        parts = [self.path, *self._parts()]
+        if overwrite:
+            for path in (*parts, self.settings_path):
+                path.unlink(missing_ok=True)
+        elif any(path.is_file() for path in parts):
+            self._check(settings)
+        lines = [line for path in parts for line in read_lines(path)]
+        write_whole(self.path, sorted(lines, key=lambda line: line["row"]))
+        for path in self._parts():
+            path.unlink()
+        self.settings_path.write_text(_dump({"settings": settings}, indent=2), encoding="utf-8")
+
+    def _check(self, settings: Line) -> None:
+        if not self.settings_path.is_file():
+            raise PredictionFileError(
+                f"--output {self.path}: the file is there, but not {self.settings_path.name}, so it is not "
+                "known what wrote it. Give another file, or start over with --overwrite true."
+            )
+        known = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
+        changed = [name for name in settings if known.get(name) != settings[name]]
+        if changed:
+            name = changed[0]
+            raise PredictionFileError(
+                f"--output {self.path}: it was written with {name} {known.get(name)!r}, now it is "
+                f"{settings[name]!r}. Give another file, or start over with --overwrite true."
+            )
+
+    def done(self) -> list[Line]:
+        """The lines that are written already."""
+        return read_lines(self.path)
+
+    def append(self, lines: Iterable[Line]) -> None:
+        """Write lines, and see them on the disk."""
+        with self.writing(), self.own.open("a", encoding="utf-8") as file:
+            file.writelines(_dump(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, scores: Line) -> list[Line]:
+        """Join the parts, by one process after all have written, and keep the scores; give all lines."""
+        lines = [line for path in (self.path, *self._parts()) for line in read_lines(path)]
+        lines.sort(key=lambda line: line["row"])
+        if self.world > 1:
+            write_whole(self.path, lines)
+            for path in self._parts():
+                path.unlink()
+        kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        kept |= {"rows": len(lines), "scores": scores}
+        self.settings_path.write_text(_dump(kept, indent=2), encoding="utf-8")
+        return lines
+
+    def all_lines(self) -> list[Line]:
+        """The lines of the file and of all parts."""
+        return [line for path in (self.path, *self._parts()) for line in read_lines(path)]
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a file; a last line that was cut off in writing is left out.
+
+    Raises:
+        PredictionFileError: When a line in the middle is no prediction.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    pieces = path.read_bytes().split(b"\n")
+    for number, piece in enumerate(
+        pieces[:-1], start=1
+    ):  # behind the last newline stands nothing, or half a line
+        try:
+            line = json.loads(piece)
+            lines.append({**line, "row": int(line["row"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise PredictionFileError(
+                f"{path}: line {number} is no prediction ({error!r}), expected a JSON object with 'row'. "
+                "Give another --output, or start over with --overwrite true."
+            ) from error
+    return lines
+
+
+def write_whole(path: Path, lines: Iterable[Line]) -> None:
+    """Write a file under another name first, so that it is never there by half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(_dump(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}.rank{rank}")
+
+
+def _dump(value: Any, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, **options)

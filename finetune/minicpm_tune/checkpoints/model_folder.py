@@ -1,0 +1,143 @@
+"""Reading a checkpoint folder: its config.json and its tokenizer.
+
+Nothing here runs code from the checkpoint. The tokenizers are loaded as plain fast tokenizers from
+``tokenizer.json``, because the released remote classes lose their pre-tokenizer (2.6 and later) or
+rebuild their normaliser (Llama-based ones) on transformers 5. MiniCPM-V 2.0 and InternLM-XComposer2 have no
+``tokenizer.json``; ``checkpoints/sentencepiece_tokenizer.py`` builds their tokenizers from ``tokenizer.model``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
+from minicpm_tune.checkpoints.sentencepiece_tokenizer import build_tokenizer
+from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
+from minicpm_tune.errors import UserError
+
+# What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not
+# get.
+_CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder that lacks something, or holds something that can't be used."""
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json.
+
+    Args:
+        folder: The checkpoint folder.
+
+    Returns:
+        The parsed JSON object.
+
+    Raises:
+        CheckpointError: If there is no config.json, or it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: found no config.json, expected a checkpoint. "
+            "Give --model_name_or_path the folder that holds config.json, or a hub id."
+        )
+    config = _read_json(path)
+    if "model_type" not in config:
+        raise CheckpointError(
+            f"{path}: found no model_type, expected the config of a checkpoint. "
+            "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
+        )
+    return config
+
+
+def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
+    """Read one of a checkpoint's smaller JSON files; empty when there is none."""
+    path = Path(folder) / name
+    return _read_json(path) if path.is_file() else {}
+
+
+def added_tokens(folder: str | Path) -> list[str]:
+    """The tokens that tokenizer_config.json adds, which tell generations apart."""
+    decoder = read_settings(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+    return [entry["content"] for entry in decoder.values()]
+
+
+def read_generation(folder: str | Path) -> Generation:
+    """Tell the generation of a checkpoint folder from its files; see ``generations.detect_generation``."""
+    config = read_config(folder)
+    # 4khd is known by its weights as well; no other generation needs them read for this.
+    by_weights = config["model_type"] == "internlm" and has_weights(Path(folder))
+    tensors = tensor_names(Path(folder)) if by_weights else ()
+    return detect_generation(config, added_tokens(folder), tensors)
+
+
+def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's tokenizer as a plain fast tokenizer.
+
+    Args:
+        folder: The checkpoint folder.
+        generation: The checkpoint's generation; it says whether there is a ``tokenizer.json``.
+
+    Returns:
+        The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
+
+    Raises:
+        CheckpointError: If the tokenizer's files are missing.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder, "tokenizer_config.json")
+    decoder = settings.get("added_tokens_decoder", {})
+    settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
+    settings["chat_template"] = _chat_template(folder, settings) or generation.chat_template
+    if generation.tokenizer == "sentencepiece":
+        special = [entry["content"] for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        special += [token for token in generation.special_tokens if token not in special]
+        backend = build_tokenizer(
+            _existing(folder / "tokenizer.model"),
+            special_tokens=special,
+            add_bos=settings.get("add_bos_token", True),
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_existing(folder / "tokenizer.json")), **settings)
+    vocabulary = tokenizer.get_vocab()
+    missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
+            "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer "
+            "files again."
+        )
+    return tokenizer
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return settings.get("chat_template")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: found no {path.name}, expected the checkpoint's own tokenizer. "
+            "Copy the tokenizer files into the folder, or download the checkpoint again."
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again."
+        )
+    return value

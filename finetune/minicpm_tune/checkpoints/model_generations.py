@@ -1,0 +1,262 @@
+"""What differs between the MiniCPM-V generations, and the models of InternLM-XComposer2, as data.
+
+One row per generation. Code elsewhere asks the row for a property (``generation.image_ids``) and
+never compares versions, so that adding a generation is adding a row.
+
+Source: the released config.json, modeling and processing files of each checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from minicpm_tune.errors import UserError
+
+LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2", "internlm2")
+
+
+# The parts of a model, in the order in which they are told apart.
+_RELEASED_MODULES: dict[str, tuple[str, ...]] = {
+    "vision": ("vpm",),
+    "resampler": ("resampler",),
+    "embeddings": ("llm.model.embed_tokens",),
+    "llm": ("llm",),
+}
+_NATIVE_MODULES = {
+    "vision": ("model.vision_tower",),
+    "resampler": ("model.merger",),
+    "embeddings": ("model.language_model.embed_tokens",),
+    "llm": ("model.language_model", "lm_head"),
+}
+# 4khd's separators are parameters of the model itself; they go into the projector.
+_XCOMPOSER2_MODULES = {
+    "vision": ("vit",),
+    "resampler": ("vision_proj", "plora_glb_GN", "plora_sub_GN"),
+    "embeddings": ("model.tok_embeddings",),
+    "llm": ("model", "output"),
+}
+# InternLM2's ChatML with its own tokens; the released tokenizer has no template, its texts are stripped.
+_XCOMPOSER2_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '[UNUSED_TOKEN_146]' + message['role'] + '\\n' + message['content'] | trim + '[UNUSED_TOKEN_145]\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[UNUSED_TOKEN_146]assistant\\n' }}{% endif %}"
+)
+
+
+# config.json of 7b and vl-7b; 4khd has 16384.
+_XC2_MAX_LENGTH = 4096
+_XC2_SMALL_IMAGE = 224  # pixels: 7b; vl-7b has 490
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The properties of one generation that code may depend on.
+
+    Attributes:
+        name: Short name, as used in file and test names.
+        title: The name its users know.
+        llm_type: What the official scripts call it in ``--llm_type``.
+        accepted_llm_types: Every value of ``--llm_type`` that is right for it, older names included.
+        native: True when transformers itself has the model class (4.6, 4.7).
+        llm: The transformers model type that holds the weights under ``llm.``.
+        vision: ``siglip`` (NaViT, patches of any grid) or ``timm`` (V-2).
+        positions: How the vision tower numbers patches: ``buckets`` (2-D, 70 x 70), ``one_row``
+            (the 2.5 quirk: padded patches attend, ids along one row) or ``resampled`` (V-2's table
+            resized per image).
+        prompt: ``template`` (the checkpoint's chat template) or ``minicpm`` (V-2's own markers).
+        image_ids: True when every image's placeholder starts with ``<image_id>i</image_id>``.
+        slice_tag: The tag around each slice of a sliced image: ``image`` with an outer
+            ``<slice>`` wrapper (V-2, 2.5) or ``slice`` without one.
+        turn_end: The token that ends an answer.
+        thinking: True when the template takes ``enable_thinking``.
+        video: True when the generation was trained on video frames.
+        temporal: True when frames are packed and carry ``temporal_ids``.
+        modules: Part -> names of the modules (or parameters) that hold it. A parameter belongs to the
+            first part one of whose names it starts with.
+        family: ``minicpmv`` or ``xcomposer2``: whose model class it is, unless ``native``.
+        layout: How images are cut: ``slices`` (2.0 to 4.5), ``native`` (transformers' rules), ``square``
+            (one square, the aspect not kept) or ``tiles`` (4khd).
+        tokenizer: ``json`` (tokenizer.json) or ``sentencepiece`` (tokenizer.model).
+        special_tokens: For SentencePiece tokenizers whose tokenizer_config.json does not list them.
+        chat_template: For checkpoints that bring none.
+        image_end: What follows an image that no placeholder mentions.
+        lora_targets: What the launchers' default of ``--lora_target_modules`` stands for; empty: itself.
+        adapter_parts: Parts that train in full beside an adapter, as far as they are tuned.
+        exact: Linear layers inside the LLM that are never quantised and get no adapter, by last name.
+    """
+
+    name: str
+    title: str
+    llm_type: str
+    accepted_llm_types: tuple[str, ...]
+    llm: str
+    native: bool = False
+    vision: str = "siglip"
+    positions: str = "buckets"
+    prompt: str = "template"
+    image_ids: bool = True
+    slice_tag: str = "slice"
+    turn_end: str = "<|im_end|>"
+    thinking: bool = False
+    video: bool = True
+    temporal: bool = False
+    modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
+    family: str = "minicpmv"
+    layout: str = "slices"
+    tokenizer: str = "json"
+    special_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None
+    image_end: str = "\n"
+    lora_targets: str = ""
+    adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
+    exact: tuple[str, ...] = ()
+
+
+def _xcomposer2(name: str, title: str, *, layout: str) -> Generation:
+    """A row of InternLM-XComposer2; the three differ in how they see images."""
+    return Generation(
+        name, title, "internlm2", ("internlm2",), "internlm2", vision="clip", positions="table",
+        image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", video=False,
+        modules=_XCOMPOSER2_MODULES, family="xcomposer2", layout=layout, tokenizer="sentencepiece",
+        special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
+        chat_template=_XCOMPOSER2_TEMPLATE, image_end="",
+        lora_targets=r"model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
+        adapter_parts=("resampler", "vision"), exact=("Plora_A", "Plora_B"),
+    )  # fmt: skip
+
+
+GENERATIONS: dict[str, Generation] = {
+    row.name: row
+    for row in (
+        Generation(
+            "v2", "MiniCPM-V 2.0", "minicpm", ("minicpm",), "granite", vision="timm",
+            positions="resampled", prompt="minicpm", image_ids=False, slice_tag="image",
+            turn_end="</s>", video=False, tokenizer="sentencepiece",
+        ),
+        Generation(
+            "v2_5", "MiniCPM-Llama3-V 2.5", "llama3", ("llama3",), "llama", positions="one_row",
+            image_ids=False, slice_tag="image", turn_end="<|eot_id|>", video=False,
+        ),
+        Generation("v2_6", "MiniCPM-V 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
+        Generation("o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
+        Generation("v4", "MiniCPM-V 4.0", "llama", ("llama",), "llama"),
+        Generation(
+            "v4_5", "MiniCPM-V 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True,
+            temporal=True,
+        ),
+        Generation(
+            "v4_6", "MiniCPM-V 4.6", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
+            thinking=True, modules=_NATIVE_MODULES, layout="native",
+        ),
+        Generation(
+            "v4_7", "MiniCPM-V 4.7", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
+            thinking=True, modules=_NATIVE_MODULES, layout="native",
+        ),
+        _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", layout="square"),
+        _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", layout="square"),
+        _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", layout="tiles"),
+    )
+}  # fmt: skip
+
+
+class UnknownCheckpointError(UserError):
+    """A config.json that is none of the generations this project trains."""
+
+
+class LlmTypeError(UserError):
+    """An --llm_type that contradicts the checkpoint."""
+
+
+def detect_generation(
+    config: dict[str, Any], tokens: Collection[str] = (), tensors: Collection[str] = ()
+) -> Generation:
+    """Tell the generation of a checkpoint from its config.json, never from its path.
+
+    The model type decides 4.6, 4.7 and o-2.6; ``version`` decides the rest where it is present;
+    V-2, which has none, is known by its MiniCPM scalings and its top-level slice fields. A
+    checkpoint of 2.6 or later without ``version`` is told apart by what its LLM needs: biases
+    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5).
+
+    Args:
+        config: The parsed config.json.
+        tokens: The tokenizer's special tokens; used only when the config leaves two generations.
+        tensors: Names of the stored weights, where they are at hand; 4khd has some that the others lack.
+
+    Returns:
+        The row of ``GENERATIONS``.
+
+    Raises:
+        UnknownCheckpointError: When no generation fits; the message names what was looked at.
+
+    Example:
+        >>> detect_generation({"model_type": "minicpmv", "version": 2.6}).title
+        'MiniCPM-V 2.6'
+    """
+    model_type = str(config.get("model_type", ""))
+    by_type = {"minicpmv4_6": "v4_6", "minicpmv4_7": "v4_7", "minicpmo": "o2_6"}
+    if model_type in by_type:
+        return GENERATIONS[by_type[model_type]]
+    if model_type == "internlm":
+        return GENERATIONS[_xcomposer2_model(config, tensors)]
+    if model_type != "minicpmv":
+        raise UnknownCheckpointError(
+            f"config.json: model_type is {model_type or 'missing'!r}, expected 'minicpmv', 'minicpmo', "
+            "'minicpmv4_6' or 'minicpmv4_7' (MiniCPM-V), or 'internlm' (InternLM-XComposer2). "
+            "--model_name_or_path must be such a checkpoint."
+        )
+    by_version = {"2.5": "v2_5", "2.6": "v2_6", "4": "v4", "4.0": "v4", "4.5": "v4_5"}
+    version = config.get("version")
+    if version is not None:
+        if str(version) in by_version:
+            return GENERATIONS[by_version[str(version)]]
+        raise UnknownCheckpointError(
+            f"config.json: version is {version!r}, expected one of {', '.join(by_version)} (or none, "
+            "for V-2). This release of the tool does not know that generation."
+        )
+    return GENERATIONS[_generation_without_version(config, tokens)]
+
+
+def _xcomposer2_model(config: dict[str, Any], tensors: Collection[str]) -> str:
+    """4khd by its separators or its longer ``max_length``; the other two by the size of their image."""
+    if not any("XComposer2" in name for name in config.get("architectures") or ()):
+        raise UnknownCheckpointError(
+            f"config.json: model_type is 'internlm' and architectures {config.get('architectures')!r}, expected "
+            "InternLMXComposer2ForCausalLM. --model_name_or_path must be an InternLM-XComposer2 checkpoint."
+        )
+    if "plora_glb_GN" in tensors or config.get("max_length", 0) > _XC2_MAX_LENGTH:
+        return "xc2_4khd_7b"
+    return "xc2_7b" if config.get("img_size", 0) <= _XC2_SMALL_IMAGE else "xc2_vl_7b"
+
+
+def _generation_without_version(config: dict[str, Any], tokens: Collection[str]) -> str:
+    if "scale_emb" in config or "vision_encoder" in config:
+        return "v2"
+    if config.get("batch_3d_resampler") or "<think>" in tokens:
+        return "v4_5"
+    if "<|start_header_id|>" in tokens or config.get("vision_config", {}).get("model_type") == "idefics2":
+        return "v2_5"
+    if "<|endoftext|>" in tokens or "max_window_layers" in config:
+        return "v2_6"
+    if "head_dim" in config or "mlp_bias" in config:
+        return "v4"
+    raise UnknownCheckpointError(
+        "config.json: model_type is 'minicpmv' but nothing in it tells the generation (looked at "
+        "version, scale_emb, vision_encoder, batch_3d_resampler, vision_config.model_type, "
+        'max_window_layers, head_dim). Add the checkpoint\'s "version" to its config.json.'
+    )
+
+
+def check_llm_type(generation: Generation, llm_type: str) -> None:
+    """Refuse an ``--llm_type`` that contradicts the checkpoint.
+
+    Raises:
+        LlmTypeError: When the value belongs to another generation; the message says which is right.
+    """
+    if llm_type != "auto" and llm_type not in generation.accepted_llm_types:
+        raise LlmTypeError(
+            f"--llm_type {llm_type} does not fit this checkpoint, which is {generation.title}: expected "
+            f"--llm_type {' or '.join(generation.accepted_llm_types)} (or auto, the default)."
+        )

@@ -1,0 +1,110 @@
+"""Checkpoints in their released form: config.json kept word for word, and every file that an export carries along.
+
+Shared by the families whose classes are our own; MiniCPM-V 4.6 and 4.7 are saved by transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.weight_files import copy_carried_files, untouched_tensors
+
+
+class ReleasedConfig(PreTrainedConfig):
+    """A configuration that writes back the dictionary that was read.
+
+    Attributes:
+        released: The config.json as read.
+        text_config: What transformers' parts of the LLM need; made by the subclass.
+    """
+
+    def __init__(self, released: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.released = copy.deepcopy(released or {})
+        self.hidden_size = self.released.get("hidden_size", 0)
+        self.tie_word_embeddings = bool(self.released.get("tie_word_embeddings", False))
+        if self.released:
+            self.architectures = self.released.get("architectures")
+
+    @property
+    def generation(self) -> Generation:
+        """The checkpoint's row of ``generations``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Any:
+        """Read ``folder``/config.json."""
+        config = cls(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        config.name_or_path = str(folder)
+        return config
+
+    def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
+        return getattr(self, "text_config", self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The released keys, with ``torch_dtype`` and ``quantization_config`` saying what is stored now."""
+        content = copy.deepcopy(self.released)
+        quantization = getattr(self, "quantization_config", None)
+        if quantization is None:
+            content.pop("quantization_config", None)
+        elif "quantization_config" not in content:
+            content["quantization_config"] = quantization.to_dict()
+        dtype = getattr(self, "dtype", None)
+        if dtype is not None:
+            content["torch_dtype"] = str(dtype).removeprefix("torch.")
+        return content
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *_: Any, **__: Any) -> None:
+        """Write config.json with the released keys only."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+
+
+class SavedAsReleased:
+    """Saving for a model class; stands before ``PreTrainedModel`` in the order of bases."""
+
+    config: Any  # the model class brings it
+    state_dict: Any
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save in the released format, with everything of the source checkpoint that is not ours.
+
+        Tensors that this class does not use (o-2.6's speech parts) are copied from the checkpoint
+        the model was loaded from, as are its tokenizer, processor, generation and *.py files.
+        """
+        source = Path(self.config.name_or_path) if self.config.name_or_path else None
+        if is_main_process:
+            state_dict = self.tensors_to_save(dict(self.state_dict() if state_dict is None else state_dict))
+            state_dict |= untouched_tensors(source, known=state_dict.keys())
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        if is_main_process:
+            copy_carried_files(source, Path(save_directory))
+
+    def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of the model's own tensors belongs into the files: all of them, unless a class says otherwise."""
+        return tensors
+
+
+def storage_dtype(name: str | None) -> torch.dtype:
+    """The dtype that a config.json's ``torch_dtype`` names; float32 when it names none."""
+    return getattr(torch, name) if name else torch.float32

@@ -1,0 +1,167 @@
+"""The files of a checkpoint besides its configuration: which weights there are, what an export carries along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from minicpm_tune.errors import UserError
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+GENERATION_FILE = "generation_config.json"
+# An LFS pointer is a text of about 130 bytes that starts so.
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+# What an export carries from its source; weights and their index it writes itself.
+
+_CARRIED = (".py", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+
+
+class WeightFileError(UserError):
+    """Weights that are missing, incomplete or not weights at all."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Every weight file of a checkpoint, safetensors before .bin, a single file or the index's shards.
+
+    Raises:
+        WeightFileError: When there are none, when a shard of the index is missing, or when a file
+            is a Git LFS pointer; the message names the file and says what to do.
+    """
+    for name in (SINGLE_FILES[0], INDEX_FILES[0], SINGLE_FILES[1], INDEX_FILES[1]):
+        path = folder / name
+        if not path.is_file():
+            continue
+        files = [path] if name in SINGLE_FILES else _shards(path)
+        for file in files:
+            _check_not_pointer(file)
+        return files
+    raise WeightFileError(
+        f"{folder}: no weights found, expected one of {', '.join(SINGLE_FILES + INDEX_FILES)}. "
+        "Is the download complete?"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _shard_names(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightFileError(
+            f"{index}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}. "
+            "Download the checkpoint again."
+        )
+    return [index.parent / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _check_not_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_MARK)) == LFS_MARK:
+            raise WeightFileError(
+                f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, expected the weights themselves. "
+                "Run `git lfs pull` in that folder, or download the checkpoint with `hf download`."
+            )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has all its weight files; an index whose shards were not downloaded is none."""
+    if any((folder / name).is_file() for name in SINGLE_FILES):
+        return True
+    return any(
+        all((folder / shard).is_file() for shard in _shard_names(folder / name))
+        for name in INDEX_FILES
+        if (folder / name).is_file()
+    )
+
+
+def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Shape of one tensor of a checkpoint, from the files' headers; None when there is no such tensor.
+
+    Raises:
+        WeightFileError: As ``weight_files``.
+    """
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():
+                    return tuple(file.get_slice(name).get_shape())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if name in content:
+                return tuple(content[name].shape)
+    return None
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors of a checkpoint, from the files' headers.
+
+    Raises:
+        WeightFileError: As ``weight_files``.
+    """
+    names: set[str] = set()
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        else:
+            names.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return names
+
+
+def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of the source checkpoint that the model has no place for, to be saved unchanged.
+
+    Args:
+        source: Folder the model was loaded from; None (or a folder without weights) gives nothing.
+        known: Keys that the model saves itself.
+
+    Returns:
+        Key -> tensor on the CPU (o-2.6's ``apm.*``, ``audio_projection_layer.*``, ``tts.*``).
+    """
+    if source is None or not any((source / name).is_file() for name in SINGLE_FILES + INDEX_FILES):
+        return {}
+    known = set(known)
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(source):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys() if key not in known}
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors |= {key: value.clone() for key, value in content.items() if key not in known}
+    return {key: value for key, value in tensors.items() if not _is_own(key)}
+
+
+def _is_own(key: str) -> bool:
+    """True for keys under the parts that the model saves itself (quantisation states, tied copies)."""
+    return key.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
+
+
+def copy_carried_files(source: Path | None, target: Path) -> None:
+    """Copy tokenizer, processor, generation and *.py files along; never overwrite what is there.
+
+    generation_config.json alone is made the source's again: transformers writes one into every folder, and
+    servers take their sampling from it.
+
+    Args:
+        source: Folder the model was loaded from, or None.
+        target: Folder the export was written to; it keeps its own config.json and index.
+    """
+    if source is None or not source.is_dir() or source.resolve() == target.resolve():
+        return
+    for path in sorted(source.iterdir()):
+        carried = path.suffix in _CARRIED and path.name not in INDEX_FILES
+        wanted = path.name == GENERATION_FILE or not (target / path.name).exists()
+        if path.is_file() and carried and wanted:
+            shutil.copy2(path, target / path.name)
+    if not (source / GENERATION_FILE).is_file():
+        (target / GENERATION_FILE).unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""Opening images as the released inference does.
+
+The released code of every generation opens a file with ``Image.open(path).convert("RGB")``: the first frame
+of an animation, an alpha channel dropped, a palette and CMYK converted by Pillow, 16-bit grey clipped. The
+one difference is the EXIF orientation: MiniCPM-V 2.0 to 4.5 ignore it, transformers (4.6, 4.7) turns the
+image upright (``transformers.image_utils.load_image``). ``ImageOptions.upright`` says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.sources import check_source, describe, open_bytes
+from minicpm_tune.errors import RowError
+
+# Pillow's own limit is a module-wide variable; ours is an option and names the image.
+Image.MAX_IMAGE_PIXELS = None
+# Twice Pillow's default warning limit, where Pillow itself would refuse.
+DEFAULT_MAX_PIXELS = 178_956_970
+# What Pillow and its decoders raise on damaged files (found by tests/test_data_fuzz.py).
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, MemoryError,
+    AttributeError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are found and opened.
+
+    Attributes:
+        folder: What relative paths are relative to.
+        upright: Whether the EXIF orientation is applied.
+        allow_remote: Whether http(s) addresses are fetched.
+        max_pixels: Most pixels an image may have; ``None`` for no limit.
+    """
+
+    folder: Path
+    upright: bool = False
+    allow_remote: bool = False
+    max_pixels: int | None = DEFAULT_MAX_PIXELS
+
+
+class ImageFile:
+    """An image whose header has been read.
+
+    Args:
+        value: The source, as the row has it: a path, http(s) address, data URI, bytes, or {bytes, path}.
+        options: How it is found and opened.
+
+    Raises:
+        RowError: When it is not there, or no image; the message names it.
+    """
+
+    def __init__(self, value: Any, options: ImageOptions) -> None:
+        check_source(value, options.folder, allow_remote=options.allow_remote)
+        self.name = describe(value)
+        self.options = options
+        data = self._data = open_bytes(value, options.folder, self.name)
+        self._image = _guarded(self.name, lambda: Image.open(data, formats=_formats()))
+        width, height = self._image.size
+        if options.max_pixels is not None and width * height > options.max_pixels:
+            self._image.close()
+            raise RowError(
+                "image",
+                f"image {self.name} has {width} x {height} pixels, expected at most {options.max_pixels}. "
+                "Make it "
+                "smaller, or raise --max_image_pixels.",
+            )
+        self.size = (height, width) if options.upright and self._turned() else (width, height)
+
+    def _turned(self) -> bool:
+        exif = _guarded(self.name, self._image.getexif)
+        return exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+
+    def digest(self) -> bytes:
+        """Digest of the encoded image and of how it is decoded."""
+        content = _guarded(
+            self.name, self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue
+        )
+        return hashlib.blake2b(
+            content, digest_size=32, person=b"upright" if self.options.upright else b""
+        ).digest()
+
+    def decode(self) -> Image.Image:
+        """Decode the image, in mode RGB; may be called once."""
+        image = _guarded(self.name, self._decode)
+        if image.size != self.size:
+            raise RowError(
+                "image",
+                f"image {self.name} is {image.size} when decoded, expected {self.size} as its header says. "
+                "Save it again.",
+            )
+        return image
+
+    def _decode(self) -> Image.Image:
+        with self._image as image:
+            image.load()
+            if self.options.upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            # convert() would copy an image that is RGB already, a tenth of the time of decoding it
+            return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(value: Any, options: ImageOptions) -> Picture:
+    """Open an image for a sample; it is decoded when its frames are asked for.
+
+    Args:
+        value: The source, as the row has it.
+        options: How it is found and opened.
+
+    Returns:
+        The picture.
+
+    Raises:
+        RowError: When it is not there, or no image; decoding may raise it, too.
+    """
+    file = ImageFile(value, options)
+    return Picture("image", (file.size,), lambda: [file.decode()], digest=file.digest)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Every format that Pillow decodes by itself: for EPS it starts Ghostscript, which runs what the file says."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
+def _guarded(name: str, action: Any) -> Any:
+    """Run one step of Pillow's, and turn its errors into a ``RowError`` that names the image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on odd but readable files
+            return action()
+    except UnidentifiedImageError as error:
+        raise RowError(
+            "image",
+            f"image {name} is in no format that Pillow knows, expected JPEG, PNG or the like. Replace it.",
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise RowError(
+            "image",
+            f"image {name} can't be decoded ({str(error) or type(error).__name__}), expected a whole image. "
+            "Replace it.",
+        ) from error

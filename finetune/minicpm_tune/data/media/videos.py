@@ -1,0 +1,264 @@
+"""Which frames of a video are used, and decoding them.
+
+Each generation samples frames as its released inference does:
+
+- 2.6, o-2.6, 4: one frame per second; more than 64 are thinned out evenly.
+- 4.5: three frames per second; above 180 frames, up to three neighbours are packed into one placeholder.
+- 4.6, 4.7: one frame per second; a video longer than 128 s gives 128 frames, evenly.
+
+A folder or list of frame images is taken as a video that was already sampled at ``fps``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.media.images import ImageFile, ImageOptions
+from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.sources import check_file, find_file
+from minicpm_tune.errors import RowError
+
+TIME_STEP_S = 0.1  # a time index of 4.5 is a tenth of a second
+_FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class VideoRules:
+    """How a generation samples videos.
+
+    Attributes:
+        method: ``step``, ``packs`` or ``seconds``, see the module's docstring.
+        fps: Frames per second of video.
+        max_num_frames: Most frames; for ``packs``, most packs.
+        max_slice_nums: Most slices a frame is cut into.
+        max_frames_per_pack: Most frames in a pack, for ``packs``.
+    """
+
+    method: str
+    fps: float
+    max_num_frames: int
+    max_slice_nums: int
+    max_frames_per_pack: int = 1
+
+
+def video_rules(
+    generation: Generation, *, fps: float | None, max_num_frames: int | None, settings: dict[str, Any]
+) -> VideoRules | None:
+    """The rules of a generation, with the user's wishes.
+
+    Args:
+        generation: The checkpoint's generation.
+        fps: Frames per second; ``None`` for the generation's own.
+        max_num_frames: Most frames (packs); ``None`` for the generation's own.
+        settings: ``video_processor`` of the checkpoint's processor_config.json (4.6, 4.7).
+
+    Returns:
+        The rules, or ``None`` for generations without video.
+
+    Source: the released README files of 2.6 and 4.5 (``encode_video``), and transformers'
+    MiniCPMV4_6VideoProcessor.
+    """
+    if not generation.video:
+        return None
+    if generation.native:
+        method, own_fps, own_frames = "seconds", 1.0, settings.get("max_num_frames", 128)
+        slices = settings.get("max_slice_nums", 9) if settings.get("slice_mode", True) else 1
+    elif generation.temporal:
+        method, own_fps, own_frames, slices = "packs", 3.0, 180, 1
+    else:
+        method, own_fps, own_frames, slices = "step", 1.0, 64, 2
+    return VideoRules(
+        method,
+        own_fps if fps is None else fps,
+        own_frames if max_num_frames is None else max_num_frames,
+        slices,
+        max_frames_per_pack=3 if method == "packs" else 1,
+    )
+
+
+def choose_frames(count: int, fps: float, rules: VideoRules) -> tuple[list[int], list[list[int]] | None]:
+    """Choose the frames of a video.
+
+    Args:
+        count: Frames in the video.
+        fps: Its frames per second.
+        rules: The generation's rules.
+
+    Returns:
+        The frames' numbers, and for ``packs`` their time indices, pack by pack.
+
+    Example:
+        >>> choose_frames(100, 25.0, VideoRules("step", 1.0, 64, 2))
+        ([0, 25, 50, 75], None)
+    """
+    if rules.method == "packs":
+        return _packed_frames(count, fps, rules)
+    if rules.method == "seconds":
+        return _every_second(count, fps, rules), None
+    frames = list(range(0, count, max(round(fps / rules.fps), 1)))
+    return _thinned(frames, rules.max_num_frames) if len(frames) > rules.max_num_frames else frames, None
+
+
+def _thinned(frames: Sequence[int], count: int) -> list[int]:
+    """The middle frame of each of ``count`` equal stretches."""
+    gap = len(frames) / count
+    return [frames[int(index * gap + gap / 2)] for index in range(count)]
+
+
+def _every_second(count: int, fps: float, rules: VideoRules) -> list[int]:
+    duration = count / fps
+    wanted = math.ceil(duration * rules.fps)
+    if wanted <= rules.max_num_frames:
+        return [min(int(index * fps / rules.fps), count - 1) for index in range(wanted)]
+    tenths = [
+        min(int(round(index * TIME_STEP_S, 1) * fps), count - 1)
+        for index in range(int(duration / TIME_STEP_S))
+    ]
+    if len(tenths) <= rules.max_num_frames:
+        return tenths
+    return [tenths[index] for index in np.linspace(0, len(tenths) - 1, rules.max_num_frames, dtype=int)]
+
+
+def _packed_frames(count: int, fps: float, rules: VideoRules) -> tuple[list[int], list[list[int]]]:
+    duration = count / fps
+    if rules.fps * int(duration) <= rules.max_num_frames:
+        pack = 1
+        wanted = round(min(rules.fps, round(fps)) * min(rules.max_num_frames, duration))
+    else:
+        pack = math.ceil(duration * rules.fps / rules.max_num_frames)
+        wanted = round(duration * rules.fps)
+        if pack > rules.max_frames_per_pack:
+            pack, wanted = rules.max_frames_per_pack, rules.max_num_frames * rules.max_frames_per_pack
+    frames = _thinned(range(count), min(max(wanted, 1), count))
+    # The released code looks up the nearest multiple of the step and divides; kept, for its rounding.
+    scale = np.arange(0, duration, TIME_STEP_S)
+    nearest = [int(np.abs(scale - frame / fps).argmin()) for frame in frames]
+    times = (scale[nearest] / TIME_STEP_S).astype(np.int32).tolist()
+    return frames, [times[start : start + pack] for start in range(0, len(times), pack)]
+
+
+def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
+    """Open a video for a sample; its frames are decoded when asked for.
+
+    Args:
+        value: A path to a film, a folder of frame images, or a list of frame images.
+        options: How files are found and opened.
+        rules: How frames are chosen.
+
+    Returns:
+        The picture.
+
+    Raises:
+        RowError: When it can't be read.
+    """
+    if _is_frames(value, options):
+        sources = _frame_sources(value, options)
+        chosen, packs = choose_frames(len(sources), rules.fps, rules)
+        files = [ImageFile(sources[index], options) for index in chosen]
+        return Picture(
+            "video",
+            tuple(file.size for file in files),
+            lambda: (file.decode() for file in files),
+            _as_packs(packs),
+        )
+    path = check_file(_path(value), options.folder, "video")
+    count, fps, size = _probe(path)
+    chosen, packs = choose_frames(count, fps, rules)
+    return Picture("video", (size,) * len(chosen), lambda: _decode(path, chosen), _as_packs(packs))
+
+
+def _as_packs(packs: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if packs is None else tuple(tuple(pack) for pack in packs)
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(
+            "media", f"a video is {value!r:.80}, expected a path or a list of frames. Fix the row."
+        )
+    return value
+
+
+def _is_frames(value: Any, options: ImageOptions) -> bool:
+    return isinstance(value, (list, tuple)) or find_file(_path(value), options.folder).is_dir()
+
+
+def _frame_sources(value: Any, options: ImageOptions) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        frames = list(value)
+    else:
+        folder = find_file(value, options.folder)
+        frames = [str(path) for path in sorted(folder.iterdir(), key=_frame_number) if _is_frame(path)]
+    if not frames:
+        raise RowError(
+            "video", f"video {value!r:.160} has no frames, expected images in it. Add them, or fix the path."
+        )
+    return frames
+
+
+def _is_frame(path: Path) -> bool:
+    return path.suffix.lower() in _FRAME_NAMES
+
+
+def _frame_number(path: Path) -> tuple[int, str]:
+    """Sorts frame2.jpg in front of frame10.jpg."""
+    digits = "".join(character for character in path.stem if character.isdigit())
+    return int(digits or 0), path.name
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise RowError(
+            "video", "videos need the package 'av' (PyAV), which is not installed. Run: pip install av"
+        ) from error
+    return av
+
+
+def _probe(path: Path) -> tuple[int, float, tuple[int, int]]:
+    """Number of frames, frames per second, and (width, height)."""
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            rate = stream.average_rate or stream.guessed_rate
+            found = count, float(rate or 0), (stream.codec_context.width, stream.codec_context.height)
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:
+        raise RowError(
+            "video", f"video {str(path)!r} can't be read ({error}), expected a film. Replace it."
+        ) from error
+    if not (found[0] and found[1] and all(found[2])):
+        raise RowError(
+            "video", f"video {str(path)!r} has no frames or no frame rate, expected a film. Replace it."
+        )
+    return found
+
+
+def _decode(path: Path, chosen: Sequence[int]) -> Iterator[Image.Image]:
+    av = _av()
+    wanted = iter(chosen)
+    target = next(wanted, None)
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(video=0)):
+                while target == number:
+                    yield frame.to_image()
+                    target = next(wanted, None)
+                if target is None:
+                    return
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise RowError("video", f"video {str(path)!r} can't be decoded ({error}). Replace it.") from error
+    raise RowError(
+        "video", f"video {str(path)!r} ends before frame {target}, as its header counts them. Save it again."
+    )

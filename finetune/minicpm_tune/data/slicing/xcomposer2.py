@@ -1,0 +1,177 @@
+"""An image -> what InternLM-XComposer2 sees of it: one square (7b, vl-7b), or tiles (4khd). No torch model.
+
+7b and vl-7b see every image as a square, its aspect not kept. 4khd scales it so that whole tiles of 336 pixels
+cover it with little white beside it; the tiles' number is limited by ``hd_num``.
+
+Source: the released preprocessing of 7b and vl-7b; for 4khd ports and documentation of it, which is weaker
+evidence. Held against its sizes and pixels by ``tests/test_xcomposer2_data.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from minicpm_tune.checkpoints.xcomposer2_image_settings import PATCH
+from minicpm_tune.data.placeholders import PlaceholderStyle
+from minicpm_tune.data.slicing.adaptive import Bands, Grid, Layout, Size, checked_size, split_bands
+
+WHITE = (255, 255, 255)
+
+
+def tile_tokens(size: tuple[int, int], side: int) -> int:
+    """Tokens of an image of (rows, columns) patches that is a whole number of tiles.
+
+    h x w tiles of side x side patches and the global view give a token for every 2 x 2 patches; a separator
+    ends each row of tokens, and one stands between the views.
+
+    Args:
+        size: (rows, columns) of the image, in patches.
+        side: Patches on a tile's side; even.
+
+    Example:
+        >>> tile_tokens((48, 48), 24)
+        757
+    """
+    high, wide, tokens = size[0] // side, size[1] // side, side // 2
+    return (high * wide + 1) * tokens**2 + 1 + (high + 1) * tokens
+
+
+def encoded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """What the tower gives for an image of (rows, columns) patches, as (crops, features of a crop)."""
+    return 1 + (size[0] // side) * (size[1] // side), side * side
+
+
+@dataclass(frozen=True)
+class TileStyle(PlaceholderStyle):
+    """4khd's placeholder: nothing but its tokens.
+
+    Attributes:
+        side: Patches on a tile's side.
+    """
+
+    side: int = 24
+
+    def token_count(self, size: tuple[int, int]) -> int:
+        """Number of pad tokens for an image of (rows, columns) patches."""
+        return tile_tokens(size, self.side)
+
+
+@dataclass(frozen=True)
+class SquareRules:
+    """The rule of 7b and vl-7b: one square.
+
+    Attributes:
+        side: Its side, in patches.
+        patch_size: Side of a patch, in pixels.
+
+    Example:
+        >>> SquareRules(35).layout(1200, 500).tgt_sizes
+        [(35, 35)]
+    """
+
+    side: int
+    patch_size: int = PATCH
+
+    @property
+    def max_slice_nums(self) -> int:
+        """Images are never cut."""
+        return 1
+
+    def layout(self, width: int, height: int) -> Layout:
+        """The same for every image; ``RowError`` where a side is below 1."""
+        checked_size(width, height)
+        pixels = self.side * self.patch_size
+        return Layout(Size(pixels, pixels), None, None, self.patch_size)
+
+    def limited(self, max_slice_nums: int) -> SquareRules:
+        """The same rule: there is nothing to limit."""
+        return self
+
+
+@dataclass(frozen=True)
+class TileLayout(Layout):
+    """An image as whole tiles, stored as one slice; the model cuts it and makes the global view.
+
+    Attributes:
+        inner: Size of the image inside the white, in pixels.
+    """
+
+    inner: Size | None = None
+
+    @property
+    def tgt_sizes(self) -> list[tuple[int, int]]:
+        """(rows, columns) in patches of the whole tiled image."""
+        assert self.refined is not None
+        return [(self.refined.height // self.patch_size, self.refined.width // self.patch_size)]
+
+    @property
+    def encoded_sizes(self) -> list[tuple[int, int]]:
+        """Features of the tower: those of the global view besides those of the tiles."""
+        return [encoded_size(size, self.overview.height // self.patch_size) for size in self.tgt_sizes]
+
+    def slices(self, image: Image.Image) -> Iterator[Bands]:
+        """The resized image on white. Portraits are worked on lying on their side, as the released code does."""
+        inner, full = self.inner, self.refined
+        assert inner is not None, self
+        assert full is not None, self
+        portrait = image.width < image.height
+        if portrait:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+            inner, full = Size(inner.height, inner.width), Size(full.height, full.width)
+        canvas = Image.new("RGB", (full.width, full.height), WHITE)
+        resized = image.resize((inner.width, inner.height), Image.Resampling.BILINEAR)
+        canvas.paste(resized, ((full.width - inner.width) // 2, (full.height - inner.height) // 2))
+        if portrait:
+            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
+        yield split_bands(canvas)
+
+
+@dataclass(frozen=True)
+class TileRules:
+    """The rule of 4khd.
+
+    Attributes:
+        side: Side of a tile, in patches.
+        max_slice_nums: ``hd_num``, the most tiles; the global view is not counted.
+        patch_size: Side of a patch, in pixels.
+
+    Example:
+        >>> TileRules(24, max_slice_nums=16).layout(640, 480).tgt_sizes
+        [(72, 96)]
+    """
+
+    side: int
+    max_slice_nums: int
+    patch_size: int = PATCH
+
+    def layout(self, width: int, height: int) -> TileLayout:
+        """Choose the scale: the most tiles across the longer side with which all tiles stay within the limit."""
+        checked_size(width, height)
+        long, short = max(width, height), min(width, height)
+        across = _tiles_across(long / short, self.max_slice_nums)
+        tile = self.side * self.patch_size
+        inner_short = max(int(across * tile / (long / short)), 1)
+        down = math.ceil(inner_short / tile)
+        inner, full = Size(across * tile, inner_short), Size(across * tile, down * tile)
+        grid = Grid(columns=across, rows=down)
+        if width < height:
+            inner, full = Size(inner.height, inner.width), Size(full.height, full.width)
+            grid = Grid(columns=down, rows=across)
+        return TileLayout(Size(tile, tile), grid, full, self.patch_size, inner)
+
+    def limited(self, max_slice_nums: int) -> TileRules:
+        """The same rule with another limit of tiles."""
+        return replace(self, max_slice_nums=max_slice_nums)
+
+
+def _tiles_across(ratio: float, limit: int) -> int:
+    """The largest number of tiles across, counted up from 1, that keeps within the limit."""
+    across = 1
+    while (across + 1) * np.ceil((across + 1) / ratio) <= limit:
+        across += 1
+    return across

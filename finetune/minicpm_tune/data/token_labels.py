@@ -1,0 +1,154 @@
+"""Pieces of a prompt -> token ids and labels.
+
+The whole text is encoded once; labels and image bounds follow from character positions. Encoding
+segment by segment would change the tokens at every seam. Shapes: T is the length in tokens, P the number of
+slices that have a placeholder.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerFast
+
+from minicpm_tune.data.placeholders import Placeholder
+from minicpm_tune.data.prompts import Piece
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+        input_ids: Token ids, ``[T]``.
+        labels: The token's id where it is supervised, else -100; not shifted, ``[T]``.
+        image_bound: [start, end) in tokens of every slice's run of pad tokens, ``[P]``.
+        media_spans: [start, end) in tokens of every medium's whole placeholder.
+        slices: Number of slices of every medium.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_bound: list[tuple[int, int]] = field(default_factory=list)
+    media_spans: list[tuple[int, int]] = field(default_factory=list)
+    slices: list[int] = field(default_factory=list)
+
+    @property
+    def supervised(self) -> int:
+        """Number of supervised tokens; the first token of a text can't be predicted and doesn't count."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def encode_pieces(
+    pieces: Sequence[Piece], placeholders: Sequence[Placeholder], tokenizer: PreTrainedTokenizerFast
+) -> Encoded:
+    """Encode a prompt and say which of its tokens are supervised.
+
+    Args:
+        pieces: What ``PromptWriter`` wrote.
+        placeholders: The placeholder of each medium, by ``Media.index``.
+        tokenizer: The checkpoint's tokenizer.
+
+    Returns:
+        The tokens, labels and bounds.
+    """
+    text, learned, runs, media, cut = _joined(pieces, placeholders)
+    ids, spans = _encode_text(tokenizer, text, cut)
+    starts = [start for start, _ in spans]
+    labels = [IGNORE_INDEX] * len(ids)
+    for begin, stop in learned:
+        index = bisect_left(starts, begin)
+        while index < len(ids) and spans[index][0] < stop:
+            labels[index] = ids[index]
+            index += 1
+    bounds = []
+    for begin, stop, pad_length in runs:
+        first = bisect_left(starts, begin)
+        last = first + (stop - begin) // pad_length
+        assert len(set(ids[first:last])) == 1, (begin, stop, ids[first:last])
+        bounds.append((first, last))
+    media_spans = [(bisect_left(starts, begin), bisect_left(starts, stop)) for begin, stop, _ in media]
+    return Encoded(ids, labels, bounds, media_spans, [count for _, _, count in media])
+
+
+def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
+    """Join the pieces: the text, and in its characters what is learned, the runs, the media and the cut."""
+    parts: list[str] = []
+    learned: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, int]] = []
+    media: list[tuple[int, int, int]] = []
+    cut = None
+    length = 0
+    for piece in pieces:
+        text = piece.text
+        if piece.answer_start:
+            cut = length
+        if piece.media is not None:
+            placeholder = placeholders[piece.media.index]
+            text = placeholder.text
+            runs += [(length + a, length + b, placeholder.pad_length) for a, b in placeholder.runs]
+            media.append((length, length + len(text), len(placeholder.runs)))
+        elif piece.learn:
+            learned.append((length, length + len(text)))
+        parts.append(text)
+        length += len(text)
+    return "".join(parts), learned, runs, media, cut
+
+
+def _encode_text(
+    tokenizer: PreTrainedTokenizerFast, text: str, cut: int | None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode the text; the tokens up to ``cut`` are those of the text up to there alone.
+
+    Only an answer that starts with white space can grow together with the prompt in front of it; then the two
+    are encoded apart.
+    """
+    if cut is None or not text[cut : cut + 1].isspace():
+        encoding = tokenizer(text, return_offsets_mapping=True)
+        return encoding["input_ids"], encoding["offset_mapping"]
+    prompt = tokenizer(text[:cut], return_offsets_mapping=True)
+    ids, spans = _encode_continuation(tokenizer, text[cut:])
+    shifted = [(start + cut, end + cut) for start, end in spans]
+    return prompt["input_ids"] + ids, prompt["offset_mapping"] + shifted
+
+
+def _encode_continuation(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a text that does not start a sequence: behind a letter that is then taken off."""
+    guard = "a"
+    encoding = tokenizer(guard + text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = encoding["offset_mapping"]
+    first = next(index for index, (start, _) in enumerate(spans) if start >= len(guard))
+    assert all(end <= len(guard) for _, end in spans[:first]), (text[:20], spans[: first + 1])
+    return encoding["input_ids"][first:], [(start - 1, end - 1) for start, end in spans[first:]]
+
+
+def truncate(encoded: Encoded, limit: int) -> Encoded:
+    """Cut at ``limit`` tokens, or in front of the image or video that the limit falls into.
+
+    Args:
+        encoded: The conversation.
+        limit: Longest sequence, in tokens.
+
+    Returns:
+        The conversation, at most ``limit`` tokens long; every image in it is whole.
+    """
+    if len(encoded.input_ids) <= limit:
+        return encoded
+    for start, end in encoded.media_spans:
+        if start < limit < end:
+            limit = start
+    kept = sum(end <= limit for _, end in encoded.media_spans)
+    bounds = sum(encoded.slices[:kept])
+    return Encoded(
+        encoded.input_ids[:limit],
+        encoded.labels[:limit],
+        encoded.image_bound[:bounds],
+        encoded.media_spans[:kept],
+        encoded.slices[:kept],
+    )

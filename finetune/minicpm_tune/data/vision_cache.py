@@ -1,0 +1,248 @@
+"""``--cache_vision_features``: the vision tower's output, kept on disk and computed once per image.
+
+What is kept is the output of the frozen tower, in front of the resampler (4.6 and 4.7: the merger): that
+part usually trains, and costs little beside the tower. An entry is a safetensors file with all slices of
+one image. Its name is a digest of everything it depends on:
+
+- the image file's bytes, and whether its EXIF orientation is applied;
+- how it is resized and cut (sizes, grid, Pillow's version);
+- the tower: values of its weights in the checkpoint's files, its configuration, the precision.
+
+So an entry is never wrong, only unused: nothing has to be emptied when images or checkpoints change.
+Frames of videos are not kept. Letters: C width of the tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.weight_files import weight_files
+from minicpm_tune.data.files.index_cache import replacing
+from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.slicing.adaptive import Layout
+from minicpm_tune.errors import UserError
+from minicpm_tune.models.parameter_parts import plain_name
+from minicpm_tune.models.tower_features import PictureFeatures, SliceSources
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when tower, slicing or the form of an entry change what an entry holds
+_WAITING = 64  # pictures that may wait to be written before training waits for the disk
+# What of config.json decides the tower's output.
+_CONFIG_KEYS = (
+    "vision_config", "vision_encoder", "drop_vision_last_layer", "downsample_mode", "version", "model_type",
+    "insert_layer_id",
+)  # fmt: skip
+
+
+class VisionCacheError(UserError):
+    """A run whose vision features can't be kept; the message says why."""
+
+
+@dataclass(frozen=True)
+class VisionCache:
+    """The entries of one tower.
+
+    Attributes:
+        folder: Where they are; different towers have different folders.
+        patches_per_token: Patches that the tower joins to one feature token.
+        whole_samples: Whether a slice's features depend on the other slices of its sample, as in 2.5.
+    """
+
+    folder: Path
+    patches_per_token: int = 1
+    whole_samples: bool = False
+
+    def pictures(
+        self, pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]
+    ) -> list[PictureFeatures]:
+        """Look a sample's pictures up.
+
+        Args:
+            pictures: The sample's pictures.
+            layouts: How their frames are cut.
+        """
+        grids = [[grid for layout in frames for grid in layout.encoded_sizes] for frames in layouts]
+        longest = max((rows * columns for sizes in grids for rows, columns in sizes), default=0)
+        context = f"{longest}" if self.whole_samples else ""
+        keys = [
+            None if picture.digest is None else _key(picture.digest(), frames, context)
+            for picture, frames in zip(pictures, layouts, strict=True)
+        ]
+        found = [
+            None if key is None else self.read(key, sum(rows * columns for rows, columns in sizes))
+            for key, sizes in zip(keys, grids, strict=True)
+        ]
+        if self.whole_samples and any(features is None for features in found):
+            found = [None] * len(found)
+        entries = zip(grids, keys, found, strict=True)
+        return [PictureFeatures(len(sizes), key, features) for sizes, key, features in entries]
+
+    def read(self, key: str, patches: int) -> Tensor | None:
+        """[tokens, C] of a picture with so many patches; None when there is no whole entry."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            features = load_file(path)["features"]
+        except (OSError, SafetensorError, KeyError):  # cut short by a full disk or a power failure
+            return None
+        return features if features.shape[0] * self.patches_per_token == patches else None
+
+    def write(self, key: str, features: Tensor) -> None:
+        """Keep an entry; several processes may write the same one at once."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(save({"features": features}))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _key(content: bytes, frames: tuple[Layout, ...], context: str) -> str:
+    cut = "|".join(repr(layout) for layout in frames)
+    text = f"{_FORMAT}|{PIL.__version__}|{cut}|{context}|"
+    return hashlib.blake2b(text.encode() + content, digest_size=16).hexdigest()
+
+
+class FeatureWriter:
+    """Writes the tower's output beside the training, in a thread of its own.
+
+    Args:
+        cache: Where it is kept.
+    """
+
+    def __init__(self, cache: VisionCache) -> None:
+        self.cache = cache
+        self._queue: queue.Queue[tuple[str, Tensor, Any] | None] = queue.Queue(maxsize=_WAITING)
+        self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def keep(self, sources: SliceSources | None) -> None:
+        """Keep what a forward found."""
+        if sources is None or self._failed:
+            return
+        for (key, _), features in zip(sources.keys, sources.found, strict=False):
+            if key is not None:
+                self._put(key, features)
+        sources.found = []
+
+    def _put(self, key: str, features: Tensor) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_all, name="vision features", daemon=True)
+            self._thread.start()
+        event = None
+        if features.is_cuda:
+            # Copied while the step goes on; the thread waits for the copy, training does not.
+            target = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            features = target.copy_(features, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.put((key, features, event))
+
+    def _write_all(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            key, features, event = entry
+            if event is not None:
+                event.synchronize()
+            if self._failed:
+                continue
+            try:
+                self.cache.write(key, features)
+            except OSError as error:
+                self._failed = True
+                logger.warning(
+                    "--cache_vision_features: %s can't be written to (%s). Training goes on; images that are not "
+                    "there yet are computed each time.",
+                    self.cache.folder,
+                    error,
+                )
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+def open_cache(
+    folder: str | Path, checkpoint: Path, generation: Generation, *, precision: str
+) -> VisionCache:
+    """Find or make the entries' folder of a checkpoint's tower.
+
+    Args:
+        folder: What ``--cache_vision_features`` was given.
+        checkpoint: The folder of the model.
+        generation: Its generation.
+        precision: Everything that decides in which precision the tower computes.
+
+    Raises:
+        VisionCacheError: When the folder can't be written to.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.blake2b(f"{generation.name}|{precision}|{_FORMAT}".encode(), digest_size=16)
+    digest.update(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}, sort_keys=True).encode())
+    for name, values in sorted(_tower_tensors(checkpoint, generation), key=lambda item: item[0]):
+        digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    own = Path(folder).expanduser() / f"{generation.name}-{digest.hexdigest()}"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        with replacing(own / "writable"):
+            pass
+    except OSError as error:
+        raise VisionCacheError(
+            f"--cache_vision_features {folder}: can't be written to ({error}). Give a folder that can."
+        ) from error
+    merges = generation.native and config.get("downsample_mode", "16x") != "4x"
+    return VisionCache(own, 4 if merges else 1, generation.positions == "one_row")
+
+
+def _tower_tensors(checkpoint: Path, generation: Generation) -> Iterator[tuple[str, Tensor]]:
+    prefixes = tuple(f"{name}." for name in generation.modules["vision"])
+    for path in weight_files(checkpoint):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name.startswith(prefixes):
+                        yield name, file.get_tensor(name)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, values) for name, values in content.items() if name.startswith(prefixes))
+
+
+def check_tower_is_frozen(model: nn.Module, generation: Generation) -> None:
+    """See that the tower computes what the checkpoint's files say, throughout the run.
+
+    Raises:
+        VisionCacheError: When it trains, has adapters, or was replaced by an adapter's own.
+    """
+    prefixes = tuple(f"{name}." for name in generation.modules["vision"])
+    for name, parameter in model.named_parameters():
+        if not plain_name(name).startswith(prefixes):
+            continue
+        changed = "lora_" in name or "modules_to_save." in name
+        if parameter.requires_grad or changed:
+            raise VisionCacheError(
+                f"--cache_vision_features: the vision tower has {'an adapter' if changed else 'trained weights'} "
+                f"({name}), expected the checkpoint's own, frozen: features kept from one step would be wrong in "
+                "the next. Leave the tower out of --lora_target_modules and --lora_modules_to_save, with "
+                "--tune_vision false, or leave --cache_vision_features out."
+            )

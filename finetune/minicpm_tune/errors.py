@@ -1,0 +1,38 @@
+"""The two errors of the data side: for one row, and for a file or a whole data set."""
+
+from __future__ import annotations
+
+OVER_LONG = "over-long"
+_BEGINNING, _END = 3000, 1000  # characters of a message that are shown when a row's value has made it longer
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one message, without a traceback.
+
+    Its text says where, what was found, what was expected and what to do.
+    """
+
+
+class RowError(UserError):
+    """A row that can't be used.
+
+    Attributes:
+        kind: A short name of the problem, the same for all rows with it; reports count by it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        if len(message) > _BEGINNING + _END:
+            message = f"{message[:_BEGINNING]} ... {message[-_END:]}"
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # so that it survives the way out of a worker process
+        return type(self), (self.kind, str(self))
+
+
+class DroppedRowError(RowError):
+    """A row that the user asked to leave out (``--overlength drop``)."""
+
+
+class DataError(UserError):
+    """A data file, or rows of it, that can't be trained on."""

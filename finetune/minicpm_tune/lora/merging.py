@@ -1,0 +1,216 @@
+"""An adapter's weights added into those of its base model, and the proof that nothing else changed.
+
+Letters: T tokens of the probe prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minicpm_tune.checkpoints.weight_files import tensor_names
+from minicpm_tune.data.samples import Processing
+from minicpm_tune.data.turns import Media, Turn
+from minicpm_tune.errors import UserError
+
+PROBE_QUESTION = "\nWhat is in the image?"
+PROBE_SIZE = (640, 400)  # in pixels; every generation cuts it into slices
+# A merge that moves logits by more of their largest value than this went wrong; bf16 rounding of an
+# 8B model's weights moves them by about 1 %.
+LARGEST_CHANGE = 0.1
+
+
+class MergeError(UserError):
+    """An adapter that can't be merged; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What an adapter and its merge did to the logits of the probe prompt.
+
+    Attributes:
+        tokens: T.
+        largest: Largest logit, by its absolute value, with the adapter.
+        adapter_change: Largest change from the base model to the adapter.
+        merge_change: Largest change from the adapter to the merged model; rounding.
+        same_top: At how many of the T positions the most likely token stayed the same in the merge.
+    """
+
+    tokens: int
+    largest: float
+    adapter_change: float
+    merge_change: float
+    same_top: int
+
+    def __str__(self) -> str:
+        return (
+            f"probe of {self.tokens} tokens, largest logit {self.largest:.3g}: the adapter changes logits "
+            f"by up to {self.adapter_change:.3g}, merging it by up to {self.merge_change:.3g}; the most "
+            f"likely token is the same at {self.same_top} of {self.tokens} positions."
+        )
+
+
+def probe_logits(model: Any, processing: Processing) -> Tensor:
+    """Logits of a fixed prompt with a picture that is cut into slices, [T, V] fp32 on the CPU."""
+    wide, high = PROBE_SIZE
+    across, down = np.meshgrid(np.linspace(0, 255, wide), np.linspace(0, 255, high))
+    picture = Image.fromarray(np.stack([across, down, (across + down) / 2], axis=-1).astype(np.uint8))
+    turns = [Turn("user", (Media("image", 0), PROBE_QUESTION))]
+    sample = processing.encode_prompt(turns, [picture])
+    bound = sample["image_bound"]
+    with torch.no_grad():
+        output = model(
+            input_ids=sample["input_ids"][None].to(model.device),
+            pixel_values=sample["pixel_values"].to(model.device),
+            tgt_sizes=sample["tgt_sizes"],
+            image_bound=torch.cat([torch.zeros((len(bound), 1), dtype=torch.int64), bound], dim=1),
+        )
+    return output.logits[0].float().cpu()
+
+
+def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, ProbeReport]:
+    """Merge a model's adapter, and compare the probe's logits before and after.
+
+    Every layer is merged in fp32 and rounded once to the precision that it is held in.
+
+    Args:
+        model: The base model with its adapter.
+        processing: The checkpoint's ``Processing``.
+
+    Returns:
+        The base model with the adapter in its weights, and what the probe said.
+
+    Raises:
+        MergeError: When the logits changed by more than rounding can.
+    """
+    with model.disable_adapter():
+        base = probe_logits(model, processing)
+    before = probe_logits(model, processing)
+    if model.active_peft_config.layer_replication:
+        _give_layers_their_own_weights(_llm_layers(model.get_base_model()))
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        with _in_fp32(layer.get_base_layer()):
+            layer.merge(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged = model.merge_and_unload()
+    merged.requires_grad_(False)
+    _settle_configuration(merged)
+    after = probe_logits(merged, processing)
+    report = ProbeReport(
+        tokens=len(after),
+        largest=before.abs().max().item(),
+        adapter_change=(before - base).abs().max().item(),
+        merge_change=(after - before).abs().max().item(),
+        same_top=int((after.argmax(-1) == before.argmax(-1)).sum()),
+    )
+    if not report.merge_change <= LARGEST_CHANGE * report.largest:
+        raise MergeError(
+            f"merging changed the model: {report} Expected at most {LARGEST_CHANGE:.0%} of the largest "
+            "logit. Merge in a higher precision with --dtype fp32."
+        )
+    return merged, report
+
+
+@contextmanager
+def _in_fp32(layer: nn.Module) -> Iterator[None]:
+    held = {name: value.dtype for name, value in layer.named_parameters(recurse=False)}
+    for value in layer.parameters(recurse=False):
+        value.data = value.data.float()
+    try:
+        yield
+    finally:
+        for name, value in layer.named_parameters(recurse=False):
+            value.data = value.data.to(held[name])
+
+
+def _give_layers_their_own_weights(layers: nn.ModuleList) -> None:
+    """Undo the sharing of layer replication, or a shared weight would get the adapters of all its copies.
+
+    PEFT means to refuse that case, and looks in the wrong place (0.21).
+    """
+    seen: set[int] = set()
+    for module in layers.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if id(value) in seen:
+                setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
+            seen.add(id(value))
+
+
+def _llm_layers(model: Any) -> nn.ModuleList:
+    return getattr(model, "llm", model).model.layers
+
+
+def _settle_configuration(model: PreTrainedModel) -> None:
+    """Let the configuration say what the merge made: a taller LLM, an output layer of its own."""
+    inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    text = model.config.get_text_config()
+    untied = bool(text.tie_word_embeddings or model.config.tie_word_embeddings) and inner is not outer
+    for config in (model.config, text) if untied else ():
+        config.tie_word_embeddings = False
+    released = getattr(model.config, "released", None)
+    if released is None:
+        return
+    if untied:
+        released["tie_word_embeddings"] = False
+    layers = len(_llm_layers(model))
+    if layers != released["num_hidden_layers"]:
+        released["num_hidden_layers"] = text.num_hidden_layers = layers
+
+
+def check_saved(saved: Path, base: Path, *, taller: bool) -> None:
+    """See that the files hold the same tensors as the base's, by name.
+
+    Args:
+        saved: The merged model's folder.
+        base: The base model's folder, in full precision.
+        taller: Whether layer replication added layers.
+
+    Raises:
+        MergeError: When tensors are missing or new.
+    """
+    found, expected = tensor_names(saved), tensor_names(base)
+    missing = sorted(expected - found)
+    new = sorted(name for name in found - expected if not taller and "lm_head" not in name)
+    if missing or new:
+        raise MergeError(
+            f"{saved}: {len(missing)} tensors of the base model are missing and {len(new)} are new (the "
+            f"first is {[*missing, *new][0]}), expected the same names. Please report this with the "
+            "adapter's configuration."
+        )
+
+
+def to_bin_files(folder: Path) -> None:
+    """Turn a saved model's safetensors files into ``pytorch_model*.bin``, one file at a time.
+
+    Args:
+        folder: What ``save_pretrained`` wrote; its index, if there is one, is rewritten too.
+    """
+    for path in sorted(folder.glob("model*.safetensors")):
+        torch.save(load_file(path), folder / _bin_name(path.name))
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {name: _bin_name(file) for name, file in content["weight_map"].items()}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / "pytorch_model.bin.index.json").write_text(text, encoding="utf-8")
+        index.unlink()
+
+
+def _bin_name(name: str) -> str:
+    return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")

@@ -1,0 +1,217 @@
+"""Weights in 4 or 8 bit through bitsandbytes: the frozen language model of QLoRA.
+
+Only the linear layers of the LLM's blocks are quantised. Vision tower, resampler, embeddings, output
+layer and norms stay as they are: they are a fifth of an 8B model's weights, most of them can train, and
+an error in them reaches every token. A checkpoint that is stored quantised keeps what its files hold.
+
+Source: "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:2305.14314): 4-bit NormalFloat with
+double quantisation; "LLM.int8()" (arXiv:2208.07339) for 8 bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.quantized_files import Quantization, QuantizationError, stored_quantization
+from minicpm_tune.checkpoints.weight_files import tensor_names
+from minicpm_tune.models.parameter_parts import PARTS, parameter_count, part_of
+
+logger = logging.getLogger(__name__)
+
+_MEBIBYTE = 2**20
+_OTHER_OUTPUT = "output"  # the output layer's name where it isn't lm_head
+# What transformers leaves on a model that it quantised.
+_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def loading_quantization(
+    folder: Path, generation: Generation, *, bits: int | None, compute_dtype: torch.dtype
+) -> Quantization | None:
+    """Say how a checkpoint's weights are held when loaded: as stored, or quantised as asked for.
+
+    Args:
+        folder: The checkpoint.
+        generation: Its generation.
+        bits: 4 or 8; None: as the files have them.
+        compute_dtype: What the run computes in.
+
+    Returns:
+        None for full precision.
+
+    Raises:
+        QuantizationError: When the files hold another method, or another number of bits.
+    """
+    stored = stored_quantization(folder, compute_dtype=compute_dtype)
+    if stored is None:
+        return None if bits is None else _new_quantization(folder, generation, bits, compute_dtype)
+    if bits not in (None, stored.bits):
+        raise QuantizationError(
+            f"{folder}: found weights stored in {stored.bits} bit, expected {bits} bit or full precision "
+            "(which is quantised while loading). Give one of these checkpoints."
+        )
+    return stored
+
+
+def _new_quantization(
+    folder: Path, generation: Generation, bits: int, compute_dtype: torch.dtype
+) -> Quantization:
+    """Quantise the LLM's blocks: everything else is named as exact, in names that the released class knows.
+
+    Besides vision and resampler these are o-2.6's speech parts, which are in the files and not run here.
+    """
+    if generation.native or generation.family == "xcomposer2":
+        exact = {module for part in ("vision", "resampler") for module in generation.modules[part]}
+    else:
+        exact = {name.partition(".")[0] for name in tensor_names(folder)} - {"llm"}
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute_dtype,
+        }
+    output = _OTHER_OUTPUT if _OTHER_OUTPUT in generation.modules["llm"] else "lm_head"
+    skipped = [*sorted(exact), *generation.exact, output]
+    return Quantization(bits, BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped))
+
+
+def loading_arguments(quantization: Quantization | None, config: PreTrainedConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` must be given; a stored quantisation is read from ``config`` instead."""
+    if quantization is None:
+        return {}
+    if quantization.stored:
+        config.quantization_config = quantization.settings.to_dict()
+        return {}
+    return {"quantization_config": quantization.settings}
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
+    """Name -> module of every layer whose weight is held in 4 or 8 bit."""
+    return {name: module for name, module in model.named_modules() if _is_quantised(module)}
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    # By name: a run in full precision does not need bitsandbytes, nor its import.
+    kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("bitsandbytes.")]
+    return "Linear4bit" in kinds or "Linear8bitLt" in kinds
+
+
+def finish_loading(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> None:
+    """Make a freshly loaded quantised model fit for training, and log what it takes.
+
+    What PEFT's ``prepare_model_for_kbit_training`` does besides freezing is left out. It would hold every
+    exact weight in fp32, 2.9 GiB more for MiniCPM-V 2.6, where norms compute in fp32 anyway and what trains
+    gets its fp32 masters elsewhere; gradients come no nearer to those of an fp32 run (relative distance
+    0.117, without it 0.112; small V-2.6, bf16). Inputs that require gradients are for reentrant
+    checkpointing only.
+
+    Args:
+        model: As ``from_pretrained`` gave it.
+        generation: Its generation.
+        dtype: What the weights would be held in without quantisation.
+    """
+    for parameter in model.parameters():
+        # Beside stored quantised weights transformers 5.23 leaves exact ones in the files' dtype.
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+    for module in quantized_modules(model).values():
+        # On a CPU with AVX512_BF16 an evaluation would repack 4-bit weights for a kernel without a
+        # backward, and training steps after it fail or get wrong gradients (bitsandbytes 0.50).
+        module.support_avx512bf16_for_cpu = False
+    logger.info("Quantised weights:\n%s", memory_table(model, generation, dtype))
+    if is_deepspeed_zero3_enabled():
+        logger.info(
+            "ZeRO-3 with quantised weights: every process loads the whole model (%.1f MiB) before the "
+            "weights are divided, because bitsandbytes' layers can't be made in parts.",
+            bytes_by_part(model, generation).total() / _MEBIBYTE,
+        )
+
+
+def bytes_by_part(model: nn.Module, generation: Generation) -> Counter[str]:
+    """Bytes that each part's weights take as they are stored, scales of quantised ones included."""
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        tensors = [parameter, *_scales(parameter)]
+        found[part_of(name, generation)] += sum(tensor.nbytes for tensor in tensors)
+    for name, module in quantized_modules(model).items():
+        # After its first forward an 8-bit layer holds the scales itself.
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        found[part_of(f"{name}.weight", generation)] += 0 if scales is None else scales.nbytes
+    return found
+
+
+def _scales(parameter: Any) -> Iterator[Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (state.absmax, state.code)
+        state = state.state2
+    if getattr(parameter, "SCB", None) is not None:
+        yield parameter.SCB
+
+
+def memory_table(model: nn.Module, generation: Generation, dtype: torch.dtype) -> str:
+    """The weights' memory before and after quantisation by part, as a table for the log."""
+    after = bytes_by_part(model, generation)
+    before: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        before[part_of(name, generation)] += parameter_count(parameter) * dtype.itemsize
+    rows = [(part, before[part], after[part]) for part in PARTS if before[part]]
+    rows.append(("total", before.total(), after.total()))
+    lines = [f"{'part':<12}{'MiB before':>14}{'MiB after':>14}"]
+    lines += [f"{part:<12}{old / _MEBIBYTE:>14,.1f}{new / _MEBIBYTE:>14,.1f}" for part, old, new in rows]
+    return "\n".join(lines)
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Turn every quantised layer into an ordinary one with the values that it computed with.
+
+    A QLoRA adapter was trained on these values. Call it before an adapter is put on.
+
+    Args:
+        model: A quantised model without adapters; changed in place.
+        dtype: What the values are held in.
+
+    Returns:
+        The model, which saves itself as one in full precision.
+    """
+    for name, module in quantized_modules(model).items():
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(_values(module).to(dtype), requires_grad=False)
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        model.set_submodule(name, linear.train(module.training))
+    for module in model.modules():
+        for mark in _MARKS:
+            module.__dict__.pop(mark, None)
+    model.config.__dict__.pop("quantization_config", None)
+    # What turned the stored tensors into quantised ones; saving would run it backwards.
+    if "_weight_conversions" in model.__dict__:
+        conversions: Any = model.__dict__["_weight_conversions"]
+        model.__dict__["_weight_conversions"] = [each for each in conversions if not _deserialises(each)]
+    return model
+
+
+def _deserialises(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", [])
+    return any(type(each).__module__.endswith("integrations.bitsandbytes") for each in operations)
+
+
+def _values(module: Any) -> Tensor:
+    import bitsandbytes
+
+    weight = module.weight
+    if hasattr(weight, "quant_state"):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales)

@@ -1,0 +1,290 @@
+"""MiniCPM-V from V-2 to V-4.5 as one class: vision tower, resampler, LLM.
+
+Key names, configuration and files are those of the released checkpoints; the code is ours and runs
+on current transformers. What differs between generations comes from ``generations.Generation``.
+Letters: B rows, T tokens, S slices, P placeholders, Q tokens per placeholder, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+
+from minicpm_tune.checkpoints.released_format import SavedAsReleased
+from minicpm_tune.models.attention import SliceLayout
+from minicpm_tune.models.attention_masks import masks_given, packed_mask
+from minicpm_tune.models.chat_interface import ChatMixin, GenerateMixin
+from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
+from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
+from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
+from minicpm_tune.models.tower_features import (
+    SliceSources,
+    VisionInput,
+    as_the_next_layer_rounds,
+    is_partitioned,
+    tower_features,
+)
+
+DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
+
+
+class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
+
+    Args:
+        config: Made by ``MiniCPMVConfig.from_folder`` or from a released config.json.
+    """
+
+    config_class = MiniCPMVConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
+    # o-2.6's speech parts: not run here, saved unchanged.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]  # type: ignore[misc]
+    # V-2's query positions are a fixed table; a checkpoint may leave it out.
+    _keys_to_ignore_on_load_missing: ClassVar = [r"^resampler\.pos_embed$"]  # type: ignore[misc]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar = [  # type: ignore[misc]
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "GraniteDecoderLayer",
+    ]
+
+    def __init__(self, config: MiniCPMVConfig):
+        super().__init__(config)
+        released, row = config.released, config.generation
+        config.text_config._attn_implementation = config._attn_implementation
+        self.llm = AutoModelForCausalLM.from_config(config.text_config)
+        self.llm.lm_head = as_lm_head(self.llm.lm_head)
+        drop_last = released.get("drop_vision_last_layer", True)
+        if row.vision == "timm":
+            self.vpm: TimmTower | NaViTTower = TimmTower(
+                released["vision_encoder"], drop_last_layer=drop_last
+            )
+            vision_width = self.vpm.width
+        else:
+            assert config.vision_config is not None  # None in V-2 only
+            self.vpm = NaViTTower(config.vision_config, drop_last_layer=drop_last, positions=row.positions)
+            vision_width = config.vision_config.hidden_size
+        self.resampler = Resampler(
+            queries=config.query_num,
+            width=config.hidden_size,
+            vision_width=vision_width,
+            query_positions=row.vision == "timm",
+        )
+        self.embedding_scale = released.get("scale_emb", 1)
+        # MiniCPM-2B divides the last hidden state by hidden / dim_model_base before the output layer.
+        self.output_scale = 1 / getattr(config.text_config, "logits_scaling", 1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.lm_head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Resampler):
+            initialization.normal_(module.query, std=0.02)
+            initialization.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
+            initialization.normal_(module.attn.in_proj_weight, std=module.proj.shape[0] ** -0.5)
+            initialization.zeros_(module.attn.in_proj_bias)
+            if module.pos_embed is not None:
+                side = round(module.query.shape[0] ** 0.5)
+                table = grid_table([(side, side)], module.proj.shape[0], torch.device("cpu"))
+                initialization.copy_(module.pos_embed, table)
+        elif isinstance(module, TimmTower):
+            initialization.normal_(module.pos_embed, std=0.02)
+
+    def encode_slices(
+        self,
+        vision: VisionInput,
+        grids: list[tuple[int, int]],
+        *,
+        samples: list[int],
+        packs: FramePacks | None,
+    ) -> Tensor:
+        """Run vision tower and resampler once, on all slices of the batch.
+
+        Args:
+            vision: What there is of the slices.
+            grids: [S] (rows, columns) of each slice, in patches.
+            samples: [S] the sample each slice belongs to (the 2.5 tower looks at it).
+            packs: Frames that share a placeholder (V-4.5 video); None otherwise.
+
+        Returns:
+            [P, Q, D] embeddings in the order of the placeholders.
+        """
+        layout = SliceLayout.of(grids, samples)
+        features = tower_features(self._run_tower, vision, layout, partitioned=is_partitioned(self.vpm))
+        return self.resampler(features, layout, packs)
+
+    def _run_tower(self, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
+        """[N, C] features in the layout's order; for None those of a dummy slice."""
+        if pixel_values is None:
+            layout, size = SliceLayout.of([DUMMY_GRID]), 14 * DUMMY_GRID[0] * DUMMY_GRID[1]
+            device = next(self.vpm.parameters()).device
+            pixel_values = torch.zeros((3, 14, size), dtype=torch.uint8, device=device)
+        patches = pixel_values.unflatten(-1, (-1, 14)).permute(2, 0, 1, 3).flatten(1)
+        patches = (patches.to(torch.float32) / 255 - 0.5) / 0.5
+        patches = layout.arrange(patches.to(self._stem_dtype()))
+        vision_trains = any(parameter.requires_grad for parameter in self.vpm.parameters())
+        with nullcontext() if vision_trains else torch.no_grad():
+            features = self.vpm(patches, layout)
+        return as_the_next_layer_rounds(features)
+
+    def _stem_dtype(self) -> torch.dtype:
+        return next(self.vpm.parameters()).dtype
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: Any = None,
+        position_ids: Tensor | None = None,
+        dummy: bool = False,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+    ) -> Tensor:
+        """Token embeddings with the placeholders replaced by image embeddings.
+
+        Args:
+            input_ids: [B, T] int64.
+            pixel_values: [3, 14, 14 * N] uint8, or None.
+            tgt_sizes: [S, 2] (rows, columns) in patches; tensor or array, best on the CPU.
+            image_bound: [P, 3] (row, start, end) of each run of Q placeholder tokens.
+            temporal_ids: [S, 2] (placeholder, time or -1), or None when every slice has its own.
+            position_ids: [B, T], given when rows are packed.
+            dummy: Run the vision tower on a dummy slice when the batch has no image, so that
+                every rank takes part in the same collectives and every trained parameter gets a gradient.
+            slice_sources: Which slices' features are known, see ``known_slices``.
+            known_features: Those features.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: When slices, placeholders and tokens do not fit each other.
+        """
+        embeddings = self.get_input_embeddings()(input_ids) * self.embedding_scale
+        grids = [] if tgt_sizes is None else [tuple(size) for size in tgt_sizes.tolist()]
+        if not grids:
+            if not dummy:
+                return embeddings
+            features = self.encode_slices(VisionInput(None), [DUMMY_GRID], samples=[0], packs=None)
+            return embeddings + features.sum().to(embeddings.dtype) * 0
+        bounds = image_bound.tolist()
+        packs = None if temporal_ids is None else FramePacks.of(temporal_ids)
+        placeholder_of = range(len(grids)) if packs is None else [int(p) for p in temporal_ids[:, 0].tolist()]
+        check_bounds(bounds, len(grids) if packs is None else len(packs.sizes), queries=self.config.query_num)
+        sample_of = self._samples(bounds, position_ids)
+        features = self.encode_slices(
+            VisionInput(pixel_values, slice_sources, known_features),
+            grids,
+            samples=[sample_of[index] for index in placeholder_of],
+            packs=packs,
+        )
+        starts = torch.tensor([row * input_ids.shape[1] + start for row, start, _ in bounds])
+        index = (starts[:, None] + torch.arange(self.config.query_num)).flatten()
+        index = index.to(embeddings.device, non_blocking=True)
+        flat = embeddings.flatten(0, 1).index_copy(0, index, features.flatten(0, 1).to(embeddings.dtype))
+        return flat.view_as(embeddings)
+
+    def _samples(self, bounds: list[list[int]], position_ids: Tensor | None) -> list[int]:
+        """The sample of each placeholder: its row, or its segment of a packed row.
+
+        The latter, in 2.5 alone, is the one thing that a packed step reads back from the device: in front of
+        the step's work, where little is waited for.
+        """
+        if position_ids is None or self.config.generation.positions != "one_row":
+            return [row for row, _, _ in bounds]
+        segments = (position_ids == 0).flatten().cumsum(0).view_as(position_ids).cpu()
+        return [int(segments[row, start]) for row, start, _ in bounds]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: Any = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        supervised: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MiniCPMVOutput:
+        """Give the loss (with labels) or the logits (without).
+
+        Rows are padded on the right. In a causal LLM no real token sees what stands to its right,
+        so the padding needs no mask; ``attention_mask`` is used only without labels.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 at real tokens.
+            position_ids: [B, T], restarting at 0 for each packed sample; None for unpacked rows.
+            pixel_values: See ``embed``, as the three that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            temporal_ids: See ``embed``.
+            labels: [B, T] int64, token id or -100; not shifted.
+            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            supervised: See ``places`` of ``loss.supervised_loss``.
+            slice_sources: Which slices' features are known, see ``known_slices``.
+            known_features: Those features.
+            **kwargs: Must be None or False (adapters pass their library's usual arguments).
+
+        Returns:
+            A ``MiniCPMVOutput``.
+        """
+        unknown = [
+            name for name, value in kwargs.items() if value and name not in ("return_dict", "use_cache")
+        ]
+        if unknown:
+            raise TypeError(f"MiniCPMV.forward does not know the arguments {', '.join(unknown)}.")
+        embeddings = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
+            temporal_ids=temporal_ids, position_ids=position_ids, dummy=labels is not None,
+            slice_sources=slice_sources, known_features=known_features,
+        )  # fmt: skip
+        mask = attention_mask if labels is None and position_ids is None else None
+        hidden = self._run_llm(embeddings, mask, position_ids) * self.output_scale
+        if labels is None:
+            return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
+        found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
+        return MiniCPMVOutput.of(found, num_items_in_batch)
+
+    def _run_llm(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        flash = "flash" in str(self.config._attn_implementation)
+        shape = embeddings.shape
+        if position_ids is not None and flash:
+            # The variable-length kernels take the samples of all rows as one row.
+            embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+        with masks_given(self.llm.config) if mask is None else nullcontext(False) as given:
+            if given and position_ids is not None:
+                mask = packed_mask(position_ids)
+            # use_cache=False: with a cache the isolation of packed samples is silently dropped.
+            output = self.llm.model(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state.view(shape)

@@ -1,0 +1,208 @@
+"""The vision towers: patches of all slices in, one feature vector per patch out.
+
+All slices of a batch go through a tower together, side by side in one row; attention stays inside
+a slice. Nothing is padded to the longest slice. Letters: N patches of all slices, L patches of one
+slice, C width of the tower.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from minicpm_tune.models.attention import SliceLayout, attend_within_slices
+
+PATCH = 14
+TABLE_SIDE = 70  # 980 pixels / 14: the position table of the NaViT tower is 70 x 70.
+TIMM_TABLE_SIDE = 27
+
+# V-2's config.json names its encoder and gives no sizes: (width, blocks, heads, ffn width). The
+# small one stands in tests and demo for the real one.
+TIMM_ENCODERS = {
+    "vit_so400m_patch14_siglip_384.webli": (1152, 27, 16, 4304),
+    "vit_minicpmv_tiny_test": (64, 3, 4, 239),
+}
+
+
+class PatchEmbedding(nn.Conv2d):
+    """The stem convolution, applied to patches that are cut out already.
+
+    Stride and kernel are both the patch side, so the convolution is one linear map per patch.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, 3 * 14 * 14] -> [N, C]."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+@lru_cache(maxsize=4096)
+def bucket_positions(rows: int, columns: int) -> np.ndarray:
+    """Number the patches of a rows x columns grid in the 70 x 70 position table.
+
+    A patch's row is its fraction of the height, put into one of 70 equal buckets; columns alike.
+    The arithmetic follows the released code to the bit: ``i * 70 // n`` differs for n = 25, 49, 50,
+    55, 58 and more, because the fractions and the bucket limits are both rounded to fp32.
+
+    Source: released modeling_navit_siglip.py of MiniCPM-V 2.6.
+
+    Args:
+        rows: Patches on the slice's height.
+        columns: Patches on its width.
+
+    Returns:
+        [rows * columns] int64, row-major.
+    """
+    bucket_rows, bucket_columns = _buckets(rows), _buckets(columns)
+    return (bucket_rows[:, None] * TABLE_SIDE + bucket_columns[None, :]).reshape(-1)
+
+
+@lru_cache(maxsize=1024)
+def _buckets(count: int) -> np.ndarray:
+    step = float(np.float32(1 / count))
+    fractions = (np.arange(count, dtype=np.float64) * step).astype(np.float32)
+    limits = (1 / TABLE_SIDE + np.arange(TABLE_SIDE - 1) / TABLE_SIDE).astype(np.float32)
+    # bucketize(right=True): a fraction equal to a limit belongs to the bucket above it.
+    return np.searchsorted(limits, fractions, side="right").astype(np.int64)
+
+
+@lru_cache(maxsize=4096)
+def one_row_positions(length: int) -> np.ndarray:
+    """Number a sequence of patches along one row of the table, as 2.5's released code does.
+
+    Args:
+        length: Patches of the longest slice of the sample.
+
+    Returns:
+        [length] int64, values 0 to 69.
+    """
+    return _buckets(length)
+
+
+class NaViTEmbeddings(nn.Module):
+    """Stem and position table of the NaViT tower (key names as released)."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(3, config.hidden_size, PATCH, stride=PATCH)
+        self.position_embedding = nn.Embedding(TABLE_SIDE**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """[N, 588] patches and [N] table rows -> [N, C]."""
+        return self.patch_embedding(patches) + self.position_embedding(positions)
+
+
+class NaViTTower(nn.Module):
+    """The SigLIP NaViT tower of 2.5 and later.
+
+    Args:
+        config: The checkpoint's ``vision_config``.
+        drop_last_layer: ``drop_vision_last_layer`` of the checkpoint.
+        positions: ``buckets`` or ``one_row``, see ``generations.Generation``.
+    """
+
+    def __init__(self, config: SiglipVisionConfig, *, drop_last_layer: bool, positions: str):
+        super().__init__()
+        config._attn_implementation = ATTENTION_NAME
+        self.positions = positions
+        self.embeddings = NaViTEmbeddings(config)
+        # transformers' annotation names the configuration of the whole SigLIP; its own tower gives it this one.
+        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
+        if drop_last_layer:
+            self.encoder.layers = self.encoder.layers[:-1]
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, layout: SliceLayout) -> Tensor:
+        """[N, 588] patches in the layout's order -> [N, C] features in the same order.
+
+        In 2.5 a slice shorter than the longest of its sample is filled up with zero patches, which
+        take part in attention, and the grid is seen as one long row; the released code does so (its
+        mask is indexed wrongly), and the weights were trained so. It is reproduced per sample, as
+        inference sees it, so that batching does not change a sample's features.
+        """
+        if self.positions == "one_row":
+            patches, layout, kept = layout.filled_up(patches)
+            positions = layout.positions(one_row_positions, by_length=True)
+        else:
+            kept, positions = None, layout.positions(bucket_positions)
+        hidden = self.embeddings(patches, positions.to(patches.device, non_blocking=True))
+        # The layout travels in the mask's place, the one argument that transformers hands through to
+        # the attention function; see _siglip_attention.
+        hidden = self.encoder(hidden[None], attention_mask=layout).last_hidden_state[0]
+        hidden = hidden if kept is None else hidden[kept.to(hidden.device, non_blocking=True)]
+        return self.post_layernorm(hidden)
+
+
+class TimmBlock(nn.Module):
+    """One pre-norm block with the key names of timm."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, ffn_width), "fc2": nn.Linear(ffn_width, width)})
+
+    def forward(self, hidden: Tensor, layout: SliceLayout) -> Tensor:
+        """[N, C] -> [N, C]."""
+        query, key, value = self.attn["qkv"](self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        mixed = attend_within_slices(query, key, value, lengths=layout.lengths)
+        hidden = hidden + self.attn["proj"](mixed.flatten(1))
+        return hidden + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(hidden))))
+
+
+class TimmTower(nn.Module):
+    """V-2's tower: a SigLIP ViT in timm's form whose 27 x 27 position table is resized per image."""
+
+    def __init__(self, encoder: str, *, drop_last_layer: bool):
+        super().__init__()
+        if encoder not in TIMM_ENCODERS:
+            raise ValueError(
+                f"config.json: vision_encoder is {encoder!r}, expected one of {', '.join(TIMM_ENCODERS)}."
+            )
+        width, blocks, heads, ffn_width = TIMM_ENCODERS[encoder]
+        self.width = width
+        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(3, width, PATCH, stride=PATCH)})
+        self.pos_embed = nn.Parameter(torch.zeros(1, TIMM_TABLE_SIDE**2, width))
+        self.blocks = nn.ModuleList(
+            TimmBlock(width, heads, ffn_width) for _ in range(blocks - int(drop_last_layer))
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.gradient_checkpointing = False
+
+    def forward(self, patches: Tensor, layout: SliceLayout) -> Tensor:
+        """[N, 588] patches in the layout's order -> [N, C] features in the same order."""
+        hidden = self.patch_embed["proj"](patches) + self._resized_table(layout)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                hidden = torch.utils.checkpoint.checkpoint(block, hidden, layout, use_reentrant=False)
+            else:
+                hidden = block(hidden, layout)
+        return self.norm(hidden)
+
+    def _resized_table(self, layout: SliceLayout) -> Tensor:
+        table = self.pos_embed.float().reshape(1, TIMM_TABLE_SIDE, TIMM_TABLE_SIDE, -1).permute(0, 3, 1, 2)
+        resized = {
+            grid: F.interpolate(table, size=grid, mode="bicubic", antialias=True).flatten(2)[0].t()
+            for grid in set(layout.grids)
+        }
+        return torch.cat([resized[grid] for grid in layout.grids]).to(self.pos_embed.dtype)
+
+
+ATTENTION_NAME = "minicpmv_slices"
+
+
+def _siglip_attention(module, query, key, value, layout, scaling, **_):
+    """Serve transformers' SigLIP attention: [1, heads, N, C / heads] in, [1, N, heads, C / heads] out."""
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    mixed = attend_within_slices(query, key, value, lengths=layout.lengths, scale=scaling)
+    return mixed[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _siglip_attention)

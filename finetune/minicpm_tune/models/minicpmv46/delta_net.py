@@ -1,0 +1,121 @@
+"""The gated delta-net layer of 4.6 and 4.7 for training: samples of a packed row stay apart.
+
+transformers 5.23 isolates packed samples in this layer only where both flash-linear-attention and
+causal-conv1d are installed, and refuses elsewhere. Here the isolation needs neither; where
+flash-linear-attention is at hand on a GPU, its kernel computes the delta rule.
+Letters: B rows, T tokens, N real tokens, W tokens of a spread row, H value heads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+
+from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
+
+# Log decay at a reset: exp(-10000) is exactly 0 in fp32, so nothing of the old state is left. It stands
+# only on the last token of a chunk, where no later cumulative sum loses digits by its size.
+RESET = -10_000.0
+
+_HAS_KERNEL = importlib.util.find_spec("fla") is not None
+_kernel_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
+_torch_rule = inspect.unwrap(_kernel_rule)
+
+
+class PackedDeltaNet(Qwen3_5GatedDeltaNet):
+    """transformers' layer with a second forward, used when it is told the samples of the batch.
+
+    The second forward calls every submodule once, whatever the batch holds: under ZeRO-3 each such
+    call is a collective, and ranks have different batches. It ignores padding and sample
+    boundaries only in the two steps that mix tokens, the convolution and the delta rule.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        samples: SampleLayout | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+            hidden_states: [B, T, D].
+            cache_params: Generation's cache; without ``samples`` only.
+            attention_mask: [B, T], or None; without ``samples`` only.
+            samples: The samples of the batch; None runs transformers' own forward.
+            **kwargs: For transformers' own forward.
+
+        Returns:
+            [B, T, D]; with ``samples`` zero at the padding.
+        """
+        if samples is None:
+            return super().forward(
+                hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+            )
+        assert cache_params is None, "training has no cache"
+        tokens = samples.take(hidden_states)
+        mixed = samples.spread(self.in_proj_qkv(tokens))
+        # The convolution pads on both sides; its first W outputs are the causal ones.
+        mixed = self.conv1d(mixed.transpose(1, 2))[..., : samples.spread_width].transpose(1, 2)
+        mixed = ACT2FN[self.activation](mixed)
+        strength = self.in_proj_b(tokens).sigmoid()
+        decay = -self.A_log.float().exp() * F.softplus(self.in_proj_a(tokens).float() + self.dt_bias)
+        recalled = self._delta_rule(mixed, decay, strength, samples).reshape(-1, self.head_v_dim)
+        gate = self.in_proj_z(tokens).reshape(-1, self.head_v_dim)
+        gated = self.norm(recalled, gate).reshape(tokens.shape[0], -1)
+        return samples.put(self.out_proj(gated))
+
+    def _delta_rule(self, mixed: Tensor, decay: Tensor, strength: Tensor, samples: SampleLayout) -> Tensor:
+        """[B, W, channels] after the convolution, [N, H] decay and strength -> [N, H, head_v_dim]."""
+        if _kernel_at_hand(mixed):
+            query, key, value = self._heads(samples.collect(mixed)[None])
+            found, _ = _kernel_rule(
+                query, key, value, g=decay[None], beta=strength[None],
+                use_qk_l2norm_in_kernel=True, cu_seqlens=samples.ends,
+            )  # fmt: skip
+            return found[0]
+        query, key, value = self._heads(mixed)
+        log_decay = samples.spread(decay)
+        if samples.resets.numel():
+            resets = torch.full(
+                (samples.resets.shape[0], decay.shape[1]), RESET, dtype=decay.dtype, device=decay.device
+            )
+            log_decay = log_decay.flatten(0, 1).index_copy(0, samples.resets, resets).view_as(log_decay)
+        # Autocast would round the products that solve for the state to 16 bit; the kernels keep fp32.
+        with torch.autocast(mixed.device.type, enabled=False):
+            # Between samples the strength is 0: empty tokens write nothing into the state.
+            found, _ = _torch_rule(
+                query, key, value, g=log_decay, beta=samples.spread(strength), use_qk_l2norm_in_kernel=True
+            )
+        return samples.collect(found)
+
+    def _heads(self, mixed: Tensor) -> list[Tensor]:
+        """[..., channels] -> query, key and value of [..., heads, head width]."""
+        parts = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        return [part.unflatten(-1, (-1, width)) for part, width in zip(parts, widths, strict=True)]
+
+
+def _kernel_at_hand(states: Tensor) -> bool:
+    return _HAS_KERNEL and states.is_cuda
+
+
+def use_packed_delta_nets(language_model: nn.Module) -> None:
+    """Give every delta-net layer of an LLM the forward that knows samples, keeping its parameters.
+
+    Classes are changed in place: the parameters stay the same objects, so that loading, tying and
+    ZeRO-3's partitioning never see a difference.
+    """
+    for module in language_model.modules():
+        if type(module) is Qwen3_5GatedDeltaNet:
+            module.__class__ = PackedDeltaNet

@@ -1,0 +1,261 @@
+"""MiniCPM-V 4.6 and 4.7: transformers' own classes behind the batch form of this project.
+
+Loading, saving, key names, configuration and generation stay transformers' own; the classes here carry
+the same names, so that what they save is what transformers saves. What is added is the training
+forward: one vision run per batch, packed rows, and a loss that never makes all logits.
+
+``downsample_mode`` (config.json) decides how many patches become one token. ``16x``: the tower's inner
+merger joins 2 x 2 patches behind layer ``insert_layer_id``, the merger in front of the LLM 2 x 2 of
+those. ``4x``: the inner merger is skipped, so an image has four times as many tokens and the inner
+merger's weights are not used. The data side counts placeholders by the same field.
+
+Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
+from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.weight_files import copy_carried_files
+from minicpm_tune.models.attention_masks import packed_mask
+from minicpm_tune.models.chat_interface import ChatMixin
+from minicpm_tune.models.loss import IGNORE_INDEX, MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
+from minicpm_tune.models.minicpmv46.generation import NativeGenerateMixin
+from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
+from minicpm_tune.models.minicpmv46.placeholder_runs import VisualRuns
+from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
+from minicpm_tune.models.tower_features import SliceSources, VisionInput
+
+
+class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
+    """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
+
+    accepts_loss_kwargs = True
+    # Made by transformers' class.
+    config: Any
+    model: Any
+    lm_head: Any
+    get_input_embeddings: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.lm_head = as_lm_head(self.lm_head)
+        use_slice_modules(self.model)
+        use_packed_delta_nets(self.model.language_model)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        supervised: Any = None,
+        on_cpu: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Give the loss (with labels) or the logits (without) of a batch of this project's form.
+
+        Without ``labels`` and ``tgt_sizes`` it is transformers' own forward (``generate`` calls it so).
+
+        Args:
+            input_ids: [B, T] int64, padded on the right.
+            attention_mask: [B, T], 1 at real tokens; None: there is no padding.
+            position_ids: [B, T], restarting at 0 for each packed sample; None: a row is a sample.
+            pixel_values: [3, 14, 14 * N] uint8, patches of all slices in the order of their tokens.
+            tgt_sizes: [S, 2] (rows, columns) in patches; best on the CPU.
+            image_bound: Not needed: the placeholder tokens themselves say where they are.
+            temporal_ids: Must be None; these generations have one placeholder per frame.
+            labels: [B, T] int64, token id or -100; not shifted.
+            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            mm_token_type_ids: Not needed here: the token ids tell text, image and video.
+            supervised: See ``places`` of ``loss.supervised_loss``.
+            on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
+                ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
+            slice_sources: Which slices' features are known, see ``known_slices``; as in ``MiniCPMV.forward``.
+            known_features: Those features, as in ``MiniCPMV.forward``.
+            **kwargs: transformers' own arguments; here they must be None or False.
+
+        Returns:
+            A ``MiniCPMVOutput``, or what transformers' forward returns.
+        """
+        if labels is None and tgt_sizes is None:
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                pixel_values=pixel_values, **self.own_arguments(mm_token_type_ids), **kwargs,
+            )  # fmt: skip
+        _refuse_unknown(kwargs | {"temporal_ids": temporal_ids})
+        assert input_ids is not None, "a batch has input_ids"
+        host = (
+            _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
+        )
+        vision = VisionInput(pixel_values, slice_sources, known_features)
+        hidden = self._last_hidden(input_ids, host, vision, tgt_sizes)
+        if labels is None:
+            return MiniCPMVOutput(logits=self.lm_head(hidden))
+        if position_ids is not None and supervised is None:
+            # A sample's first token has nothing in front of it to be predicted from.
+            labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
+        found = supervised_loss(self.lm_head, hidden, labels, supervised)
+        return MiniCPMVOutput.of(found, num_items_in_batch)
+
+    def _last_hidden(self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any) -> Tensor:
+        """[B, T, D] last hidden states of a batch.
+
+        Args:
+            input_ids: As in ``forward``, like the last two.
+            host: [2 or 3, B, T] ids, mask and positions on the CPU.
+            vision: What there is of the slices.
+            tgt_sizes: See ``forward``.
+        """
+        config = self.config
+        ids, mask, *positions = host
+        gap = config.text_config.linear_conv_kernel_dim
+        samples = SampleLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
+        kinds = self.kinds_of(ids)
+        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
+        runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
+        embeddings = self._embed(input_ids, vision, runs)
+        return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, with the tokenizer and processor files of the source checkpoint."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if is_main_process and self.config.name_or_path:
+            copy_carried_files(Path(self.config.name_or_path), Path(save_directory))
+
+    def _embed(self, input_ids: Tensor, vision: VisionInput, runs: VisualRuns) -> Tensor:
+        """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        features = encode_slices(self.model, vision, runs.grids).to(embeddings.dtype)
+        places = runs.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
+        return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
+
+    def _run_llm(self, embeddings: Tensor, samples: SampleLayout, rope: Tensor | None) -> Tensor:
+        """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
+
+        Args:
+            embeddings: [B, T, D].
+            samples: The samples of the rows.
+            rope: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
+        """
+        placed, seen = samples, embeddings
+        flash: dict[str, Any] = {}
+        if self._one_row():
+            # The variable-length kernels take the samples of all rows as one row.
+            placed, seen = samples.as_one_row(), samples.take(embeddings)[None]
+            longest = max(samples.samples)
+            flash = {"cu_seq_lens_q": samples.ends, "cu_seq_lens_k": samples.ends}
+            flash |= {"max_length_q": longest, "max_length_k": longest}
+        positions = None
+        if placed.packed:
+            plain = placed.positions.expand(3, -1) if rope is None else rope
+            # The first of the four rows is what transformers tells packed samples by.
+            rows = torch.cat([placed.positions[None], plain])
+            positions = torch.stack([placed.put(row) for row in rows])
+        elif rope is not None:
+            positions = torch.stack([placed.put(row) for row in rope])
+        # use_cache=False: with a cache the isolation of packed samples is silently dropped.
+        mask = None
+        if self.config.text_config._attn_implementation == "sdpa":
+            # Given, because transformers would read the positions back from the device to make it.
+            packed = packed_mask(placed.put(placed.positions + 1) - 1) if placed.packed else None
+            mask = {"full_attention": packed, "linear_attention": None}
+        hidden = self.model.language_model(
+            inputs_embeds=seen,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            samples=placed,
+            **flash,
+        ).last_hidden_state
+        return samples.put(hidden[0]) if flash else hidden
+
+    def _one_row(self) -> bool:
+        return "flash" in str(self.config.text_config._attn_implementation)
+
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor | None:
+        return None
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
+    unknown = [name for name in given if name not in ("return_dict", "use_cache")]
+    if unknown:
+        raise TypeError(f"The training forward of MiniCPM-V 4.6 and 4.7 does not know {', '.join(unknown)}.")
+
+
+def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    """Fetch ids, mask and positions in one copy: every further wait for the device costs time."""
+    parts = [input_ids, torch.ones_like(input_ids) if mask is None else mask.to(input_ids)]
+    parts += [] if positions is None else [positions.to(input_ids)]
+    return torch.stack(parts).cpu()
+
+
+class MiniCPMV4_6ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801, the name in config.json
+    _NativeMiniCPMV, modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
+):
+    """MiniCPM-V 4.6."""
+
+
+class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
+    _NativeMiniCPMV, modeling_minicpmv4_7.MiniCPMV4_7ForConditionalGeneration
+):
+    """MiniCPM-V 4.7: 4.6 with rotary positions that lay an image's slices out on one canvas."""
+
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor:
+        """[3, tokens of all samples] canvas positions, each sample's computed alone, on the CPU."""
+        real = mask.bool()
+        rows = [
+            pad_sequence(part[real].split(samples.samples), batch_first=True) for part in (ids, runs.kinds)
+        ]
+        lengths = torch.tensor(samples.samples)
+        own = torch.arange(rows[0].shape[1]) < lengths[:, None]
+        image, video = (runs.sizes_of(kind) for kind in (1, 2))
+        positions, _ = self.model.get_rope_index(
+            rows[0], mm_token_type_ids=rows[1], target_sizes=image, target_sizes_videos=video,
+            attention_mask=own, downsample_mode=self.config.downsample_mode,
+        )  # fmt: skip
+        return positions[:, own].to(samples.device, non_blocking=True)
+
+    def own_arguments(
+        self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
+    ) -> dict[str, Any]:
+        if input_ids is None:
+            return {"mm_token_type_ids": mm_token_type_ids}
+        # The rotary offset of an earlier prompt must not reach this one.
+        self.model.rope_deltas = None
+        return {"mm_token_type_ids": self.kinds_of(input_ids).int()}
+
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "v4_6": MiniCPMV4_6ForConditionalGeneration,
+    "v4_7": MiniCPMV4_7ForConditionalGeneration,
+}
+
+
+def native_class(generation: Generation) -> Any:
+    """Give the class of a generation that transformers itself has.
+
+    Raises:
+        KeyError: For a generation that is not native.
+    """
+    return _CLASSES[generation.name]

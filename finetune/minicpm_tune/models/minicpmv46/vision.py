@@ -1,0 +1,221 @@
+"""The vision side of 4.6 and 4.7: transformers' modules, run on all slices of a batch at once.
+
+transformers loops in Python over slices (and, in the tower's inner merger, over windows of four
+patches). That is slow, and under ZeRO-3 it is a deadlock: the merger's layers would be called as
+often as a rank has slices, and every call is a collective. The classes here take the place of
+transformers' on the same parameters. Letters: N patches or tokens of all slices, S slices, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minicpm_tune.models.attention import SliceLayout, attend_within_slices
+from minicpm_tune.models.tower_features import VisionInput, is_partitioned, tower_features
+
+
+class SliceAttention(nn.Module):
+    """Attention within slices, for a module that was made as transformers' vision attention.
+
+    Dropout is not applied: the released checkpoints have none.
+    """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+    num_heads: int
+    scaling: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None = None,
+        attention_mask: None = None,
+        layout: SliceLayout | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """[1, N, C] -> [1, N, C].
+
+        Args:
+            hidden_states: [1, N, C].
+            cu_seqlens: [S + 1] ends of the slices, from 0; read only without ``layout``.
+            max_seqlen: For the window attention.
+            attention_mask: Always None.
+            layout: The batch's slices, known on the CPU.
+        """
+        query, key, value = (
+            project(hidden_states[0]).unflatten(-1, (self.num_heads, -1))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = self.mix(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
+        return self.out_proj(mixed.flatten(1)[None]), None
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
+        """Attend in [N, heads, C / heads]; transformers' window length plays no part."""
+        if layout is None:
+            lengths = cu_seqlens.diff().tolist()
+        else:
+            # Behind the inner merger every slice has a fourth of its tokens.
+            merged = sum(layout.lengths) // query.shape[0]
+            lengths = [length // merged for length in layout.lengths]
+        return attend_within_slices(query, key, value, lengths=lengths, scale=self.scaling)
+
+
+class WindowAttention(SliceAttention):
+    """Attention within windows that all have ``max_seqlen`` patches (the tower's inner merger)."""
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
+        """Attend in [N, heads, C / heads]: the windows are one dense batch."""
+        query, key, value = (
+            part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in (query, key, value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+
+class SliceMerger(nn.Module):
+    """The merger in front of the LLM, each of its layers called once for all slices.
+
+    For a module that was made as transformers' merger.
+    """
+
+    merge_kernel_size: tuple[int, int]
+    merger_times: int
+    mlp: nn.ModuleList
+
+    def forward(self, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:
+        """Merge neighbouring tokens and project them to the LLM's width.
+
+        Args:
+            hidden_states: [1, N, C], the slices one after another, tokens row-major.
+            target_sizes: [S, 2] (rows, columns) in tokens.
+
+        Returns:
+            One tensor [tokens of all slices, LLM width] in a list. transformers' merger gives a tensor per
+            slice; but DeepSpeed waits for the other ranks once per tensor that a module gives.
+        """
+        grids = [(int(rows), int(columns)) for rows, columns in target_sizes.tolist()]
+        merged = hidden_states[0]
+        down, across = self.merge_kernel_size
+        for mlp in self.mlp:
+            blocks = torch.cat([_block_order(rows, columns, down, across) for rows, columns in grids])
+            starts = torch.tensor([0] + [rows * columns for rows, columns in grids]).cumsum(0)[:-1]
+            sizes = torch.tensor([rows * columns // (down * across) for rows, columns in grids])
+            blocks = blocks + starts.repeat_interleave(sizes)[:, None]
+            merged = mlp(merged[blocks.to(merged.device, non_blocking=True)].flatten(1))
+            grids = [(rows // down, columns // across) for rows, columns in grids]
+        return [merged]
+
+
+def _block_order(rows: int, columns: int, down: int, across: int) -> Tensor:
+    """[blocks, down * across] numbers of the tokens of each block of a row-major grid.
+
+    Example:
+        >>> _block_order(2, 4, 2, 2).tolist()
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    if rows % down or columns % across:
+        raise ValueError(
+            f"tgt_sizes: a slice has {rows} x {columns} tokens at the merger, expected multiples "
+            f"of {down} x {across}. The data and the model must use the same downsample_mode."
+        )
+    grid = torch.arange(rows * columns).view(rows // down, down, columns // across, across)
+    return grid.transpose(1, 2).reshape(-1, down * across)
+
+
+def use_slice_modules(model: Any) -> None:
+    """Let tower and merger run on all slices at once; parameters stay the same objects.
+
+    Args:
+        model: transformers' model of 4.6 or 4.7 without the output layer.
+    """
+    for layer in model.vision_tower.encoder.layers:
+        layer.self_attn.__class__ = SliceAttention
+    model.vision_tower.vit_merger.self_attn.__class__ = WindowAttention
+    model.merger.__class__ = SliceMerger
+
+
+def encode_slices(model: Any, vision: VisionInput, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Run tower and merger once, on all slices of the batch.
+
+    Args:
+        model: transformers' model of 4.6 or 4.7 without the output layer.
+        vision: What there is of the slices.
+        grids: [S] (rows, columns) of each slice, in patches.
+
+    Returns:
+        [tokens of all slices, LLM width], in the batch's order. When the batch has no slice, a dummy
+        slice is run and none of its tokens given: every rank has the same collectives, and every
+        trained parameter gets a gradient (of zeros).
+    """
+    count = None
+    if not grids:
+        count, grids, vision = 0, [_smallest_grid(model.config)], VisionInput(None)
+    layout = SliceLayout.of(grids)
+    features = tower_features(
+        partial(_run_tower, model), vision, layout, partitioned=is_partitioned(model.vision_tower)
+    )
+    joined = 1 if model.config.downsample_mode == "4x" else 2  # patches of a token's side behind the tower
+    sizes = torch.tensor([(rows // joined, columns // joined) for rows, columns in layout.grids])
+    (merged,) = model.merger(features[None], sizes)
+    per_token = sum(layout.lengths) // merged.shape[0]
+    tokens = replace(layout, lengths=tuple(length // per_token for length in layout.lengths))
+    return tokens.restore(merged)[:count] + _skipped_merger(model)
+
+
+def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
+    """[tokens, C] in the layout's order; for None those of a dummy slice."""
+    if pixel_values is None:
+        rows, columns = _smallest_grid(model.config)
+        layout = SliceLayout.of([(rows, columns)])
+        pixel_values = torch.zeros((3, 14, 14 * rows * columns), dtype=torch.uint8, device=model.device)
+    return model.vision_tower(
+        normalised(pixel_values, model.vision_tower.dtype, layout),
+        target_sizes=torch.tensor(layout.grids),
+        use_vit_merger=model.config.downsample_mode != "4x",
+        layout=layout,
+    ).last_hidden_state[0]
+
+
+def _smallest_grid(config: Any) -> tuple[int, int]:
+    """The smallest slice that the mergers can join, in patches."""
+    window = (1, 1) if config.downsample_mode == "4x" else config.vision_config.window_kernel_size
+    rows, columns = (side**config.merger_times for side in config.merge_kernel_size)
+    return rows * window[0], columns * window[1]
+
+
+def _skipped_merger(model: Any) -> Tensor:
+    """A zero that gives the inner merger its gradient of zeros in mode 4x, where nothing uses it."""
+    merger = model.vision_tower.vit_merger
+    weight = merger.linear_2.weight
+    if model.config.downsample_mode != "4x" or not any(p.requires_grad for p in merger.parameters()):
+        return weight.new_zeros(())
+    rows, columns = merger.window_kernel_size
+    window = weight.new_zeros((1, rows * columns, merger.embed_dim))
+    return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
+
+
+def normalised(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout | None = None) -> Tensor:
+    """uint8 patches -> what transformers' vision tower takes.
+
+    Args:
+        pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side, in the batch's order.
+        dtype: The tower's.
+        layout: When given, the slices are brought into its order.
+
+    Returns:
+        [1, 3, 14, 14 * N], values -1 to 1.
+    """
+    if layout is not None and list(layout.order) != sorted(layout.order):
+        patches = pixel_values.unflatten(-1, (-1, 14)).permute(2, 0, 1, 3)
+        pixel_values = layout.arrange(patches).permute(1, 2, 0, 3).flatten(2)
+    return ((pixel_values.to(torch.float32) / 255 - 0.5) / 0.5).to(dtype)[None]

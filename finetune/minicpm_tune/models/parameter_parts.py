@@ -1,0 +1,127 @@
+"""The parts of a model (vision, resampler, embeddings, LLM, LoRA): what trains, and a table of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minicpm_tune.checkpoints.model_generations import Generation
+
+PARTS = ("vision", "resampler", "embeddings", "llm", "lora")
+# What adapters put around a module's own name.
+_WRAPPERS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.|original_module\.|base_layer\.")
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part.
+
+    Attributes:
+        total: All of them, in numbers (not bytes); 4-bit weights count their real number.
+        trainable: Those that train.
+        dtypes: Storage dtypes, the most frequent first.
+    """
+
+    total: int
+    trainable: int
+    dtypes: tuple[str, ...]
+
+
+def part_of(name: str, generation: Generation) -> str:
+    """Tell the part that a parameter belongs to by its name.
+
+    Example:
+        >>> from minicpm_tune.checkpoints.model_generations import GENERATIONS
+        >>> part_of("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight", GENERATIONS["v2_6"])
+        'lora'
+        >>> part_of("base_model.model.resampler.modules_to_save.default.query", GENERATIONS["v2_6"])
+        'resampler'
+    """
+    if ".lora_" in name:  # with the dot: a partial LoRA that is part of the model is no adapter
+        return "lora"
+    plain = plain_name(name)
+    for part, modules in generation.modules.items():
+        if plain in modules or plain.startswith(tuple(f"{module}." for module in modules)):
+            return part
+    raise AssertionError(f"parameter {name!r} belongs to no part of {generation.title}")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what adapters put around its modules' own names."""
+    return _WRAPPERS.sub("", name)
+
+
+def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler: bool, llm: bool) -> None:
+    """Let exactly the chosen parts train; embeddings go with the LLM.
+
+    Args:
+        model: A model without adapters.
+        generation: Its generation.
+        vision: Whether the vision tower trains.
+        resampler: Whether the resampler (4.6 and 4.7: the merger) trains.
+        llm: Whether the LLM trains, token embeddings and output layer included.
+    """
+    trains = {"vision": vision, "resampler": resampler, "embeddings": llm, "llm": llm}
+    for name, parameter in model.named_parameters():
+        # V-2's query positions are a fixed table; loading forgets that they don't train.
+        parameter.requires_grad = trains[part_of(name, generation)] and name != "resampler.pos_embed"
+
+
+def raise_precision_of_trained(model: nn.Module) -> None:
+    """Hold trained parameters in fp32 where no other part of the stack keeps fp32 masters.
+
+    An update is about the size of a bf16 rounding step and would often vanish. DeepSpeed keeps fp32
+    copies itself; call this only without it. Autocast still computes in 16 bit.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def count_parts(model: nn.Module, generation: Generation) -> dict[str, PartCount]:
+    """Count the parameters of every part, in the order of ``PARTS``, parts without any left out."""
+    total: Counter[str] = Counter()
+    trainable: Counter[str] = Counter()
+    dtypes: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:
+            continue  # the untrained copy that an adapter keeps beside modules_to_save
+        part, count = part_of(name, generation), parameter_count(parameter)
+        total[part] += count
+        trainable[part] += count if parameter.requires_grad else 0
+        dtypes[part][str(parameter.dtype).removeprefix("torch.")] += count
+    return {
+        part: PartCount(total[part], trainable[part], tuple(name for name, _ in dtypes[part].most_common()))
+        for part in PARTS
+        if total[part]
+    }
+
+
+def parameter_count(parameter: Any) -> int:
+    """Numbers in a parameter, also when ZeRO-3 holds only a share here or 4-bit weights are packed."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    return parameter.numel()
+
+
+def parts_table(counts: dict[str, PartCount]) -> str:
+    """The counts as a table for the log.
+
+    Example:
+        >>> print(parts_table({"llm": PartCount(2_000_000, 0, ("bfloat16",))}))
+        part            parameters     trainable  stored as
+        llm              2,000,000             0  bfloat16
+    """
+    lines = [f"{'part':<12}{'parameters':>14}{'trainable':>14}  stored as"]
+    lines += [
+        f"{part:<12}{count.total:>14,}{count.trainable:>14,}  {', '.join(count.dtypes)}"
+        for part, count in counts.items()
+    ]
+    return "\n".join(lines)

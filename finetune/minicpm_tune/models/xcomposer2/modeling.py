@@ -1,0 +1,271 @@
+"""InternLM-XComposer2 (7b, vl-7b, 4khd-7b) as one class: CLIP tower, projector, InternLM2 with partial LoRA.
+
+Key names, configuration and files are those of the released checkpoints; the code is ours and runs on
+current transformers. The batch is the one of every other model here: an image is one slice and one
+placeholder. Letters: B rows, T tokens, S images, M image tokens, N patches, C width of the tower, D width of
+the LLM.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from minicpm_tune.checkpoints.released_format import SavedAsReleased
+from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
+from minicpm_tune.models.attention_masks import masks_given, packed_mask
+from minicpm_tune.models.chat_interface import ChatMixin
+from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.tower_features import SliceSources, VisionInput
+from minicpm_tune.models.xcomposer2.clip_tower import (
+    CLIPEmbeddings,
+    VisionTower,
+    clip_config,
+    resized_positions,
+)
+from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
+from minicpm_tune.models.xcomposer2.generation import XComposer2GenerateMixin
+from minicpm_tune.models.xcomposer2.internlm2 import ImageTokens, InternLM2Model, keep_partial
+from minicpm_tune.models.xcomposer2.vision import check_bounds, encode_dummy, encode_images
+
+# A released checkpoint may lack the tower's last norm, which nothing uses.
+_UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
+
+
+class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
+
+    Args:
+        config: Made by ``XComposer2Config.from_folder`` or from a released config.json.
+    """
+
+    config_class = XComposer2Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
+    _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]  # type: ignore[misc]
+    # Buffers that transformers 4 stored, and that are computed here.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.", r"\.position_ids$"]  # type: ignore[misc]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar = ["InternLM2Layer", "CLIPEncoderLayer"]  # type: ignore[misc]
+
+    def __init__(self, config: XComposer2Config):
+        super().__init__(config)
+        attention = str(config._attn_implementation)
+        config.text_config._attn_implementation = attention
+        self.model = InternLM2Model(config.text_config, rank=config.plora_rank, dropout=config.plora_dropout)
+        self.output = as_lm_head(nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False))
+        vision = clip_config(config.released.get("vision_config") or {}, attention=attention)
+        self.vit = VisionTower(vision, config.stored_positions or 1 + config.side**2)
+        width = vision.hidden_size * (4 if config.tiles else 1)
+        self.vision_proj = nn.Sequential(
+            nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+        if config.tiles:
+            self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+            self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.post_init()
+        # transformers reads its old meaning, the longest text generated, into the checkpoint's longest row.
+        self.generation_config.max_length = None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; a position table of another size than ``img_size`` asks for is then resampled."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._fit_positions()
+        return loaded
+
+    def _fit_positions(self) -> None:
+        table = self.vit.tower.embeddings.position_embedding
+        rows = 1 + self.config.side**2
+        stored = getattr(table.weight, "ds_shape", table.weight.shape)[0]
+        if stored == rows:
+            return
+        if hasattr(table.weight, "ds_id"):
+            raise ValueError(
+                f"vision tower: {stored} positions are stored and img_size asks for {rows}; "
+                "under ZeRO-3 they can't be resampled. Load and save the model once without DeepSpeed."
+            )
+        table.weight = nn.Parameter(resized_positions(table.weight.data, self.config.side))
+        table.num_embeddings = rows
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CLIPEmbeddings):
+            width = module.class_embedding.shape[0]
+            initialization.normal_(module.class_embedding, std=width**-0.5)
+        elif module is self and self.config.tiles:
+            initialization.normal_(self.plora_glb_GN, std=0.02)
+            initialization.normal_(self.plora_sub_GN, std=0.02)
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """As torch's; a projection's partial LoRA stays where the projection is replaced (quantised)."""
+        keep_partial(self.get_submodule(target), module)
+        super().set_submodule(target, module, strict)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        dummy: bool = False,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+    ) -> tuple[Tensor, ImageTokens | None]:
+        """Token embeddings with the placeholders replaced by image embeddings.
+
+        Args:
+            input_ids: [B, T] int64.
+            pixel_values: [3, 14, 14 * N] uint8, or None.
+            tgt_sizes: [S, 2] (rows, columns) of each image in patches; tensor or array, best on the CPU.
+            image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
+            dummy: Run vision tower, projector and partial LoRA even without an image, so that every
+                rank takes part in the same collectives and every trained parameter gets a gradient.
+            slice_sources: Which images' features are known, see ``known_slices``; None: none.
+            known_features: Those features.
+
+        Returns:
+            [B, T, D], and the places of the image tokens.
+
+        Raises:
+            ValueError: When images, placeholders and tokens do not fit each other.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        grids = (
+            [] if tgt_sizes is None else [(int(rows), int(columns)) for rows, columns in tgt_sizes.tolist()]
+        )
+        if not grids:
+            if not dummy:
+                return embeddings, None
+            nothing = encode_dummy(self).to(embeddings.dtype)
+            place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
+            return embeddings + nothing, ImageTokens(place, real=False)
+        bounds = image_bound.tolist()
+        check_bounds(bounds, grids, side=self.config.side, tiles=self.config.tiles)
+        features = encode_images(self, VisionInput(pixel_values, slice_sources, known_features), grids)
+        width = input_ids.shape[1]
+        places = torch.cat(
+            [torch.arange(row * width + start, row * width + end) for row, start, end in bounds]
+        )
+        places = places.to(embeddings.device, non_blocking=True)
+        flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
+        return flat.view_as(embeddings), ImageTokens(places)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        supervised: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_tokens: ImageTokens | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Give the loss (with labels) or the logits (without).
+
+        Rows are padded on the right. In a causal LLM no real token sees what stands to its right,
+        so the padding needs no mask; ``attention_mask`` is used only without labels.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 at real tokens.
+            position_ids: [B, T], restarting at 0 for each packed sample; None for unpacked rows.
+            pixel_values: See ``embed``, as the two that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            temporal_ids: Must be None: these models take no video.
+            labels: [B, T] int64, token id or -100; not shifted.
+            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            supervised: See ``places`` of ``loss.supervised_loss``.
+            slice_sources: See ``embed``, as the next.
+            known_features: See ``embed``.
+            past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
+            inputs_embeds: [B, T, D] what ``embed`` gave.
+            image_tokens: What ``embed`` gave.
+            **kwargs: Must be None or False (adapters pass their library's usual arguments).
+
+        Returns:
+            A ``MiniCPMVOutput``; while generating transformers' output.
+        """
+        known = ("return_dict", "use_cache", "logits_to_keep")
+        unknown = [name for name, value in kwargs.items() if value and name not in known]
+        if unknown:
+            raise TypeError(f"XComposer2.forward does not know the arguments {', '.join(unknown)}.")
+        if past_key_values is not None:
+            return self._next_logits(
+                self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds,
+                image=image_tokens, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values,
+            )  # fmt: skip
+        assert input_ids is not None, "a batch has input_ids"
+        embeddings, image = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
+            dummy=labels is not None, slice_sources=slice_sources, known_features=known_features,
+        )  # fmt: skip
+        mask = attention_mask if labels is None and position_ids is None else None
+        hidden = self._run_llm(embeddings, image, mask, position_ids)
+        if labels is None:
+            return MiniCPMVOutput(logits=self.output(hidden))
+        found = supervised_loss(self.output, hidden, labels, supervised)
+        return MiniCPMVOutput.of(found, num_items_in_batch)
+
+    def _run_llm(
+        self, embeddings: Tensor, image: ImageTokens | None, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        shape = embeddings.shape
+        if position_ids is not None and "flash" in str(self.config._attn_implementation):
+            # The variable-length kernels take the samples of all rows as one row.
+            embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
+        with masks_given(self.model.config) if mask is None else nullcontext(False) as given:
+            if given and position_ids is not None:
+                mask = packed_mask(position_ids)
+            hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
+        return hidden.view(shape)
+
+    def _next_logits(self, embeddings: Tensor, **options: Any) -> CausalLMOutputWithPast:
+        hidden = self.model(embeddings, **options)
+        return CausalLMOutputWithPast(
+            logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
+        )
+
+    def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of them; but for the tower's unused norm where the source checkpoint lacks it."""
+        source = Path(self.config.name_or_path) if self.config.name_or_path else None
+        if source is None or not has_weights(source):
+            return tensors
+        stored = tensor_names(source)
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(_UNUSED_NORM) or name in stored
+        }

@@ -1,0 +1,263 @@
+"""What ``inspect_data.py`` finds out about each row, and about all of them.
+
+Shapes: N rows, M the highest limit of slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dataset import SupervisedDataset
+from minicpm_tune.data.bad_rows import BadRow
+from minicpm_tune.data.packing import pack_in_windows
+from minicpm_tune.data.placeholders import PlaceholderStyle
+from minicpm_tune.data.samples import Plan, Sample
+from minicpm_tune.data.slicing.adaptive import Layout
+from minicpm_tune.errors import DroppedRowError, RowError
+
+COLUMNS = ("length", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source")
+_PACKING_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What was seen in a row.
+
+    Attributes:
+        numbers: One integer for each of ``COLUMNS``; lengths are those before any cut.
+        lengths: Tokens of the whole row with at most 1, 2, ... M slices per image.
+        bad: The problem, if the row has one.
+        dropped: Whether the user asked to leave such rows out.
+        cut: Whether ``--model_max_length`` cuts it.
+        details: The row as one line of JSON, when asked for.
+    """
+
+    numbers: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] = ()
+    bad: BadRow | None = None
+    dropped: bool = False
+    cut: bool = False
+    details: str | None = None
+
+
+def examine(rows: SupervisedDataset, index: int, *, decode: bool, details: bool) -> RowFacts:
+    """Look at one row.
+
+    Args:
+        rows: The data set.
+        index: The row's number.
+        decode: Whether its images and videos are decoded.
+        details: Whether ``RowFacts.details`` is filled in (which decodes, too).
+    """
+    facts = RowFacts()
+    try:
+        conversation = rows.conversation(index)
+        pictures = rows.pictures(index, conversation.sources)
+        whole = rows.processing.plan(conversation.turns, pictures)
+        limit = rows.options.model_max_length
+        cut = limit is not None and len(whole.encoded.input_ids) > limit
+        facts = RowFacts(_numbers(rows, index, whole), _lengths(rows, whole), cut=cut)
+        plan = rows.plan(index) if cut else whole
+        if details:
+            return _with(facts, details=_details(rows, index, rows.processing.finish(plan)))
+        if decode:
+            for picture in plan.pictures:
+                for _ in picture.frames():
+                    pass
+    except RowError as error:
+        bad = rows.describe(index, error)
+        line = json.dumps({**asdict(bad), "ok": False}, default=str) if details else None
+        return _with(facts, bad=bad, dropped=isinstance(error, DroppedRowError), details=line)
+    return facts
+
+
+def _with(facts: RowFacts, **changes: Any) -> RowFacts:
+    return RowFacts(**{**facts.__dict__, **changes})
+
+
+def _numbers(rows: SupervisedDataset, index: int, plan: Plan) -> tuple[int, ...]:
+    encoded = plan.encoded
+    cells = [layout.count for frames in plan.layouts for layout in frames]
+    return (
+        len(encoded.input_ids),
+        sum(end - start for start, end in encoded.media_spans),
+        encoded.supervised,
+        len(plan.pictures),
+        sum(cells),
+        max((count - 1 for count in cells), default=0),
+        rows.place(index)[0],
+    )
+
+
+def _lengths(rows: SupervisedDataset, plan: Plan) -> tuple[int, ...]:
+    """The row's length with every limit of slices up to the present one; videos keep their frames' slices."""
+    processing = rows.processing
+    length = len(plan.encoded.input_ids)
+    images = [
+        (picture.sizes[0], frames[0])
+        for picture, frames in zip(plan.pictures, plan.layouts, strict=True)
+        if picture.kind == "image"
+    ]
+    between_rows = len(processing.tokenizer("</slice>\n<slice>", add_special_tokens=False)["input_ids"]) - 2
+    present = sum(_tokens(layout, processing.style, between_rows) for _, layout in images)
+    lengths = []
+    for limit in range(1, processing.rules.max_slice_nums + 1):
+        rules = processing.rules.limited(limit)
+        then = sum(_tokens(rules.layout(*size), processing.style, between_rows) for size, _ in images)
+        lengths.append(length - present + then)
+    return tuple(lengths)
+
+
+def _tokens(layout: Layout, style: PlaceholderStyle, between_rows: int) -> int:
+    """Tokens of an image's placeholder without its number; ``between_rows`` are those of a newline."""
+    pads = sum(style.token_count(size) + style.tag_tokens for size in layout.tgt_sizes)
+    if layout.grid is None or not style.slice_tag:
+        return pads
+    newlines = (layout.grid.rows - 1) * between_rows
+    return pads + newlines + 2 * (style.slice_tag == "image")
+
+
+def _details(rows: SupervisedDataset, index: int, sample: Sample) -> str:
+    """The row as the model will see it, as one line of JSON."""
+    source, row = rows.place(index)
+    value = rows.sources[source].rows[row]
+    entry = {
+        "file": rows.source_names[source],
+        "row": row,
+        "id": value.get("id") if isinstance(value, dict) else None,
+        "ok": True,
+        **{key: sample[key].tolist() for key in ("input_ids", "labels", "image_bound", "tgt_sizes")},
+        "pixels": pixel_hashes(sample),
+    }
+    for key in ("temporal_ids", "mm_token_type_ids"):
+        if key in sample:
+            entry[key] = sample[key].tolist()
+    return json.dumps(entry, default=str)
+
+
+def pixel_hashes(sample: Sample) -> list[dict[str, Any]]:
+    """Shape and SHA-256 of every slice's uint8 pixels, in patch form ``[3, 14, 14 * L]``."""
+    hashes, start = [], 0
+    side = sample["pixel_values"].shape[1]
+    for rows, columns in sample["tgt_sizes"].tolist():
+        end = start + side * rows * columns
+        strip = sample["pixel_values"][:, :, start:end].contiguous().numpy()
+        hashes.append({"shape": list(strip.shape), "sha256": hashlib.sha256(strip.tobytes()).hexdigest()})
+        start = end
+    return hashes
+
+
+@dataclass
+class DataFacts:
+    """What was seen in all rows.
+
+    Attributes:
+        numbers: ``COLUMNS`` of the rows that could be read, int32 ``[N, 7]``.
+        lengths: Their lengths by the limit of slices, int32 ``[N, M]``.
+        bad: Rows with problems.
+        kinds: How many there are of each kind.
+        row_count: All rows.
+        usable: Rows that contribute.
+        dropped: Rows left out by ``--overlength drop``.
+        cut: Rows that ``--model_max_length`` cuts.
+    """
+
+    numbers: np.ndarray
+    lengths: np.ndarray
+    bad: list[BadRow] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    row_count: int = 0
+    usable: int = 0
+    dropped: int = 0
+    cut: int = 0
+
+    def column(self, name: str) -> np.ndarray:
+        """One of ``COLUMNS`` of all rows that could be read."""
+        return self.numbers[:, COLUMNS.index(name)]
+
+
+def gather(
+    facts: Iterable[RowFacts], rows: SupervisedDataset, *, write: Callable[[str], None] | None
+) -> DataFacts:
+    """Put the rows' facts together; only numbers are kept of them.
+
+    Args:
+        facts: Every row's facts, in order.
+        rows: The data set.
+        write: Takes each row's details, when there are any.
+    """
+    count, most = rows.row_count, rows.processing.rules.max_slice_nums
+    found = DataFacts(
+        np.zeros((count, len(COLUMNS)), np.int32), np.zeros((count, most), np.int32), row_count=count
+    )
+    used = 0
+    for one in facts:
+        if one.numbers is not None:
+            found.numbers[used], found.lengths[used] = one.numbers, one.lengths
+            used += 1
+        if one.dropped:
+            found.dropped += 1
+        elif one.bad is not None:
+            found.bad.append(one.bad)
+            found.kinds[one.bad.kind] += 1
+        else:
+            found.usable += 1
+            found.cut += one.cut
+        if write is not None and one.details is not None:
+            write(one.details)
+    found.numbers, found.lengths = found.numbers[:used], found.lengths[:used]
+    return found
+
+
+def recommended_length(found: DataFacts) -> int:
+    """The shortest ``--model_max_length``, in steps of 64 tokens, that holds 99 % of the rows whole."""
+    if not len(found.numbers):
+        return 64
+    return max(int(-(-np.percentile(found.column("length"), 99, method="higher") // 64) * 64), 64)
+
+
+def recommended_slices(found: DataFacts, limit: int | None) -> int:
+    """The largest limit of slices of use: 1 % of the rows reach it, and with it 99 % fit ``limit``."""
+    if not len(found.numbers):
+        return 1
+    of_use = max(int(np.percentile(found.column("most_slices"), 99, method="higher")), 1)
+    if limit is None:
+        return of_use
+    fitting = (found.lengths <= limit).mean(axis=0) >= 0.99
+    if not fitting.any():  # then the text alone is too long
+        return of_use
+    return min(of_use, int(fitting.nonzero()[0].max()) + 1)
+
+
+def padding_shares(lengths: np.ndarray, *, batch_size: int, capacity: int | None) -> dict[str, float]:
+    """The expected share of padding, with every sample in a row of its own and with packing.
+
+    Args:
+        lengths: The samples' lengths, in tokens.
+        batch_size: Rows that are padded to the same length.
+        capacity: Longest packed row; ``None`` takes the longest sample.
+
+    Returns:
+        ``plain`` and ``packed``, each between 0 and 1.
+    """
+    if not len(lengths):
+        return {"plain": 0.0, "packed": 0.0}
+    order = np.random.default_rng(0).permutation(len(lengths))
+    capacity = int(lengths.max() if capacity is None else min(capacity, max(lengths.sum(), 1)))
+    lengths = np.minimum(lengths, capacity)
+    mixed = lengths[order]
+    mixed = mixed[: len(mixed) // batch_size * batch_size or len(mixed)]
+    width = min(batch_size, len(mixed))
+    padded = mixed.reshape(-1, width).max(axis=1).sum() * width
+    packed = pack_in_windows(order.tolist(), lengths.tolist(), capacity=capacity, window=_PACKING_WINDOW)
+    return {
+        "plain": float(1 - mixed.sum() / padded),
+        "packed": float(1 - lengths.sum() / (len(packed) * capacity)),
+    }

@@ -1,0 +1,114 @@
+"""The work of ``inspect_data.py``: looking at every row, or showing single ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Generator
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from dataset import SupervisedDataset
+from minicpm_tune.data.row_check import for_rows
+from minicpm_tune.data.samples import load_processing
+from minicpm_tune.errors import DataError, RowError
+from minicpm_tune.planning.data_facts import DataFacts, examine, gather
+from minicpm_tune.planning.data_report import as_html, as_text, summarise
+from minicpm_tune.planning.sample_preview import contact_sheet, prompt_text
+from minicpm_tune.settings.data_arguments import DataFlags
+
+
+def inspect(values: argparse.Namespace) -> int:
+    """Do what was asked for.
+
+    Args:
+        values: The command line of ``inspect_data.py``.
+
+    Returns:
+        How many rows can't be used; with ``--show``, how many of those shown.
+    """
+    rows = open_data(values)
+    if values.show:
+        return sum(not show(rows, index) for index in values.show)
+    found, summary = survey(rows, values)
+    sys.stdout.write(as_text(summary, found) + "\n")
+    if values.report:
+        Path(values.report).write_text(as_html(summary, found, rows), encoding="utf-8")
+    return len(found.bad)
+
+
+def open_data(values: argparse.Namespace) -> SupervisedDataset:
+    """Open the rows with what the checkpoint says about text and images."""
+    flags = DataFlags(**{one.name: getattr(values, one.name) for one in fields(DataFlags)})
+    folder = Path(values.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        from minicpm_tune.models.loading import (
+            resolve_model_folder,  # brings in the model's modules, which a folder doesn't need
+        )
+
+        folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
+    processing = load_processing(folder, max_slice_nums=values.max_slice_nums, **flags.processing_options())
+    return SupervisedDataset(
+        values.data_path, processing, flags.data_options(values.model_max_length or None)
+    )
+
+
+def survey(rows: SupervisedDataset, values: argparse.Namespace) -> tuple[DataFacts, dict[str, Any]]:
+    """Look at every row, and write the JSON file on the way when one is wanted."""
+    look = partial(examine, decode=values.check_images != "header", details=values.json is not None)
+    facts = for_rows(rows, range(rows.row_count), look, title="inspecting", workers=values.workers)
+    if values.json is None:
+        found = gather(facts, rows, write=None)
+        return found, summarise(found, rows, batch_size=values.per_device_train_batch_size)
+    with open(values.json, "w", encoding="utf-8") as file:
+        writer = _row_writer(file)
+        next(writer)
+        found = gather(facts, rows, write=writer.send)
+        summary = summarise(found, rows, batch_size=values.per_device_train_batch_size)
+        file.write(f'\n], "summary": {json.dumps(summary)}}}\n')
+    return found, summary
+
+
+def _row_writer(file: IO[str]) -> Generator[None, str, None]:
+    """Write rows into a JSON list as they come; one line is sent at a time."""
+    file.write('{"rows": [\n')
+    file.write((yield))
+    while True:
+        file.write(",\n" + (yield))
+
+
+def show(rows: SupervisedDataset, index: int) -> bool:
+    """Print a row as the model will see it, and draw its slices.
+
+    Returns:
+        Whether it can be used.
+
+    Raises:
+        DataError: When there is no such row.
+    """
+    if not 0 <= index < rows.row_count:
+        raise DataError(
+            f"--show {index}: found {rows.row_count} rows, expected a number below that, from 0 on."
+        )
+    processing = rows.processing
+    try:
+        sample = processing.finish(rows.plan(index))
+    except RowError as error:
+        sys.stdout.write(f"{rows.describe(index, error)}\n")
+        return False
+    supervised = int((sample["labels"] != -100).sum())
+    sizes = ", ".join(f"{height} x {width}" for height, width in sample["tgt_sizes"].tolist())
+    sys.stdout.write(
+        f"--- row {index}: {len(sample['input_ids'])} tokens, {supervised} supervised, "
+        f"{len(sample['tgt_sizes'])} slices{sizes and f' ({sizes} patches)'}\n"
+        f"{prompt_text(sample, processing.tokenizer, processing.style)}\n"
+    )
+    sheet = contact_sheet(sample)
+    if sheet is not None:
+        path = Path(f"sample_{index}.png")
+        sheet.save(path)
+        sys.stdout.write(f"slices: {path}\n")
+    return True

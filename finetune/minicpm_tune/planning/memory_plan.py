@@ -1,0 +1,264 @@
+"""How much memory a training needs on each GPU, from config.json alone.
+
+What is held all the time (weights, gradients, optimizer) is counted from the model's parameters and
+the rules of ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+arXiv:1910.02054; buffers as deepspeed 0.19 allocates them). What comes and goes in a step is found by
+running the step on the meta device, see ``planning/step_memory.py``. What neither of them sees (the CUDA
+context, NCCL, memory that the allocator holds but can't use) is a surcharge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minicpm_tune.checkpoints.model_folder import read_config, read_generation
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.errors import UserError
+from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.models.parameter_parts import freeze
+from minicpm_tune.planning.meta_model import QuantisedShape, build_on_meta, largest_batch, quantise_shapes
+from minicpm_tune.planning.official_step import official_attention, official_loss
+from minicpm_tune.planning.step_memory import LABELS, fused_attention, measure_step
+from minicpm_tune.settings.argument_groups import LoraArguments
+
+METHODS = ("lora", "qlora", "full")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Bytes of optimizer state per trained weight, its fp32 copy not included.
+OPTIMIZERS = {"adamw_torch": 8, "adamw_8bit": 2, "sgd": 0}
+_GIBIBYTE = 2**30
+# The surcharge. CUDA's context and cuBLAS, and besides NCCL where there are several GPUs: assumed. What the
+# caching allocator holds beside live tensors, as a share of what comes and goes, by ZeRO stage: assumed for
+# 0 and 2; for 3, which makes and frees every layer's weights, fitted to the official table.
+CUDA_BYTES = 3 * _GIBIBYTE // 4
+NCCL_BYTES = 3 * _GIBIBYTE // 4
+FRAGMENTATION = {0: 0.1, 2: 0.1, 3: 0.8}
+
+
+class PlanError(UserError):
+    """A training that can't be planned; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is to be trained, and how; the names are those of the flags.
+
+    Attributes:
+        method: ``lora``, ``qlora`` or ``full``.
+        gpus: Number of GPUs; one row of the batch is on one GPU.
+        zero: ZeRO stage: 0 (no DeepSpeed), 2 or 3.
+        offload: What lies in the CPU's memory: ``none``, ``optimizer`` (with gradients) or ``all`` (weights
+            too, ZeRO-3).
+        model_max_length: Tokens of a row.
+        batch_size: Rows per GPU.
+        max_slice_nums: Most slices of a row's image, the overview not counted.
+        tune_vision: Whether the vision tower trains.
+        tune_resampler: Whether the resampler trains.
+        gradient_checkpointing: Whether activations are computed again in the backward.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+        quant_bits: 4 or 8, with ``qlora``.
+        optim: A key of ``OPTIMIZERS``.
+        lora: The adapter's arguments.
+        official: Plan the official script's step instead of this project's.
+    """
+
+    method: str = "lora"
+    gpus: int = 1
+    zero: int = 2
+    offload: str = "none"
+    model_max_length: int = 2048
+    batch_size: int = 1
+    max_slice_nums: int = 9
+    tune_vision: bool = True
+    tune_resampler: bool = True
+    gradient_checkpointing: bool = True
+    precision: str = "bf16"
+    quant_bits: int = 4
+    optim: str = "adamw_torch"
+    lora: LoraArguments = field(default_factory=LoraArguments)
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be combined.
+
+        Raises:
+            PlanError: With the flag to change.
+        """
+        if self.offload != "none" and self.zero == 0:
+            raise PlanError(f"--offload {self.offload} needs DeepSpeed. Give --zero 2 or --zero 3.")
+        if self.offload == "all" and self.zero != 3:
+            raise PlanError("--offload all moves the weights too, which only ZeRO-3 can. Give --zero 3.")
+        for name in ("gpus", "model_max_length", "batch_size", "max_slice_nums"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"--{name} is {getattr(self, name)}, expected at least 1.")
+
+
+def plan(folder: Path, training: Training) -> dict[str, int]:
+    """Plan a training.
+
+    Args:
+        folder: A folder with a checkpoint's config.json (weights are not needed).
+        training: What is to be trained.
+
+    Returns:
+        Part -> bytes per GPU at the peak, in the order in which they are shown. They add up to the total.
+    """
+    config, generation = read_config(folder), read_generation(folder)
+    model = _prepared(folder, generation, training)
+    held = _held(model, training, hidden=_hidden_size(config))
+    peak = _forward_backward(model, generation, training)
+    passing = peak.total() + held["gathered weights"]
+    step = _optimizer_step(model, training)
+    if step > peak.total():
+        peak = Counter({"optimizer step": step})
+    parts = {**held, **{label: peak[label] for label in (*LABELS, "optimizer step")}}
+    parts["surcharge"] = (
+        CUDA_BYTES + NCCL_BYTES * (training.gpus > 1) + round(FRAGMENTATION[training.zero] * passing)
+    )
+    return {part: size for part, size in parts.items() if size}
+
+
+def host_bytes(folder: Path, training: Training) -> int:
+    """Bytes that ``--offload`` puts into the CPUs' memory, all GPUs together."""
+    if training.offload == "none":
+        return 0
+    model = _prepared(folder, read_generation(folder), training)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    weights = sum(parameter.nbytes for parameter in model.parameters()) * (training.offload == "all")
+    return (OPTIMIZERS[training.optim] + 4) * count + sum(parameter.nbytes for parameter in trained) + weights
+
+
+def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Module:
+    """The model on the meta device, with what trains marked."""
+    model: Any = build_on_meta(folder, generation)
+    model = model.to(DTYPES[training.precision])
+    base = model
+    if training.method == "qlora":
+        quantise_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])
+    if training.method == "full":
+        freeze(model, generation, vision=training.tune_vision, resampler=training.tune_resampler, llm=True)
+    else:
+        with torch.device("meta"):
+            model = add_adapter(
+                model,
+                generation,
+                training.lora,
+                vision=training.tune_vision,
+                resampler=training.tune_resampler,
+            )
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[training.precision])
+    if training.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _hidden_size(config: dict[str, Any]) -> int:
+    return config.get("hidden_size") or config["text_config"]["hidden_size"]
+
+
+def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int]:
+    """What is held all the time, part -> bytes."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # bitsandbytes' scales are no parameters, so no stage of ZeRO divides them.
+    scales = sum(module.scales.nbytes for module in model.modules() if isinstance(module, QuantisedShape))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    state = OPTIMIZERS[training.optim] * count
+    if training.zero == 0:
+        found = _held_without_deepspeed(model, training)
+        return found | {
+            "weights": weights + scales + found["weights"],
+            "optimizer": state,
+            "gathered weights": 0,
+        }
+    share = 0 if training.offload != "none" else 1 / training.gpus
+    settings = _zero_settings(training)
+    largest = 0
+    if training.zero == 2:
+        # With offloaded gradients one buffer of the largest stays on the GPU.
+        largest = max(parameter.nbytes for parameter in trained) * (share == 0)
+        bucket = settings["reduce_bucket_size"] * (2 if settings["overlap_comm"] else 1)
+        gathered = 0
+    else:
+        bucket = hidden**2  # what "auto" stands for
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        gathered = round(weights * min(1, settings["stage3_max_live_parameters"] / numel))
+        weights = 0 if training.offload == "all" else round(weights / training.gpus)
+    return {
+        "weights": weights + scales,
+        "gathered weights": gathered,
+        "gradients": round(sum(parameter.nbytes for parameter in trained) * share) + largest,
+        "optimizer": round((state + 4 * count) * share),
+        "communication": bucket * trained[0].element_size(),
+    }
+
+
+def _held_without_deepspeed(model: nn.Module, training: Training) -> dict[str, int]:
+    """Trained weights are held in fp32; autocast keeps 16-bit copies of their matrices in the forward."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    # Embeddings are looked up as they are, unless the output layer shares them.
+    cast = {
+        id(parameter): parameter.numel()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and parameter.dim() > 1 and not isinstance(module, nn.Embedding)
+    }
+    matrices = sum(cast.values())
+    more = 0 if training.precision == "fp32" else 2 * count + 2 * matrices
+    # DistributedDataParallel keeps a second copy in its buckets.
+    return {"weights": more, "gradients": 4 * count, "communication": 4 * count * (training.gpus > 1)}
+
+
+def _zero_settings(training: Training) -> dict[str, Any]:
+    """The settings of the DeepSpeed file that the launchers use for this stage."""
+    path = Path(__file__).parents[2] / f"ds_config_zero{training.zero}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+
+
+def _optimizer_step(model: nn.Module, training: Training) -> int:
+    """What AdamW makes while it steps: fp32 gradients (DeepSpeed) and the denominators of all weights."""
+    if training.offload != "none":
+        return 0
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if training.zero == 0:
+        return 4 * count
+    count = -(-count // training.gpus)
+    if training.zero == 3:
+        count = min(count, _zero_settings(training)["sub_group_size"])
+    return 8 * count
+
+
+def _forward_backward(model: Any, generation: Generation, training: Training) -> Counter[str]:
+    batch = largest_batch(
+        model if training.method == "full" else model.get_base_model(),
+        generation,
+        rows=training.batch_size,
+        length=training.model_max_length,
+        slices=training.max_slice_nums + 1,
+    )
+    loss = partial(_loss, model, batch)
+    attention = fused_attention
+    if training.official:
+        loss, attention = partial(official_loss, model, batch), official_attention(model)
+    # ZeRO-3 puts a gradient into one piece with others before it sends their parts.
+    copy = torch.empty_like if training.zero == 3 else _nothing
+    return measure_step(model, generation, loss, attention=attention, after_gradient=copy)
+
+
+def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return model(**batch).loss
+
+
+def _nothing(_: Tensor) -> None:
+    return None

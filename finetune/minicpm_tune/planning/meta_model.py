@@ -1,0 +1,144 @@
+"""A model and a batch on torch's meta device: the shapes of a run, without its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.slicing.xcomposer2 import tile_tokens
+from minicpm_tune.models.model_classes import class_and_config
+
+SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
+_TAG_TOKENS = 2  # tokens around a placeholder
+
+
+class QuantisedShape(nn.Linear):
+    """A linear layer that holds and computes like a bitsandbytes one, for counting.
+
+    Its weight is made whole in ``dtype`` for each use, in the forward and again in the backward, and is
+    never kept.
+    """
+
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, *, bits: int, dtype: torch.dtype):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        numbers = self.weight.numel()
+        packed = torch.empty(numbers * bits // 8, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+        # 4 bit: one byte per 64 weights and one fp32 per 256 of those; 8 bit: one fp32 per row.
+        scales = numbers // 64 + 4 * (numbers // (64 * 256)) if bits == 4 else 4 * self.out_features
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device="meta"))
+        self.dtype = dtype
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        out = _Dequantised.apply(hidden.to(self.dtype), self)
+        return out if self.bias is None else out + self.bias
+
+    def values(self) -> Tensor:
+        """[out_features, in_features], as dequantising makes them."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, layer):
+        ctx.layer = layer
+        return hidden @ layer.values().t()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope @ ctx.layer.values(), None
+
+
+def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
+    """Make the model of a config.json on the meta device."""
+    kind, config = class_and_config(folder, generation)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return kind(config)
+
+
+def quantise_shapes(model: nn.Module, generation: Generation, *, bits: int, dtype: torch.dtype) -> None:
+    """Replace the LLM's linear layers by ones that hold ``bits`` per weight; what stays exact in training stays."""
+    layers = tuple(f"{module}." for module in generation.modules["llm"])
+    for name, module in list(model.named_modules()):
+        exact = name.rpartition(".")[2] in generation.exact
+        if type(module) is nn.Linear and name.startswith(layers) and not exact:
+            model.set_submodule(name, QuantisedShape(module, bits=bits, dtype=dtype))
+
+
+def largest_image(
+    config: Any, generation: Generation, *, slices: int, room: int
+) -> list[tuple[tuple[int, int], int]]:
+    """The slices of an image that is cut as often as is allowed and fits.
+
+    Args:
+        config: The model's configuration.
+        generation: Its generation.
+        slices: Most slices, the overview included.
+        room: Most tokens.
+
+    Returns:
+        For every slice, its (rows, columns) in patches and its tokens; empty when not even one fits.
+    """
+    if generation.layout == "square":
+        tokens = config.side**2
+        return [((config.side, config.side), tokens)] * (tokens <= room)
+    if generation.layout == "tiles":
+        # Tiles in one row have the fewest separators; the whole image is one slice.
+        sizes = [(config.side, config.side * tiles) for tiles in range(max(slices - 1, 1), 0, -1)]
+        images = [(size, tile_tokens(size, config.side)) for size in sizes]
+        return [image for image in images if image[1] <= room][:1]
+    tokens = config.query_num if not generation.native else SLICE_SIDE**2 // _patches_per_token(config)
+    return [((SLICE_SIDE, SLICE_SIDE), tokens)] * min(slices, room // (tokens + _TAG_TOKENS))
+
+
+def _patches_per_token(config: Any) -> int:
+    # Two mergers of 2 x 2 patches each; mode 4x skips one.
+    return 4 if config.downsample_mode == "4x" else 16
+
+
+def largest_batch(
+    model: PreTrainedModel, generation: Generation, *, rows: int, length: int, slices: int
+) -> dict[str, Any]:
+    """A batch of full rows, each with one image of as many full slices as fit.
+
+    Args:
+        model: On the meta device; gives sizes and token ids.
+        generation: Its generation.
+        rows: Rows of the batch.
+        length: Tokens of a row.
+        slices: Slices of a row's image, the overview included.
+
+    Returns:
+        Arguments of the model's forward: pixels on the meta device, the rest real. Every token that is
+        not a placeholder is supervised.
+    """
+    config = model.config
+    input_ids = torch.zeros(rows, length, dtype=torch.int64)
+    labels = input_ids.clone()
+    sizes, bounds, start = [], [], 1
+    for size, tokens in largest_image(config, generation, slices=slices, room=length - 1):
+        input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
+        labels[:, start : start + tokens] = -100
+        sizes.append(size)
+        bounds.append((start, start + tokens))
+        start += tokens + _TAG_TOKENS
+    all_sizes = torch.tensor(sizes * rows).reshape(-1, 2)
+    all_bounds = [(row, *bound) for row in range(rows) for bound in bounds]
+    patches = int(all_sizes.prod(dim=1).sum())
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "pixel_values": torch.empty(3, 14, 14 * patches, dtype=torch.uint8, device="meta"),
+        "tgt_sizes": all_sizes,
+        "image_bound": torch.tensor(all_bounds).reshape(-1, 3),
+    }

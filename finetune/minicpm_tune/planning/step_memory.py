@@ -1,0 +1,210 @@
+"""The memory of one training step, found by running the step on torch's meta device.
+
+On the meta device tensors have shapes and no contents, so that a step of an 8B model runs in seconds on
+any machine and needs no weights. Every storage that the step makes is counted from its making to its
+end; the highest sum is the peak. What is run is the training code itself, checkpointing and chunked
+loss included, so nothing here has to follow changes of the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.models.loss import LMHead
+
+LABELS = ("vision", "activations", "logits")
+# Operators that need the values of an index on the CPU to know the shape of their output.
+_NEED_VALUES = (torch.ops.aten.index.Tensor, torch.ops.aten._to_copy.default)
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is entered.
+
+    Attributes:
+        label: What new storages are counted as.
+        live: Label -> bytes alive now.
+        peak: Label -> bytes at the moment when their sum was highest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = "activations"
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def leave_out(self, model: nn.Module) -> None:
+        """Do not count a model's own parameters and buffers."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator and count what it made."""
+        kwargs = kwargs or {}
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        if func not in _NEED_VALUES and any(tensor.is_meta for tensor in tensors):
+            if any(not tensor.is_meta and tensor.dim() for tensor in tensors):
+                # Token ids, sizes and positions are real, so that code can look at them.
+                args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
+            if tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known[storage._cdata] = storage
+        label, size = self.label, storage.nbytes()
+        self.live[label] += size
+        if self.live.total() > self.peak.total():
+            self.peak = Counter(self.live)
+        weakref.finalize(storage, self.live.subtract, {label: size})
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments or results of an operator, which nest at most once."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from (part for part in value if isinstance(part, Tensor))
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta") if tensor.device.type == "cpu" and tensor.dim() else tensor
+
+
+class _LinearMemoryAttention(torch.autograd.Function):
+    """Attention as the fused kernels hold it: no scores, one fp32 number per query kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, row_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """Stand in for ``F.scaled_dot_product_attention``, which on the meta device makes all scores."""
+    return _LinearMemoryAttention.apply(query, key, value)
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """Attention written out, softmax in fp32, as the vision towers of the released code compute it."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+@contextmanager
+def _stand_ins(attention: Callable[..., Tensor]) -> Iterator[None]:
+    """Replace what the meta device lacks: fused attention, autocast, the values of positions."""
+    autocast = torch.autocast
+
+    def no_autocast_on_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    with (
+        mock.patch.object(torch, "autocast", no_autocast_on_meta),
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+    ):
+        yield
+
+
+def measure_step(
+    model: nn.Module,
+    generation: Generation,
+    loss: Callable[[], Tensor],
+    *,
+    attention: Callable[..., Tensor] = fused_attention,
+    after_gradient: Callable[[Tensor], object] = lambda gradient: None,
+) -> Counter[str]:
+    """Run forward and backward on the meta device and give the peak of what they make.
+
+    Gradients of parameters are dropped when they are complete, as ZeRO and the arithmetic of the
+    caller treat them; the one being made counts.
+
+    Args:
+        model: On the meta device, in training mode, possibly with an adapter.
+        generation: Its generation.
+        loss: Runs the forward.
+        attention: Stand-in for ``F.scaled_dot_product_attention``.
+        after_gradient: Called with every complete gradient; what it makes counts.
+
+    Returns:
+        Label of ``LABELS`` -> bytes at the peak.
+    """
+    meter = StorageMeter()
+    meter.leave_out(model)
+    handles = [*_label_parts(model, generation, meter), *_drop_gradients(model, after_gradient)]
+    try:
+        with _stand_ins(attention), meter:
+            value = loss()
+            meter.label = "logits"
+            value.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return meter.peak
+
+
+def _drop_gradients(model: nn.Module, after_gradient: Callable[[Tensor], object]) -> Iterator[Any]:
+    def drop(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "a hook behind the gradient ran before it"
+        after_gradient(parameter.grad)
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            yield parameter.register_post_accumulate_grad_hook(drop)
+
+
+def _label_parts(model: nn.Module, generation: Generation, meter: StorageMeter) -> Iterator[Any]:
+    """Tell the meter which part runs: by hooks in the forward, by gradients that are done in the backward."""
+    for name, module in model.named_modules():
+        plain = name.removeprefix("base_model.model.")
+        if plain in generation.modules["vision"]:
+            yield module.register_forward_pre_hook(partial(_enter, meter, "vision"))
+        elif plain in generation.modules["resampler"]:
+            yield module.register_forward_hook(partial(_leave_vision, meter))
+        elif isinstance(module, LMHead):
+            yield module.register_forward_pre_hook(partial(_enter_head, meter))
+
+
+def _enter(meter: StorageMeter, label: str, *_: Any) -> None:
+    meter.label = label
+
+
+def _leave_vision(meter: StorageMeter, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    meter.label = "activations"
+    if isinstance(output, Tensor) and output.requires_grad:
+        output.register_hook(partial(_enter, meter, "vision"))  # the LLM's backward is done
+
+
+def _enter_head(meter: StorageMeter, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    meter.label = "logits"
+    if inputs and inputs[0].requires_grad:
+        inputs[0].register_hook(partial(_enter, meter, "activations"))  # the output layer's backward is done

@@ -1,0 +1,293 @@
+"""Every check of the command line that needs no model.
+
+All problems are collected and raised once, before weights are loaded or processes are joined.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from minicpm_tune.checkpoints import output_folder
+from minicpm_tune.data.files.mixtures import missing_sources
+from minicpm_tune.errors import UserError
+from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
+from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_config
+from minicpm_tune.settings.hardware import accelerator_count
+from minicpm_tune.settings.optimizer_names import optimizer_problems
+
+_AT_LEAST_ONE = (
+    "model_max_length",
+    "max_slice_nums",
+    "packing_window",
+    "generation_samples",
+    "generation_max_new_tokens",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",
+)
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
+
+
+class UsageError(UserError):
+    """A command line, folder or file that can't be used; the message says what to change."""
+
+
+def check_arguments(
+    model: ModelArguments, data: DataArguments, training: Namespace, lora: LoraArguments
+) -> None:
+    """Collect everything that is wrong with a command line.
+
+    Args:
+        model: The model's arguments.
+        data: The data's arguments.
+        training: Values of all fields of ``TrainingArguments``, not yet made into one, because making one
+            joins the processes.
+        lora: The adapter's arguments.
+
+    Raises:
+        UsageError: When anything is wrong; one line per problem.
+    """
+    problems = [
+        *_what_trains(training, lora),
+        *_numbers(training, lora),
+        *_model_folder(model),
+        *_data_files(data, training),
+        *_hardware(model, training),
+        *_no_effect_here(training),
+        *_vision_cache(training),
+        *optimizer_problems(training.optim),
+        *_deepspeed(training),
+        *_output_folder(training),
+    ]
+    raise_problems(problems)
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise all problems as one error; nothing when there is none."""
+    if len(problems) == 1:
+        raise UsageError(problems[0])
+    if problems:
+        listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
+        raise UsageError(f"{len(problems)} problems with the command line:\n{listed}")
+
+
+def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    if training.use_lora and training.tune_llm:
+        yield (
+            "The model cannot simultaneously adjust LLM parameters and apply LoRA. "
+            "Add --tune_llm false for LoRA, or --use_lora false to train all of the LLM's weights."
+        )
+    trained = (training.tune_vision, training.tune_resampler, training.tune_llm, training.use_lora)
+    if not any(trained):
+        yield (
+            "Nothing would be trained: --tune_vision, --tune_resampler, --tune_llm and --use_lora are all "
+            "false. Set at least one to true."
+        )
+    if lora.q_lora and not training.use_lora:
+        yield "--q_lora true needs --use_lora true: weights in 4 bit can only be trained through adapters."
+    if lora.lora_weight_path:
+        yield from _lora_weight_path(training, lora)
+    if lora.lora_layers_pattern and lora.lora_layers_to_transform is None:
+        yield "--lora_layers_pattern acts only together with --lora_layers_to_transform: add it, or leave both out."
+    yield from _rates(training)
+    yield from _adapter_start(training, lora)
+    try:
+        lora.layer_replication  # noqa: B018  (reading it parses it)
+    except ValueError as error:
+        yield str(error)
+
+
+def _rates(training: Namespace) -> Iterator[str]:
+    """Learning rates of parts that don't train would have no effect."""
+    switches = {
+        "vision_lr": training.tune_vision,
+        "resampler_lr": training.tune_resampler,
+        "llm_lr": training.tune_llm,
+        "lora_lr_ratio": training.use_lora,
+    }
+    for flag, trains in switches.items():
+        value = getattr(training, flag)
+        if value is not None and not trains:
+            switch = "use_lora" if flag == "lora_lr_ratio" else f"tune_{flag.removesuffix('_lr')}"
+            yield f"--{flag} is given, but --{switch} is false: set it to true, or leave --{flag} out."
+    if training.embed_lr is not None and not (training.tune_llm or training.use_lora):
+        yield "--embed_lr is given, but the embeddings don't train: they do with --tune_llm or --use_lora."
+    for flag in (*switches, "embed_lr"):
+        value = getattr(training, flag)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            yield f"--{flag} is {value}, expected 0 or more."
+
+
+def _adapter_start(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    start = lora.init_lora_weights
+    if not re.fullmatch(r"true|gaussian|pissa|pissa_niter_\d+|olora", start):
+        yield f"--init_lora_weights is {start!r}, expected true, gaussian, pissa, pissa_niter_<n> or olora."
+    elif start.startswith(("pissa", "olora")):
+        if lora.q_lora:
+            yield f"--init_lora_weights {start} needs the exact weights: use true with --q_lora true."
+        if lora.lora_weight_path:
+            yield f"--init_lora_weights {start} is for a new adapter: leave it out with --lora_weight_path."
+
+
+def _lora_weight_path(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    if not training.use_lora:
+        yield "--lora_weight_path is given, but --use_lora is false: add --use_lora true --tune_llm false."
+    if not (Path(lora.lora_weight_path).expanduser() / "adapter_config.json").is_file():
+        yield (
+            f"--lora_weight_path: no adapter_config.json in {lora.lora_weight_path!r}. Give the folder that "
+            "an earlier LoRA run wrote."
+        )
+
+
+def _numbers(training: Namespace, lora: LoraArguments) -> Iterator[str]:
+    values = {**vars(training), **vars(lora)}
+    for name in _AT_LEAST_ONE:
+        if values[name] is not None and values[name] < 1:
+            yield f"--{name} is {values[name]}, expected at least 1."
+    for name in _NOT_NEGATIVE:
+        if values[name] is not None and not (math.isfinite(values[name]) and values[name] >= 0):
+            yield f"--{name} is {values[name]}, expected 0 or more."
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"--lora_dropout is {lora.lora_dropout}, expected a share from 0 to below 1."
+
+
+def _model_folder(model: ModelArguments) -> Iterator[str]:
+    name = model.model_name_or_path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return
+        if (folder / "adapter_config.json").is_file():
+            yield (
+                f"--model_name_or_path {name!r} is an adapter, not a model. Give its base model here, and "
+                "the adapter as --lora_weight_path."
+            )
+        else:
+            yield f"--model_name_or_path {name!r} is a folder without config.json. Give a model's folder."
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        yield (
+            f"--model_name_or_path: there is no folder {name!r}, and it is no Hub id (owner/name) either. "
+            "Check the path."
+        )
+
+
+def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
+    wants_to_train = training.do_train or (training.do_train is None and not training.do_eval)
+    if wants_to_train and not data.data_path:
+        yield "--data_path is missing: give the file with the training rows."
+    if training.do_train is False and not training.do_eval:
+        yield "--do_train false without --do_eval leaves nothing to do. Give one of them."
+    for flag in ("data_path", "eval_data_path"):
+        value = getattr(data, flag)
+        for missing in missing_sources(value) if value else ():
+            yield f"--{flag}: there is no file '{missing}'. Check the path (relative to {os.getcwd()!r})."
+    if not data.eval_data_path:
+        if training.do_eval:
+            yield "--do_eval needs --eval_data_path: give the file with the evaluation rows."
+        elif str(training.eval_strategy) != "no":
+            yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
+    if training.predict_with_generate and not data.eval_data_path:
+        yield "--predict_with_generate true needs --eval_data_path: give the file with the evaluation rows."
+    if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
+        yield f"--image_folder: there is no folder {data.image_folder!r}."
+
+
+def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:
+    accelerators = 0 if training.use_cpu else accelerator_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerators and processes > accelerators:
+        yield (
+            f"{processes} processes were started, but this machine has {accelerators} GPUs. "
+            f"Set GPUS_PER_NODE={accelerators} (or less)."
+        )
+    for flag in ("fp16", "fp16_full_eval"):
+        if getattr(training, flag) and not accelerators:
+            yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false (a CPU can do bf16)."
+    if training.bf16 and training.fp16:
+        yield "--bf16 true and --fp16 true contradict each other. Keep one."
+    if model.attn_implementation == "flash_attention_2":
+        if not accelerators:
+            yield "--attn_implementation flash_attention_2 needs a GPU. Use sdpa, the default."
+        elif importlib.util.find_spec("flash_attn") is None:
+            yield (
+                "--attn_implementation flash_attention_2 needs the flash-attn package: "
+                "pip install flash-attn, or use sdpa, the default."
+            )
+
+
+def _no_effect_here(training: Namespace) -> Iterator[str]:
+    """Flags of transformers' Trainer that this trainer could only ignore, or that would break a batch."""
+    if training.remove_unused_columns:
+        yield "--remove_unused_columns true would drop columns this project needs. Use false, the default."
+    if training.label_names not in (None, ["labels"]):
+        yield f"--label_names is {training.label_names}, expected labels: a row's labels have that name."
+    if training.label_smoothing_factor:
+        yield "--label_smoothing_factor is not supported: the loss never builds all logits. Use 0."
+    if training.torch_compile or training.torch_compile_backend or training.torch_compile_mode:
+        yield (
+            "--torch_compile is not supported: batches differ in tokens, slices and supervised tokens, and every new "
+            "shape would be compiled anew (a first step of a two-layer model took minutes). Leave it out; "
+            "--use_liger_kernel true fuses the LLM's small operations on a GPU."
+        )
+    if training.do_predict:
+        yield "--do_predict is not supported by finetune.py. Remove it."
+
+
+def _vision_cache(training: Namespace) -> Iterator[str]:
+    if training.cache_vision_features is None:
+        return
+    if training.tune_vision:
+        yield (
+            "--cache_vision_features is given, but --tune_vision is true: features of a tower that trains change with "
+            "every step. Add --tune_vision false, or leave --cache_vision_features out."
+        )
+    for flag in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(training, flag):
+            yield f"--cache_vision_features: --{flag} true would compute other features in evaluation. Use false."
+
+
+def _deepspeed(training: Namespace) -> Iterator[str]:
+    if not training.deepspeed:
+        return
+    try:
+        read_config(training.deepspeed)
+    except DeepSpeedConfigError as error:
+        yield str(error)
+    if os.environ.get("ACCELERATE_USE_CPU"):
+        yield "ACCELERATE_USE_CPU is set, and would switch --deepspeed off unseen. Unset it."
+
+
+def _output_folder(training: Namespace) -> Iterator[str]:
+    folder = Path(training.output_dir or "trainer_output").expanduser()
+    if folder.exists() and not folder.is_dir():
+        yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that is free."
+        return
+    resume = training.resume_from_checkpoint
+    if resume and resume.lower() != "false" and training.overwrite_output_dir:
+        yield "--overwrite_output_dir true and --resume_from_checkpoint contradict each other. Keep one."
+        return
+    if resume and resume.lower() not in ("true", "false"):
+        if not output_folder.is_checkpoint(Path(resume).expanduser()):
+            yield (
+                f"--resume_from_checkpoint: {resume!r} is no complete checkpoint (no trainer_state.json). "
+                "Give a checkpoint-<step> folder, or true for the last one in --output_dir."
+            )
+        return
+    earlier = output_folder.look(folder)
+    wants_to_resume = bool(resume) and resume.lower() == "true"
+    if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
+        return
+    last = earlier.last_checkpoint
+    state = "a finished run" if earlier.finished or last is None else f"an unfinished run ({last.name})"
+    yield (
+        f"--output_dir {str(folder)!r} holds {state}. Give another folder, continue that run with "
+        "--resume_from_checkpoint true, or start over with --overwrite_output_dir true, which deletes it."
+    )

@@ -1,0 +1,101 @@
+"""DeepSpeed's configuration file, and its process group on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from minicpm_tune.errors import UserError
+
+
+class DeepSpeedConfigError(UserError):
+    """A DeepSpeed configuration that can't be found or read."""
+
+
+def find_config(path: str) -> Path:
+    """Find a configuration file: as given, or by its name beside this module.
+
+    The official commands say ``--deepspeed ds_config_zero2.json`` and are run from that folder; here
+    they may be run from any.
+
+    Raises:
+        DeepSpeedConfigError: When there is no such file.
+    """
+    own = Path(__file__).parents[2]
+    for candidate in (Path(path).expanduser(), own / path):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(file.name for file in own.glob("ds_config_*.json")))
+    raise DeepSpeedConfigError(
+        f"--deepspeed: no file {path!r} here or in {own}. Give the path of a DeepSpeed JSON file, or one of "
+        f"these: {shipped}."
+    )
+
+
+def read_config(value: str) -> dict[str, Any]:
+    """Read a DeepSpeed configuration.
+
+    Args:
+        value: The path of a JSON file, or JSON text that starts with ``{``.
+
+    Raises:
+        DeepSpeedConfigError: When the file is missing or is not a JSON object.
+    """
+    where, text = "--deepspeed", value
+    if not value.lstrip().startswith("{"):
+        path = find_config(value)
+        where, text = str(path), path.read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DeepSpeedConfigError(
+            f"{where}, line {error.lineno}: {error.msg}. Expected a JSON object (double quotes, no comments, "
+            "no comma before a closing bracket)."
+        ) from error
+    if not isinstance(config, dict):
+        raise DeepSpeedConfigError(f"{where}: found a {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def drop_automatic_scheduler(config: dict[str, Any]) -> bool:
+    """Take out a scheduler section that is filled from the command line anyway.
+
+    DeepSpeed runs the section's own schedule and ignores ``--lr_scheduler_type``: with the official
+    WarmupLR section the rate stays flat after the warm-up, never a cosine. A section with numbers of its
+    own is left alone; it is a choice.
+
+    Returns:
+        True when a section was taken out.
+
+    Example:
+        >>> drop_automatic_scheduler({"scheduler": {"params": {"warmup_num_steps": "auto"}}})
+        True
+    """
+    params = config.get("scheduler", {}).get("params", {})
+    if not params or any(value != "auto" for value in params.values()):
+        return False
+    del config["scheduler"]
+    return True
+
+
+def start_on_cpu() -> None:
+    """Start DeepSpeed's process group over gloo; call before ``TrainingArguments`` looks for devices.
+
+    Left to itself DeepSpeed would look for MPI when torchrun's variables are missing, and would compile a
+    shared-memory helper for half a minute (deepspeed 0.19); neither is needed here.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, it warns that it found no GPU
+    import deepspeed
+
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,286 @@
+"""Writing checkpoints so that each is whole or not there, and choosing the one to continue from.
+
+A checkpoint holds the trained weights, optimizer, schedule and random numbers of every process, as the
+Trainer writes them, and a manifest of its own: which files belong to it, and how the run was divided.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from minicpm_tune.checkpoints import output_folder
+from minicpm_tune.checkpoints.output_folder import MANIFEST, UNFINISHED
+from minicpm_tune.errors import UserError
+from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.write_failures import GIB, free_bytes, is_write_failure, system_reason
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be written, or not be continued by this run.
+
+    Args:
+        text: The message.
+        leftover: A folder that was half written.
+    """
+
+    def __init__(self, text: str, *, leftover: Path | None = None):
+        super().__init__(text)
+        self.leftover = leftover
+
+    def clean_up(self) -> None:
+        """Free the space of what was half written.
+
+        Call when the message is out: other processes write there too, would fail of it, and be heard first.
+        """
+        if self.leftover is not None:
+            shutil.rmtree(self.leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a run is divided: what a resumed run must have in common with the one that was interrupted.
+
+    Attributes:
+        processes: Processes over all machines.
+        rows_per_step: Rows (with packing: packs) of one optimizer step, over all processes.
+        rows: Rows of the training data.
+        deepspeed_stage: ZeRO stage; 0 without DeepSpeed.
+        trains: ``adapter`` or ``weights``.
+        order: The flags that decide the order of rows.
+    """
+
+    processes: int
+    rows_per_step: int
+    rows: int
+    deepspeed_stage: int
+    trains: str
+    order: str
+
+
+def run_shape(training: TrainingArguments, rows: int) -> RunShape:
+    """The shape of this run."""
+    per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    config = training.deepspeed or {}
+    return RunShape(
+        processes=training.world_size,
+        rows_per_step=training.world_size * per_process,
+        rows=rows,
+        deepspeed_stage=config.get("zero_optimization", {}).get("stage", 0),
+        trains="adapter" if training.use_lora else "weights",
+        order=_order(training),
+    )
+
+
+def _order(training: TrainingArguments) -> str:
+    names = ["train_sampling_strategy", "seed" if training.data_seed is None else "data_seed", "packing"]
+    if training.packing:
+        names += ["packing_window", "model_max_length"]
+    return " ".join(f"--{name} {getattr(training, name)}" for name in names)
+
+
+class CheckpointWriter:
+    """One checkpoint on its way to its place.
+
+    Every process makes one and calls ``writing`` and ``move_into_place``; in each folder (one for all
+    machines, or one per machine) exactly one process has ``moves``.
+
+    Args:
+        output_dir: The output folder.
+        step: Optimizer steps done.
+        moves: Whether this process moves the folder.
+        shape: The run's shape, for the manifest.
+    """
+
+    def __init__(self, output_dir: str | Path, step: int, *, moves: bool, shape: RunShape):
+        self.name = f"checkpoint-{step}"
+        self.step, self.moves, self.shape = step, moves, shape
+        self.final = Path(output_dir) / self.name
+        self.staging = Path(output_dir) / UNFINISHED
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the system's refusal to write into a message; see ``write_failures_told``."""
+        with write_failures_told(self.final, leftover=self.staging / self.name):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            yield
+
+    def best(self, step: int | None, before: str | None) -> str | None:
+        """Where the best checkpoint is, or will be once this one is in its place.
+
+        Args:
+            step: The step of the best checkpoint so far.
+            before: What was known before this checkpoint.
+        """
+        if step is None:
+            return before
+        path = self.final.parent / f"checkpoint-{step}"
+        return str(path) if step == self.step or path.is_dir() else before
+
+    def move_into_place(self) -> None:
+        """Write the manifest, and let the checkpoint appear under its own name at once.
+
+        Call when every process has written its files.
+        """
+        if not self.moves:
+            return
+        with write_failures_told(self.final, leftover=self.staging / self.name):
+            self._move()
+
+    def _move(self) -> None:
+        written = self.staging / self.name
+        files = {
+            path.relative_to(written).as_posix(): path.stat().st_size
+            for path in sorted(written.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        manifest = {"step": self.step, **asdict(self.shape), "files": files}
+        with (written / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        replaced = self.staging / "replaced"
+        if self.final.exists():
+            # Damaged, or of a start from an older checkpoint, which has come here again.
+            os.replace(self.final, replaced)
+        os.replace(written, self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            self.staging.rmdir()
+
+
+@contextmanager
+def write_failures_told(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
+    """Turn the system's refusal to write something into a message.
+
+    Args:
+        path: What is written: the output folder, or a checkpoint in it.
+        leftover: What to delete afterwards.
+
+    Raises:
+        CheckpointError: When the disk is full, the folder can't be written, or a quota is reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_failure(error):
+            raise
+        raise CheckpointError(_cannot_write(path, error), leftover=leftover) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    output_dir = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+    free = free_bytes(output_dir)
+    reason, number = system_reason(error, output_dir)
+    text = f"{path} could not be written: {reason}. {free / GIB:.1f} GiB are free there. "
+    if free < GIB or number in (errno.ENOSPC, errno.EDQUOT):
+        text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
+    last = output_folder.look(output_dir).last_checkpoint
+    if last is None:
+        return f"{text}There is no earlier checkpoint."
+    return f"{text}{last.name} is whole: continue from it with --resume_from_checkpoint true."
+
+
+def choose_checkpoint(training: TrainingArguments) -> Path | None:
+    """The checkpoint to continue from, the same on every process; None to start from the beginning.
+
+    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines
+    with folders of their own may have been stopped between two of them. Says which ones are passed over.
+    """
+    if not training.continues_last:
+        return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
+    found = {
+        step: output_folder.damage(path) for step, path in output_folder.checkpoints(training.output_dir)
+    }
+    views = gathered(found)
+    everywhere = set.intersection(*(set(view) for view in views))
+    problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
+    problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
+    chosen = max((step for step in everywhere if step not in problems), default=None)
+    for step in sorted(problems):
+        if training.process_index == 0 and (chosen is None or step > chosen):
+            logger.warning("checkpoint-%d is not whole and is passed over: %s.", step, problems[step])
+    if chosen is None:
+        return None
+    return Path(training.output_dir) / f"checkpoint-{chosen}"
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def check_continues(checkpoint: Path, shape: RunShape, *, skips_data: bool) -> None:
+    """See that a run of this shape can go on exactly where a checkpoint was written.
+
+    Args:
+        checkpoint: The checkpoint.
+        shape: The shape of this run.
+        skips_data: ``--ignore_data_skip``: the place in the data is given up anyway.
+
+    Raises:
+        CheckpointError: With every difference, and what to do.
+    """
+    manifest = output_folder.read_manifest(checkpoint)
+    if not manifest:
+        return
+    before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
+    problems = []
+    if before.trains != shape.trains:
+        problems.append(
+            f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."
+        )
+    elif before.deepspeed_stage != shape.deepspeed_stage:
+        problems.append(
+            f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."
+        )
+    elif shape.deepspeed_stage and before.processes != shape.processes:
+        problems.append(
+            f"it was written by {before.processes} processes, this run has {shape.processes}. DeepSpeed's state is "
+            f"divided among them: start {before.processes} again."
+        )
+    if before.rows != shape.rows and not skips_data:
+        problems.append(
+            f"the data had {before.rows} rows and now has {shape.rows}, so its order is another. Give the same "
+            "data, or add --ignore_data_skip true to begin an epoch of the new one."
+        )
+    elif before.order != shape.order and not skips_data:
+        problems.append(
+            f"its rows came in the order of {before.order}, now it is {shape.order}. Set these flags as they were, or "
+            "add --ignore_data_skip true to begin the epoch anew."
+        )
+    elif before.rows_per_step != shape.rows_per_step and not skips_data:
+        problems.append(
+            f"a step had {before.rows_per_step} rows and now has {shape.rows_per_step} (processes x "
+            "--per_device_train_batch_size x --gradient_accumulation_steps). Make the product the same, or add "
+            "--ignore_data_skip true to begin the epoch anew."
+        )
+    if problems:
+        raise CheckpointError(f"{checkpoint} can't be continued: " + " Also, ".join(problems))
+    if before.processes != shape.processes:
+        logger.warning(
+            "%s was written by %d processes, this run has %d: rows go on in their order, random numbers (dropout) "
+            "start anew.", checkpoint.name, before.processes, shape.processes,
+        )  # fmt: skip
+
+
+def _stage(shape: RunShape) -> str:
+    return f"DeepSpeed ZeRO-{shape.deepspeed_stage}" if shape.deepspeed_stage else "no DeepSpeed"

@@ -1,0 +1,89 @@
+"""Learning rates of their own for parts of the model, and for the B matrices of LoRA (LoRA+)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.errors import UserError
+from minicpm_tune.models.parameter_parts import PartCount, part_of
+
+
+class LearningRateError(UserError):
+    """A learning rate that would have no effect."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Which rate a parameter trains with.
+
+    Attributes:
+        base: ``--learning_rate``, for every part without one of its own.
+        parts: Part -> its own rate; None means the base.
+        lora_ratio: Rate of LoRA's B matrices divided by that of everything else in LoRA.
+            Source: "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv:2402.12354).
+    """
+
+    base: float
+    parts: dict[str, float | None]
+    lora_ratio: float | None = None
+
+    @property
+    def differ(self) -> bool:
+        """True when any parameter trains with another rate than the base."""
+        return self.lora_ratio is not None or any(rate is not None for rate in self.parts.values())
+
+    def of(self, name: str, generation: Generation) -> float:
+        """The rate of one parameter, by its name.
+
+        Example:
+            >>> from minicpm_tune.checkpoints.model_generations import GENERATIONS
+            >>> rates = LearningRates(1e-4, {"vision": 1e-6}, lora_ratio=16)
+            >>> rates.of("vpm.post_layernorm.weight", GENERATIONS["v2_6"])
+            1e-06
+            >>> rates.of("llm.model.layers.0.self_attn.q_proj.lora_B.default.weight", GENERATIONS["v2_6"])
+            0.0016
+        """
+        own = self.parts.get(part_of(name, generation))
+        rate = self.base if own is None else own
+        return rate * self.lora_ratio if self.lora_ratio is not None and ".lora_B" in name else rate
+
+
+def check_rates(rates: LearningRates, counts: dict[str, PartCount]) -> None:
+    """Refuse a learning rate for a part that doesn't train: with adapters that depends on what they save.
+
+    Args:
+        rates: The rates that were asked for.
+        counts: What trains, from ``parts.count_parts``.
+
+    Raises:
+        LearningRateError: With the flag that would have no effect.
+    """
+    flags = {"vision": "vision_lr", "resampler": "resampler_lr", "llm": "llm_lr", "embeddings": "embed_lr"}
+    for part, flag in flags.items():
+        if rates.parts.get(part) is not None and not (part in counts and counts[part].trainable):
+            raise LearningRateError(
+                f"--{flag} is given, but nothing of that part trains. Leave it out, or let the part train "
+                "(--lora_modules_to_save with adapters)."
+            )
+
+
+def split_by_rate(
+    optimizer: torch.optim.Optimizer, model: nn.Module, generation: Generation, rates: LearningRates
+) -> None:
+    """Split an optimizer's groups so that all parameters of a group have one rate.
+
+    Call before the scheduler is made, which takes each group's rate as the one to scale.
+    """
+    rate_of = {id(value): rates.of(name, generation) for name, value in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rate_of[id(parameter)], []).append(parameter)
+        groups += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
+    optimizer.param_groups[:] = groups

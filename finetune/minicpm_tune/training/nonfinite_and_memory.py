@@ -1,0 +1,236 @@
+"""What happens when a step's numbers are not finite, and when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minicpm_tune.errors import UserError
+from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.settings.hardware import process_rank
+from minicpm_tune.training.throughput import peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+STOP_AFTER = 3  # steps in a row that are not finite, with --on_nonfinite stop
+_SHOWN_ROWS = 20
+_GIB = 1024**3
+# How it is named: by torch's allocator on a GPU, by class; by its allocator on the CPU and by CUDA's libraries,
+# which allocate for themselves, in the text (torch 2.13).
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+Row = tuple[int, int]
+
+
+class NonFiniteError(UserError):
+    """Several steps in a row whose gradients are not finite."""
+
+
+class MemoryExhaustedError(UserError):
+    """Memory ran out; the message says what would save most."""
+
+
+@dataclass
+class MicroBatch:
+    """One batch of a step, as far as a message about it needs.
+
+    Attributes:
+        rows: (source, row) of each sample; None for those that only fill up.
+        shape: [B, T] of its tokens.
+        slices: Its slices of images.
+        patches: Patches of all slices together.
+        loss: Its share of the step's loss, on the device; None before it is known.
+    """
+
+    rows: tuple[Row | None, ...]
+    shape: tuple[int, int]
+    slices: int
+    patches: int
+    loss: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> MicroBatch:
+        """Take it from a batch, whose tensors are not kept."""
+        sizes, pixels = inputs.get("tgt_sizes"), inputs.get("pixel_values")
+        return cls(
+            rows=tuple(inputs["rows"]),
+            shape=tuple(inputs["input_ids"].shape),
+            slices=0 if sizes is None else len(sizes),
+            patches=0 if pixels is None else pixels.shape[-1] // max(1, pixels.shape[-2]),
+        )
+
+    def report(self, rank: int) -> dict[str, Any]:
+        """What other processes are told of it when something is wrong."""
+        assert self.loss is not None  # it has been through the model
+        return {"rank": rank, "rows": [row for row in self.rows if row is not None], "loss": float(self.loss)}
+
+
+class NonFiniteSteps:
+    """Counts steps that were not applied, and decides when it is enough.
+
+    Args:
+        policy: ``stop`` after ``STOP_AFTER`` in a row, or ``skip`` always.
+    """
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.in_a_row = 0
+        self.steps, self.skipped = 0, 0
+        self._logged = (0, 0)
+
+    def applied(self) -> None:
+        """A step's gradients were finite."""
+        self.steps += 1
+        self.in_a_row = 0
+
+    def refused(
+        self, step: int, norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]
+    ) -> None:
+        """A step's gradients were not finite, and it was not applied.
+
+        Args:
+            step: Its number, from 1.
+            norm: The gradient norm.
+            batches: ``MicroBatch.report`` of every batch of the step, of all processes.
+            files: Names of the data sources, by number.
+
+        Raises:
+            NonFiniteError: When it was one too many; on every process.
+        """
+        self.steps += 1
+        self.skipped += 1
+        self.in_a_row += 1
+        text = f"step {step}: {_what_is_wrong(norm, batches, files)} The step was not applied"
+        if self.policy == "skip" or self.in_a_row < STOP_AFTER:
+            # Every process knows; one says it.
+            level = logging.WARNING if process_rank() == 0 else logging.INFO
+            logger.log(level, "%s (%d in a row).", text, self.in_a_row)
+            return
+        raise NonFiniteError(
+            f"{text}, and neither were the {STOP_AFTER - 1} before it. The weights are still those of step "
+            f"{step - STOP_AFTER}. Look at these rows; a lower --learning_rate, a longer warm-up (--warmup_steps) or "
+            "bf16 instead of fp16 may help. --on_nonfinite skip goes on without such steps."
+        )
+
+    def correct(self, logs: dict[str, float]) -> None:
+        """Make means over all steps, in which a skipped one counts as 0, means over those that were applied.
+
+        Args:
+            logs: A log line; ``loss`` is since the last line, ``train_loss`` of the whole run.
+        """
+        steps, skipped = self.steps, self.skipped
+        if "train_loss" in logs and skipped:
+            logs["train_loss"] *= steps / (steps - skipped) if steps > skipped else math.nan
+        if "loss" not in logs:
+            return
+        steps, skipped = steps - self._logged[0], skipped - self._logged[1]
+        self._logged = (self.steps, self.skipped)
+        if skipped:
+            logs["loss"] *= steps / (steps - skipped) if steps > skipped else math.nan
+            logs["skipped_steps"] = skipped
+
+
+def _what_is_wrong(norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]) -> str:
+    bad = [batch for batch in batches if not math.isfinite(batch["loss"])]
+    if bad:
+        losses = ", ".join(sorted({str(batch["loss"]) for batch in bad}))
+        where = "; ".join(f"{_rows_text(batch['rows'], files)} (process {batch['rank']})" for batch in bad)
+        return f"the loss is {losses} for {where}."
+    rows = [row for batch in batches for row in batch["rows"]]
+    return f"every loss is finite, but the gradient norm is {norm}, from {_rows_text(rows, files)}."
+
+
+def _rows_text(rows: Sequence[Row], files: Sequence[str]) -> str:
+    """Rows by file: ``rows 4, 7 of train.json``."""
+    by_file: dict[str, list[int]] = {}
+    for source, row in rows[:_SHOWN_ROWS]:
+        by_file.setdefault(files[source] if source < len(files) else f"source {source}", []).append(row)
+    parts = [
+        f"row{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {file}"
+        for file, found in by_file.items()
+    ]
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    return " and ".join(parts) + more if parts else "no row (filling up the last step)"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True for what torch raises when a GPU or the machine has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def memory_advice(
+    error: RuntimeError, training: TrainingArguments, batch: MicroBatch | None, files: Sequence[str]
+) -> str:
+    """The message about memory that ran out: how much was used, by what, and the three flags that save most.
+
+    Args:
+        error: What torch raised.
+        training: The arguments that the advice starts from.
+        batch: The batch in work, if training had begun.
+        files: Names of the data sources, by number.
+    """
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        size = f"of {total / _GIB:.1f} GiB on the GPU, of which {free / _GIB:.1f} are free"
+    else:
+        size = "in this process"
+    text = f"Out of memory ({str(error).split(chr(10))[0][:200]}). Peak so far: {peak_memory_gib():.2f} GiB {size}."
+    if batch is not None:
+        rows = [row for row in batch.rows if row is not None]
+        which = f": {_rows_text(rows, files)}" if rows else ""
+        text += (
+            f" The batch has {batch.shape[0]} x {batch.shape[1]} tokens and {batch.slices} image slices of "
+            f"{batch.patches} patches in all{which}."
+        )
+    flags = "".join(f"\n  {number}. {flag}" for number, flag in enumerate(_savings(training)[:3], start=1))
+    return f"{text} What saves most, here:{flags}"
+
+
+def _savings(training: TrainingArguments) -> list[str]:
+    """Flags that save memory and are not set yet, the most effective first.
+
+    The order is that of the parts of memory in a run with 7 billion parameters: activations without
+    recomputation, then optimizer and gradients, then what grows with the batch, then with the row.
+    """
+    stage = (training.deepspeed or {}).get("zero_optimization", {})
+    batch = training.per_device_train_batch_size
+    found = []
+    if not training.checkpoints_llm:
+        found.append("--activation_checkpointing true (computes activations twice instead of keeping them)")
+    if batch > 1:
+        accumulation = training.gradient_accumulation_steps * batch
+        found.append(
+            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation} (the same run)"
+        )
+    if not training.use_lora:
+        found.append("--use_lora true --tune_llm false (no gradients and optimizer for the language model)")
+    if stage.get("stage", 0) < 3 and training.world_size > 1:
+        found.append(
+            "--deepspeed ds_config_zero3.json (divides weights, gradients and optimizer among the GPUs)"
+        )
+    if "offload_optimizer" not in stage:
+        number = 3 if training.world_size > 1 else 2
+        found.append(
+            f"--deepspeed ds_config_zero{number}_offload.json (keeps the optimizer in the CPU's memory)"
+        )
+    found.append(
+        f"--model_max_length {max(256, training.model_max_length // 2)} (now {training.model_max_length})"
+    )
+    if training.max_slice_nums is None or training.max_slice_nums > 1:
+        now = training.max_slice_nums or "the checkpoint's"
+        found.append(
+            f"--max_slice_nums {max(1, (training.max_slice_nums or 9) // 2)} (slices per image, now {now})"
+        )
+    return found

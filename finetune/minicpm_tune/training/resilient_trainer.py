@@ -1,0 +1,239 @@
+"""A Trainer that stops, saves and resumes safely; what it adds has nothing to do with the model.
+
+- Steps whose gradients are not finite are not applied.
+- SIGTERM and SIGINT end training after the step, with a checkpoint.
+- Checkpoints appear whole or not at all.
+- Memory that runs out gives a message with what was in work.
+- Every stage of the work is told to ``RankWatch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from minicpm_tune.checkpoints import output_folder
+from minicpm_tune.safe_loading import allow_deepspeed_states, reading
+from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape
+from minicpm_tune.training.nonfinite_and_memory import (
+    MemoryExhaustedError,
+    MicroBatch,
+    NonFiniteSteps,
+    is_out_of_memory,
+    memory_advice,
+)
+from minicpm_tune.training.peer_monitor import RankWatch
+from minicpm_tune.training.stop_signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What training needs to know of the run around it.
+
+    Attributes:
+        watch: The watch over the other processes.
+        moves: Whether this process moves checkpoints to their place and deletes old ones.
+        files: Names of the training data's files, for messages that name rows.
+    """
+
+    watch: RankWatch
+    moves: bool
+    files: Sequence[str] = ()
+
+
+class GuardedTrainer(Trainer):
+    """Training that survives faults; see the module.
+
+    Args:
+        surroundings: The run around it; by default one that has nothing but this process.
+        **kwargs: As for ``transformers.Trainer``.
+    """
+
+    args: TrainingArguments  # narrower than Trainer's
+
+    def __init__(self, *, surroundings: Surroundings | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if surroundings is None:
+            watch = RankWatch(limit=self.args.ddp_timeout)
+            surroundings = Surroundings(watch=watch, moves=self.args.process_index == 0)
+        self.watch, self.moves, self.files = surroundings.watch, surroundings.moves, surroundings.files
+        self.stop = StopRequest(speaks=self.args.world_size == 1)
+        self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
+        self.was_stopped = False
+        self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
+        self._batches: list[MicroBatch] = []
+        self._asked_to_stop: Tensor | None = None
+        self._loss_before: Tensor | None = None
+        self._writer: CheckpointWriter | None = None
+        self.add_callback(_StopBetweenSteps(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; a lack of memory, or a checkpoint that can't be read, becomes a message."""
+        self.stop.listen()
+        self.watch.mark("preparing to train")
+        if self.is_deepspeed_enabled:
+            allow_deepspeed_states()
+        with self._lack_of_memory_told(), reading(self.args.resume_from_checkpoint):
+            output = super().train(*args, **kwargs)
+        # Not after an error: torchrun sends signals then, and the message is still to be shown.
+        self.stop.deafen()
+        return output
+
+    @contextmanager
+    def _lack_of_memory_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = self._batches[-1] if self._batches else None
+            raise MemoryExhaustedError(memory_advice(error, self.args, batch, self.files)) from error
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Tell the watch that rows are being loaded."""
+        self.watch.mark(f"loading the rows of step {self.state.global_step + 1}")
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Supervised tokens of the step, over all processes; and, in the same message, who was asked to stop.
+
+        Nothing is read back here: the first goes to the model, the second is read at the end of the step.
+        """
+        self.watch.mark(f"waiting for the others to have the rows of step {self.state.global_step + 1}")
+        self._batches.clear()
+        self._loss_before = self._tr_loss.clone()
+        count = sum(len(batch["supervised"]) for batch in batch_samples)
+        values = (count, int(self.stop.signal is not None))
+        found = torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+        tokens, self._asked_to_stop = self.accelerator.reduce(found, reduction="sum").unbind()
+        self.watch.mark(f"step {self.state.global_step + 1}: all have their rows")
+        return tokens
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Keep what a message about this batch would need."""
+        self.watch.mark(
+            f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward"
+        )
+        self._batches.append(MicroBatch.of(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._batches[-1].loss = loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
+        """See that the step's gradients are finite before they are applied.
+
+        The norm is over all processes, so that all of them decide alike. Reading it is the step's one
+        wait for the device: at the end of the backward, where DeepSpeed waits too, and a log line would.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = None if grad_norm is None else float(grad_norm)  # some DeepSpeed configurations have none
+        if norm is None or math.isfinite(norm) or self._scaler_is_searching():
+            self._non_finite.applied()
+            self.optimizer._is_overflow = False
+        else:
+            self._refuse_step(model, norm)
+        return norm
+
+    def _scaler_is_searching(self) -> bool:
+        """Whether fp16's loss scale is still above 1: then it is what is too large, and is halved now."""
+        if self.is_deepspeed_enabled:
+            optimizer = self.model_wrapped.optimizer
+            return bool(getattr(optimizer, "dynamic_loss_scale", False)) and optimizer.loss_scale > 1
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _refuse_step(self, model: nn.Module, norm: float) -> None:
+        # Optimizers pass over parameters without a gradient: no update, no decay, no count. DeepSpeed has
+        # done as much by itself. Trainer then leaves the schedule where it is.
+        model.zero_grad()
+        self.optimizer._is_overflow = True
+        self._tr_loss.copy_(self._loss_before)
+        reports = gathered([batch.report(self.args.process_index) for batch in self._batches])
+        self._non_finite.refused(
+            self.state.global_step + 1, norm, [batch for found in reports for batch in found], self.files
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Average losses over the steps that were applied, and count those that were not."""
+        self._non_finite.correct(logs)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Tell the watch; a lack of memory becomes a message."""
+        self.watch.mark("evaluating")
+        with self._lack_of_memory_told():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluates_batch(self, inputs: dict[str, Any]) -> None:
+        """Tell the watch, and keep what a message about this batch would need; its rows are of other files."""
+        self.watch.mark("evaluating a batch")
+        self._batches[:] = [replace(MicroBatch.of(inputs), rows=())]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writer is None else str(self._writer.staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and move it to its place when every process has written its part."""
+        self.watch.mark(f"saving checkpoint-{self.state.global_step}")
+        writer = CheckpointWriter(
+            self.args.output_dir, self.state.global_step, moves=self.moves, shape=self.shape
+        )
+        best = self.state.best_model_checkpoint
+        self._writer = writer
+        try:
+            with writer.writing():
+                super()._save_checkpoint(model, trial)
+                self.state.best_model_checkpoint = writer.best(self.state.best_global_step, best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(writer.staging / writer.name / output_folder.STATE_FILE))
+        finally:
+            self._writer = None
+        self.accelerator.wait_for_everyone()
+        writer.move_into_place()
+        if self.moves:
+            output_folder.remove_old_checkpoints(
+                self.args.output_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights, which Trainer would only warn about."""
+        parameters = dict(self.model.named_parameters())
+        missing = [
+            key for key in load_result.missing_keys if key in parameters and parameters[key].requires_grad
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of the weights that are trained, the first is {missing[0]}. "
+                "Give the model that the run was started with."
+            )
+
+
+class _StopBetweenSteps(TrainerCallback):
+    """Ends training after the step in which any process was asked to."""
+
+    def __init__(self, trainer: GuardedTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if int(self.trainer._asked_to_stop) == 0 or state.global_step >= state.max_steps:
+            return
+        self.trainer.was_stopped = True
+        control.should_training_stop = control.should_save = True
+        control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.was_stopped:  # all is saved already
+            control.should_save = control.should_evaluate = False

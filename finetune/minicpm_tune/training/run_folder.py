@@ -1,0 +1,167 @@
+"""The output folder of a running run: writable, for one run alone, and shared between machines or not."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import IO
+
+from minicpm_tune.checkpoints import output_folder
+from minicpm_tune.checkpoints.output_folder import UNFINISHED
+from minicpm_tune.errors import UserError
+from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.training.checkpoint_sharing import fill_in
+from minicpm_tune.training.checkpointing import choose_checkpoint, gathered
+
+logger = logging.getLogger(__name__)
+
+LOGS = "logs"  # folder in the output folder
+LOCK_FILE = "run.lock"  # in it
+_LOCK_TRIES = 4  # a run that was just killed may take a moment to go
+_SECOND = 1.0
+
+
+class RunFolderError(UserError):
+    """An output folder that this run can't write to, or that another run is using."""
+
+
+class RunFolder:
+    """The output folder of this run, from ``take`` until the process ends.
+
+    Every process of the run makes one. The lock is the system's own, held by one process per folder, and
+    gone with it however it ends; the file's text only says whose it is.
+
+    Args:
+        training: The arguments; ``resume_from_checkpoint`` is settled here.
+
+    Attributes:
+        moves: Whether this process, one of those that see the folder, arranges things in it.
+    """
+
+    def __init__(self, training: TrainingArguments):
+        self.training = training
+        self.path = Path(training.output_dir)
+        self.moves = training.process_index == 0
+        self._shared = True
+        self._lock: IO[str] | None = None
+
+    def take(self) -> None:
+        """Make the folder, and take it for this run.
+
+        Raises:
+            RunFolderError: On every process alike, when one of them can't use the folder.
+        """
+        self._raise_first(self._writable())
+        training = self.training
+        if training.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            self._shared = self._is_shared()
+            self.moves = training.process_index == 0 if self._shared else training.local_process_index == 0
+        if training.do_train:
+            self._raise_first(self._lock_it() if self.moves else None)
+
+    def prepare(self) -> None:
+        """Clear what was asked to be cleared and what was half written, and choose the checkpoint."""
+        training = self.training
+        if not training.do_train:
+            return
+        if not self._shared:
+            logger.info(
+                "Each machine has an output folder of its own, and keeps its processes' part of checkpoints."
+            )
+        if self.moves:
+            self._clean()
+        gathered(None)  # nobody looks for checkpoints before all is cleaned
+        chosen = choose_checkpoint(training)
+        training.resume_from_checkpoint = None if chosen is None else str(chosen)
+        if chosen is None:
+            return
+        logger.info("Continuing from %s.", chosen)
+        if not self._shared:
+            fetched = fill_in(chosen, writes=self.moves, device=training.device)
+            logger.info("Sent to machines without them: %s.", ", ".join(fetched) or "nothing")
+
+    def _raise_first(self, problem: str | None) -> None:
+        problems = [text for text in gathered(problem) if text is not None]
+        if problems:
+            raise RunFolderError(problems[0])
+
+    def _writable(self) -> str | None:
+        probe = self.path / f".probe-{uuid.uuid4().hex}"
+        try:
+            (self.path / LOGS).mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"0")
+            probe.unlink()
+        except OSError as error:
+            return (
+                f"--output_dir {str(self.path)!r} can't be written to on {socket.gethostname()}: {error.strerror}. "
+                "Give a folder on a disk with space, where you may write."
+            )
+        return None
+
+    def _is_shared(self) -> bool:
+        """Whether all machines see the same folder."""
+        name = gathered(uuid.uuid4().hex)[0]
+        probe = self.path / f".probe-{name}"
+        first = self.training.process_index == 0
+        if first:
+            probe.write_bytes(b"0")
+        gathered(None)
+        shared = all(gathered(probe.exists()))
+        if first:
+            probe.unlink()
+        return shared
+
+    def _lock_it(self) -> str | None:
+        path = self.path / LOGS / LOCK_FILE
+        file = path.open("a+", encoding="utf-8")
+        for last in (False,) * (_LOCK_TRIES - 1) + (True,):
+            try:
+                # A record lock: unlike flock's, it is not inherited by the workers that load data.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not last:
+                    time.sleep(_SECOND)
+                    continue
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                return (
+                    f"--output_dir {str(self.path)!r} is in use by another run ({owner}). Give another folder, or "
+                    "wait until that run has ended."
+                )
+            except OSError as error:
+                logger.warning(
+                    "%s: this file system has no locks (%s); see that no other run uses it.", path, error
+                )
+            break
+        file.seek(0)
+        file.truncate()
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        file.flush()
+        self._lock = file
+        return None
+
+    def _clean(self) -> None:
+        if self.training.overwrite_output_dir:
+            gone = output_folder.clear(self.path)
+            if gone:
+                logger.info("Deleted from the earlier run: %s.", ", ".join(path.name for path in gone))
+        half_written = self.path / UNFINISHED
+        if half_written.is_dir():
+            names = ", ".join(sorted(path.name for path in half_written.iterdir())) or "nothing"
+            logger.warning("%s was being written when the run ended, and is deleted.", names)
+            shutil.rmtree(half_written)
+
+    def close(self) -> None:
+        """Give the folder back. The lock's file stays: deleting it could let two others in at once."""
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None

@@ -1,0 +1,70 @@
+"""The metrics against values worked out by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minicpm_tune.answering.metrics import (
+    anls,
+    edit_distance,
+    exact_match,
+    mean_scores,
+    rouge_l,
+    score,
+    without_thoughts,
+    words,
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("two", "two", (1, 1, 1)),
+        (" two\n cats ", "two cats", (1, 1, 1)),
+        ("Two", "two", (0, 1, 1)),  # case counts for the exact match alone
+        ("twos", "two", (0, 0.75, 0)),
+        ("tw", "four", (0, 0, 0)),  # 4 edits of 4
+        ("abcd", "abxy", (0, 0.5, 0)),  # exactly the threshold
+        ("abcde", "abxyz", (0, 0, 0)),  # 0.4 is below it
+        ("", "", (1, 1, 1)),
+        ("", "two", (0, 0, 0)),
+        ("a red cat", "a cat, red", (0, 0, 2 / 3)),  # "a red" or "a cat" in order, 2 of 3 and 3 words
+        ("两只猫", "三只猫", (0, 2 / 3, 2 / 3)),
+    ],
+)
+def test_metrics_of_one_answer(prediction, answer, expected):
+    found = exact_match(prediction, answer), anls(prediction, answer), rouge_l(prediction, answer)
+    assert found == pytest.approx(expected)
+
+
+def test_rouge_weighs_precision_and_recall_alike():
+    # 3 words in common, precision 3/3, recall 3/5
+    assert rouge_l("the cat sat", "the cat sat down there") == pytest.approx(2 * 1 * 0.6 / 1.6)
+
+
+def test_words_fold_case_width_and_punctuation():
+    assert words("\uff34wo, cats_and 3\u00b2 猫犬ナ!") == ["two", "cats", "and", "32", "猫", "犬", "ナ"]
+
+
+def test_thoughts_do_not_count():
+    assert score("<think>\nthree? no\n</think>\n\ntwo", "<think>hm</think>two") == {
+        "exact_match": 1, "anls": 1, "rouge_l": 1,
+    }  # fmt: skip
+    assert without_thoughts("so it is </think> two") == "two"
+    assert without_thoughts("two") == "two"
+
+
+def test_means_are_over_rows_and_nothing_of_nothing():
+    rows = [{"exact_match": 1, "anls": 1, "rouge_l": 0.5}, {"exact_match": 0, "anls": 0.5, "rouge_l": 0.5}]
+    assert mean_scores(rows) == {"exact_match": 0.5, "anls": 0.75, "rouge_l": 0.5}
+    assert mean_scores([]) == {}
+
+
+@given(st.text("ab", max_size=6), st.text("ab", max_size=6))
+def test_edit_distance_is_the_fewest_edits(first, second):
+    def slow(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    assert edit_distance(first, second) == slow(first, second)

@@ -1,0 +1,313 @@
+"""predict.py and answers during training: the right rows, once each, whatever stops the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import predict
+from dataset import SupervisedDataset, data_collator
+from minicpm_tune.answering.generate import GREEDY
+from minicpm_tune.answering.metrics import score
+from minicpm_tune.answering.prediction_callback import PredictionCallback
+from minicpm_tune.answering.prediction_file import PredictionFile, PredictionFileError
+from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.data.samples import load_processing
+from minicpm_tune.errors import DataError
+from support.answer_helpers import IMAGES, checkpoint, loaded, picture, saved_adapter
+from support.data_helpers import write_rows
+from support.paths import SUPPORT
+
+TOKENS = 6
+QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the colour?", "Describe the picture.")
+
+
+def rows():
+    """Five rows: one image, none, several turns, no answer to compare, a system turn and two images."""
+
+    def turns(*texts):
+        return [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
+
+    small, wide = str(IMAGES / "small.png"), str(IMAGES / "wide.png")
+    return [
+        {"id": "a", "image": small, "conversations": turns("<image>\nWhat is it?", "A cat.")},
+        {"id": "b", "conversations": turns("How many cats are there?", "Two.")},
+        {
+            "id": "c",
+            "image": small,
+            "conversations": turns("<image>\nWhat is it?", "A cat.", "Why?", "It has fur."),
+        },
+        {"id": "d", "image": small, "conversations": turns("<image>\nAnd the colour?")},
+        {
+            "image": {"<image_00>": small, "<image_01>": wide},
+            "conversations": [
+                {"role": "system", "content": "Be brief."},
+                *turns("<image_00>\n<image_01>\nDescribe the picture.", "Cats."),
+            ],
+        },
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_rows(tmp_path, rows())
+
+
+def words(data, output, *more):
+    return [
+        "--model_name_or_path", checkpoint("v2_6"), "--data_path", data, "--output", output,
+        "--device", "cpu", "--max_new_tokens", TOKENS, "--batch_size", 2, *more,
+    ]  # fmt: skip
+
+
+def run(*arguments):
+    predict.run(predict.parse_flags([str(word) for word in words(*arguments)]))
+    return read(arguments[1])
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def expected_predictions(name="v2_6"):
+    model = loaded(checkpoint(name), name)
+    small, wide = picture(), picture("wide")
+    messages = [
+        [{"role": "user", "content": [small, "What is it?"]}],
+        [{"role": "user", "content": "How many cats are there?"}],
+        [
+            {"role": "user", "content": [small, "What is it?"]},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": "Why?"},
+        ],
+        [{"role": "user", "content": [small, "And the colour?"]}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [small, wide, "Describe the picture."]},
+        ],
+    ]
+    return [model.chat(msgs=msgs, sampling=False, max_new_tokens=TOKENS, **GREEDY) for msgs in messages]
+
+
+def test_every_row_is_answered_as_chat_answers_it(data, tmp_path, capsys):
+    lines = run(data, tmp_path / "out.jsonl")
+    assert [line["prediction"] for line in lines] == expected_predictions()
+    assert [line["row"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["id"] for line in lines] == ["a", "b", "c", "d", None]
+    assert tuple(line["question"] for line in lines) == QUESTIONS
+    assert [line["answer"] for line in lines] == ["A cat.", "Two.", "It has fur.", None, "Cats."]
+    assert lines[0]["scores"] == score(lines[0]["prediction"], "A cat.")
+    assert lines[3]["scores"] is None
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["rows"] == 5
+    compared = [line["scores"]["anls"] for line in lines if line["scores"]]
+    assert summary["scores"]["anls"] == pytest.approx(sum(compared) / 4)
+    assert "5 rows answered, 4 compared" in capsys.readouterr().out
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_and_no_row_is_answered_twice(data, tmp_path, monkeypatch):
+    expected = run(data, tmp_path / "whole.jsonl")
+    output = tmp_path / "out.jsonl"
+    append = PredictionFile.append
+
+    def stop(self, lines):
+        append(self, lines)
+        with self.own.open("a") as file:
+            file.write('{"row": 2, "pred')  # killed while the next line was written
+        raise StoppedError
+
+    monkeypatch.setattr(PredictionFile, "append", stop)
+    with pytest.raises(StoppedError):
+        run(data, output)
+    monkeypatch.setattr(PredictionFile, "append", append)
+    answered = []
+    original = predict.answered
+    monkeypatch.setattr(predict, "answered", lambda *a, **k: answered.extend(a[2]) or original(*a, **k))
+    assert run(data, output) == expected
+    assert answered == [2, 3, 4]
+    assert run(data, output) == expected
+    assert answered == [2, 3, 4]
+
+
+def test_several_processes_write_the_lines_of_one(data, tmp_path):
+    expected = run(data, tmp_path / "one.jsonl")
+    output = tmp_path / "two.jsonl"
+    # A run of two processes that was killed: rank 1 had written a row, rank 0 half a line.
+    (tmp_path / "two.jsonl.rank1").write_text(json.dumps(expected[1]) + "\n")
+    (tmp_path / "two.jsonl.rank0").write_text('{"row": 0')
+    settings = json.loads((tmp_path / "one.jsonl.summary.json").read_text())["settings"]
+    (tmp_path / "two.jsonl.summary.json").write_text(json.dumps({"settings": settings}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", predict.__file__]  # fmt: skip
+    done = subprocess.run(
+        [*launcher, *map(str, words(data, output))],
+        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert read(output) == expected
+    assert "1 of 5 rows are answered already" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("two.*")) == ["two.jsonl", "two.jsonl.summary.json"]
+
+
+def test_an_output_of_other_settings_is_not_continued(data, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(data, output, "--limit", 1)
+    with pytest.raises(PredictionFileError, match=r"written with max_new_tokens 6, now it is 7"):
+        run(data, output, "--max_new_tokens", 7)
+    assert len(run(data, output, "--max_new_tokens", 7, "--limit", 2, "--overwrite", "true")) == 2
+    (tmp_path / "out.jsonl.summary.json").unlink()
+    with pytest.raises(PredictionFileError, match="it is not known what wrote it"):
+        run(data, output)
+    output.write_text('{"row": 1}\nnonsense\n')
+    (tmp_path / "out.jsonl.summary.json").write_text('{"settings": {}}')
+    with pytest.raises(PredictionFileError, match="line 2 is no prediction"):
+        PredictionFile(output).prepare({}, overwrite=False)
+
+
+def test_an_adapter_thinking_and_a_system_prompt_reach_the_answers(data, tmp_path):
+    saved_adapter(tmp_path / "adapter", "v2_6")
+    plain = run(data, tmp_path / "plain.jsonl", "--limit", 2)
+    tuned = run(data, tmp_path / "tuned.jsonl", "--limit", 2, "--adapter", tmp_path / "adapter")
+    assert [line["prediction"] for line in tuned] != [line["prediction"] for line in plain]
+    rules = load_processing(checkpoint("v4_5"))
+    asked = PredictionRows(data, rules, thinking=True, system_prompt="Be kind.")
+    text = rules.tokenizer.decode(asked[1].sample["input_ids"])
+    assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>")
+    assert not text.endswith("</think>\n\n")
+    assert "Be brief" in rules.tokenizer.decode(asked[4].sample["input_ids"])
+
+
+def test_rows_that_cannot_be_asked_are_named_before_the_model_loads(tmp_path, monkeypatch):
+    broken = write_rows(
+        tmp_path, [rows()[1], {"id": "x", "image": "gone.png", "conversations": rows()[1]["conversations"]}]
+    )
+    monkeypatch.setattr(
+        "minicpm_tune.answering.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be asked:\n.*row 1 .*gone.png"):
+        run(broken, tmp_path / "out.jsonl")
+
+
+# --- during training ---
+
+
+class Trained(TrainerCallback):
+    """Keeps what the trainer logs."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def small_trainer(data, folder):
+    rules = load_processing(checkpoint("v2_6"))
+    data_rows = SupervisedDataset(data, rules)
+
+    def collate(samples):
+        batch = data_collator(samples)
+        return {name: value for name, value in batch.items() if name not in ("rows", "position_ids")}
+
+    trainer = Trainer(
+        model=loaded(checkpoint("v2_6"), "v2_6").train(),
+        args=TrainingArguments(
+            folder, use_cpu=True, report_to=["tensorboard"], prediction_loss_only=True,
+            label_names=["labels"], remove_unused_columns=False, per_device_eval_batch_size=2,
+        ),
+        eval_dataset=data_rows, data_collator=collate,
+    )  # fmt: skip
+    return trainer, PredictionRows(data, rules)
+
+
+def test_an_evaluation_answers_rows_and_shows_them_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    data = write_rows(tmp_path, [row for row in rows() if len(row["conversations"]) > 1])
+    trainer, asked = small_trainer(data, tmp_path / "out")
+    callback = PredictionCallback(trainer, asked, samples=3, batch_size=2, max_new_tokens=TOKENS)
+    assert callback.indices == [0, 1, 2]
+    trainer.add_callback(callback)
+    trainer.add_callback(kept := Trained())
+    metrics = trainer.evaluate()
+    trainer.model.train()
+    lines = callback.answers()
+    assert trainer.model.training
+    assert [line["prediction"] for line in lines] == expected_predictions()[:3]
+    expected = np.mean([line["scores"]["rouge_l"] for line in lines])
+    assert metrics["eval_rouge_l"] == pytest.approx(expected)
+    assert any(line.get("eval_exact_match") == 0 for line in kept.logs)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [folder] = {path.parent for path in (tmp_path / "runs").rglob("events.*")}
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    assert "pictures/0" in events.Tags()["images"]
+    assert "pictures/1" not in events.Tags()["images"]  # a row without
+    text = events.Tensors("predictions/1/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "How many cats are there?" in text
+    assert lines[1]["prediction"].split("\n")[0] in text
+
+
+def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
+    asked = SimpleNamespace(processing=SimpleNamespace(generation=SimpleNamespace(native=False)))
+    asked = type("Rows", (), {"__len__": lambda _: 10, "processing": asked.processing})()
+    found = {}
+    for rank in range(2):
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(world_size=2, process_index=rank),
+            model=torch.nn.Linear(1, 1),
+            compute_loss_context_manager=torch.no_grad,
+        )
+        callback = PredictionCallback(trainer, asked, samples=5, batch_size=2)
+        assert callback.indices == [0, 2, 4, 6, 8]
+        seen = []
+        monkeypatch.setattr(
+            "predict_callback.answered",
+            lambda _, __, mine, seen=seen, **options: (
+                seen.append((mine, options["synced"])) or [[{"row": r} for r in mine]]
+            ),
+        )
+        monkeypatch.setattr(
+            "minicpm_tune.answering.prediction_callback._gathered",
+            lambda _, __: [{r: {"row": r} for r in range(10)}],
+        )
+        callback.answers()
+        monkeypatch.setattr(
+            "minicpm_tune.answering.prediction_callback.is_deepspeed_zero3_enabled", lambda: True
+        )
+        callback.answers()
+        monkeypatch.setattr(
+            "minicpm_tune.answering.prediction_callback.is_deepspeed_zero3_enabled", lambda: False
+        )
+        found[rank] = seen
+    assert found == {
+        0: [([0, 4, 8], False), ([0, 4, 8], True)],
+        1: [([2, 6], False), ([2, 6, 2], True)],  # as many as the other process, so that none waits
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v2_6", "v4_7"])
+def test_answers_under_zero_3_are_those_of_one_process(name, data, tmp_path):
+    worker = SUPPORT / "predict_worker.py"
+    given = [str(path) for path in (worker, checkpoint(name), data, tmp_path / "out")]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+            "--rdzv_endpoint", "localhost:0", *given,
+        ],
+        capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "out").read_text()) == expected_predictions(name)

@@ -1,0 +1,55 @@
+"""Thinking in the prompts of V-4.5, 4.6 and 4.7."""
+
+import pytest
+
+from minicpm_tune.data.prompts import PromptWriter
+from support.data_helpers import chat, encoded, processing, supervised_text, turns_of
+
+THINKING = ("v4_5", "v4_6", "v4_7")
+THOUGHTFUL = "<think>\nOne, two.\n</think>\n\nTwo cats."
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_an_answer_without_thoughts_follows_the_empty_think_block(name):
+    sample, tokenizer = encoded(name, chat("How many?", "Two cats."))
+    text = tokenizer.decode(sample["input_ids"])
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nTwo cats.<|im_end|>\n")
+    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>"
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_an_answer_with_thoughts_trains_with_them(name):
+    sample, tokenizer = encoded(name, chat("How many?", THOUGHTFUL))
+    assert tokenizer.decode(sample["input_ids"]).endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
+    assert supervised_text(sample, tokenizer) == f"{THOUGHTFUL}<|im_end|>"
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_enable_thinking_false_trains_without_thoughts(name):
+    sample, tokenizer = encoded(name, chat("How many?", THOUGHTFUL), enable_thinking="false")
+    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>"
+    assert tokenizer.decode(sample["input_ids"]).count("<think>") == 1
+
+
+def test_enable_thinking_true_asks_for_thoughts_of_every_answer():
+    sample, tokenizer = encoded("v4_5", chat("How many?", "Two cats."), enable_thinking="true")
+    assert tokenizer.decode(sample["input_ids"]).endswith("<|im_start|>assistant\nTwo cats.<|im_end|>\n")
+
+
+def test_a_template_that_opens_the_think_block_does_not_get_a_second_one():
+    prepared = processing("v4_6")
+    template = prepared.tokenizer.chat_template
+    prepared.tokenizer.chat_template = template.replace(
+        "<think>\n\n</think>\n\n", "<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}"
+    )
+    try:
+        writer = PromptWriter(prepared.tokenizer, prepared.generation)
+        text = "".join(piece.text for piece in writer.training_pieces(turns_of(chat("Hi", THOUGHTFUL))))
+        assert text.endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
+    finally:
+        prepared.tokenizer.chat_template = template
+
+
+def test_thoughts_of_earlier_answers_are_left_out_as_the_template_does():
+    sample, tokenizer = encoded("v4_5", chat("How many?", THOUGHTFUL, "Sure?", "Yes."))
+    assert supervised_text(sample, tokenizer) == "Two cats.<|im_end|>Yes.<|im_end|>"

@@ -1,0 +1,120 @@
+"""--lora_weight_path: only an adapter of this model, and no flag that asks for another shape than it has."""
+
+import pytest
+import torch
+
+from dataset import DataOptions, SupervisedDataset, data_collator
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.data.samples import load_processing
+from minicpm_tune.lora.base_fingerprint import BaseRecordError
+from minicpm_tune.lora.build import AdapterError
+from minicpm_tune.lora.continuing import check_continued
+from minicpm_tune.lora.folders import load_checked, read_adapter_folder
+from minicpm_tune.lora.legacy_format import LEGACY_NAME
+from minicpm_tune.settings.lora_arguments import OFFICIAL_LORA_TARGETS, LoraArguments
+from support import finetune_runs
+from support.answer_helpers import checkpoint, edit_json, loaded, saved_adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Of rank 4, with the resampler and the token embeddings."""
+    folder = tmp_path_factory.mktemp("continued") / "adapter"
+    saved_adapter(folder, "v2_6", lora_dropout=0.0)
+    return folder
+
+
+def check(folder, *, name="v2_6", base=None, vision=False, **flags):
+    lora = LoraArguments(lora_weight_path=str(folder), **flags)
+    check_continued(lora, base or checkpoint(name), GENERATIONS[name], vision=vision, resampler=True)
+
+
+def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
+    check(adapter)
+    check(adapter, lora_r=4, lora_target_modules=OFFICIAL_LORA_TARGETS)
+    check(adapter, vision=True, lora_modules_to_save=["resampler,embed_tokens"])
+    check(adapter, base=checkpoint("v2_6", seed=1), allow_other_base=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_r": 8}, "--lora_r is 8, the adapter was made with 4: leave the flag out"),
+        ({"use_dora": True}, "--use_dora is True, the adapter was made with False"),
+        ({"lora_dropout": 0.5}, "--lora_dropout is 0.5, the adapter was made with 0.0"),
+        (
+            {"lora_target_modules": "all-linear"},
+            "--lora_target_modules is all-linear, the adapter was made with llm",
+        ),
+        (
+            {"lora_layers_to_transform": [1]},
+            r"--lora_layers_to_transform is \[1\], the adapter was made with None",
+        ),
+        ({"lora_layer_replication": "[[0, 2]]"}, "--lora_layer_replication is"),
+        (
+            {"lora_modules_to_save": ["none"]},
+            "it trains embed_tokens, resampler in full, these flags ask for none. Give --lora_modules_to_save "
+            "embed_tokens,resampler",
+        ),
+        ({"vision": True}, "these flags ask for embed_tokens, resampler, vpm"),
+        ({"name": "v4"}, "an adapter of generation v2_6, but .* is MiniCPM-V 4.0"),
+    ],
+)
+def test_what_contradicts_the_adapter_is_refused(adapter, flags, message):
+    with pytest.raises(AdapterError, match=message):
+        check(adapter, **flags)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter):
+    with pytest.raises(AdapterError, match="are not those that this adapter was trained on"):
+        check(adapter, base=checkpoint("v2_6", seed=1))
+
+
+def test_folders_that_are_not_whole_or_of_the_early_scripts_are_refused(tmp_path):
+    saved_adapter(tmp_path / "a", "v2_6", lora_modules_to_save=["none"])
+    torch.save({}, tmp_path / "a" / LEGACY_NAME)
+    with pytest.raises(AdapterError, match=r"Merge it with merge_lora\.py"):
+        check(tmp_path / "a", lora_modules_to_save=["none"])
+    (tmp_path / "a/adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"but no adapter_model\.safetensors. Copy the whole folder"):
+        read_adapter_folder(tmp_path / "a")
+    (tmp_path / "a/adapter_model.safetensors").write_bytes(b"")
+    edit_json(tmp_path / "a/base_model.json", colour="red")
+    with pytest.raises(BaseRecordError, match="not what a LoRA run writes"):
+        read_adapter_folder(tmp_path / "a")
+
+
+def test_the_continued_adapter_trains_from_where_it_was(adapter):
+    wrapped = load_checked(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=True)
+    trained = {name for name, value in wrapped.named_parameters() if value.requires_grad}
+    assert any("lora_B" in name for name in trained)
+    assert any("resampler.modules_to_save" in name for name in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--deepspeed", "ds_config_zero3.json")], ids=["ddp", "zero3"])
+def test_a_run_goes_on_from_the_adapter(adapter, tmp_path, more):
+    """Its first loss is that of the base with the adapter, as the model alone computes it."""
+    data = finetune_runs.write_data(tmp_path / "data", rows=4, text_only=())
+    flags = (
+        "--use_lora",
+        "true",
+        "--tune_llm",
+        "false",
+        "--tune_vision",
+        "false",
+        "--lora_weight_path",
+        adapter,
+    )
+    [found] = finetune_runs.train(
+        tmp_path, *flags, *more, model=checkpoint("v2_6"), data=data, steps=1, batch=2, processes=2
+    )
+    model = load_checked(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=False)
+    rows = SupervisedDataset(
+        str(data), load_processing(checkpoint("v2_6")), DataOptions(model_max_length=2048)
+    )
+    batch = data_collator([rows[index] for index in range(4)])
+    del batch["rows"]
+    with torch.no_grad():
+        expected = model.train()(**batch).loss.item()
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,153 @@
+"""What trains: parts by name, freezing, LoRA targets, and what an adapter saves."""
+
+import pytest
+import torch
+
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.lora import build
+from minicpm_tune.lora.build import AdapterError, adapted_modules, add_adapter, load_adapter
+from minicpm_tune.models.parameter_parts import count_parts, freeze, part_of, raise_precision_of_trained
+from minicpm_tune.settings.argument_groups import LoraArguments
+from support.golden_models import SIX, golden_model
+
+
+def trained_parts(model, generation):
+    return {
+        part_of(name, generation) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("generation", SIX)
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ({"vision": True, "resampler": True, "llm": True}, {"vision", "resampler", "embeddings", "llm"}),
+        ({"vision": False, "resampler": True, "llm": False}, {"resampler"}),
+        ({"vision": True, "resampler": False, "llm": False}, {"vision"}),
+    ],
+)
+def test_freezing_leaves_exactly_the_chosen_parts_to_train(generation, switches, expected):
+    model, _ = golden_model(generation)
+    freeze(model, GENERATIONS[generation], **switches)
+    assert trained_parts(model, GENERATIONS[generation]) == expected
+    if generation == "v2":
+        assert not model.resampler.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("generation", SIX)
+def test_the_official_lora_pattern_finds_the_attention_of_the_llm(generation):
+    model, _ = golden_model(generation)
+    wrapped = add_adapter(model, GENERATIONS[generation], LoraArguments(), vision=False, resampler=True)
+    expected = {
+        f"llm.model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in ("q", "k", "v", "o")
+    }
+    assert set(adapted_modules(wrapped)) == expected
+    assert trained_parts(wrapped, GENERATIONS[generation]) == {"lora", "resampler", "embeddings"}
+
+
+def test_all_linear_means_the_linear_layers_of_the_llm():
+    model, _ = golden_model("v2_6")
+    lora = LoraArguments(lora_target_modules="all-linear", lora_modules_to_save=["none"])
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], lora, vision=False, resampler=True)
+    assert len(adapted_modules(wrapped)) == 2 * 7
+    assert all(name.startswith("llm.model.layers.") for name in adapted_modules(wrapped))
+    assert trained_parts(wrapped, GENERATIONS["v2_6"]) == {"lora"}
+
+
+def test_a_pattern_may_name_the_vision_tower():
+    model, _ = golden_model("v2_6")
+    lora = LoraArguments(lora_target_modules=r"vpm\..*(q_proj|v_proj)", lora_modules_to_save=["none"])
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], lora, vision=False, resampler=True)
+    assert len(adapted_modules(wrapped)) == 4
+
+
+def test_layers_can_be_chosen_by_number():
+    model, _ = golden_model("v2_6")
+    lora = LoraArguments(lora_layers_to_transform=[1])
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], lora, vision=False, resampler=True)
+    assert {name.split(".")[3] for name in adapted_modules(wrapped)} == {"1"}
+
+
+def test_layer_replication_makes_the_llm_taller():
+    model, _ = golden_model("v2_6")
+    lora = LoraArguments(lora_layer_replication="[[0, 2], [0, 2]]")
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], lora, vision=False, resampler=True)
+    assert len(wrapped.base_model.model.llm.model.layers) == 4
+    assert not hasattr(model, "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_target_modules": r"language\.q_proj"}, "matches no linear layer of MiniCPM-V 2.6"),
+        ({"lora_target_modules": "llm.(q_proj"}, "is no regular expression"),
+        ({"lora_layers_to_transform": [1, 7]}, r"layers \[7\], expected numbers from 0 to 1"),
+        (
+            {"lora_layers_to_transform": [1], "lora_layers_pattern": "blocks"},
+            r"with layers \[1\] matches no linear layer",
+        ),
+        (
+            {"lora_layer_replication": "[[0, 2], [1, 3]]"},
+            r"expected ranges \[start, end\) within the 2 layers",
+        ),
+        ({"lora_layer_replication": "[[1, 1]]"}, r"expected ranges \[start, end\) within the 2 layers"),
+        ({"lora_modules_to_save": ["resampla"]}, "the model has no module of that name"),
+    ],
+)
+def test_what_matches_nothing_is_refused(options, message):
+    model, _ = golden_model("v2_6")
+    with pytest.raises(AdapterError, match=message):
+        add_adapter(model, GENERATIONS["v2_6"], LoraArguments(**options), vision=False, resampler=True)
+
+
+def test_an_adapter_continues_where_it_was_saved(tmp_path):
+    model, _ = golden_model("v2_6")
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], LoraArguments(lora_r=4), vision=True, resampler=True)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    expected = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
+    wrapped.save_pretrained(tmp_path)
+    again, _ = golden_model("v2_6")
+    found = load_adapter(again, tmp_path, trainable=True)
+    trained = {name: value for name, value in found.named_parameters() if value.requires_grad}
+    assert trained.keys() == expected.keys()
+    assert all(torch.equal(trained[name], expected[name]) for name in expected)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    model, _ = golden_model("v2_6")
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        load_adapter(model, tmp_path, trainable=False)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    model, _ = golden_model("v4")
+    add_adapter(model, GENERATIONS["v4"], LoraArguments(), vision=False, resampler=True).save_pretrained(
+        tmp_path
+    )
+    other, _ = golden_model("v2_6")
+    with pytest.raises(AdapterError, match="don't fit this model"):
+        load_adapter(other, tmp_path, trainable=False)
+
+
+def test_the_untrained_copies_of_an_adapter_are_not_counted_twice():
+    model, _ = golden_model("v2_6")
+    before = count_parts(model, GENERATIONS["v2_6"])
+    wrapped = build.add_adapter(model, GENERATIONS["v2_6"], LoraArguments(), vision=True, resampler=True)
+    after = count_parts(wrapped, GENERATIONS["v2_6"])
+    assert {part: count.total for part, count in after.items() if part != "lora"} == {
+        part: count.total for part, count in before.items()
+    }
+    assert after["vision"].trainable == after["vision"].total
+    assert after["llm"].trainable == 0
+
+
+def test_trained_parameters_are_held_in_fp32_and_frozen_ones_left_alone():
+    model, _ = golden_model("v2_6", dtype=torch.bfloat16)
+    freeze(model, GENERATIONS["v2_6"], vision=False, resampler=True, llm=False)
+    raise_precision_of_trained(model)
+    counts = count_parts(model, GENERATIONS["v2_6"])
+    assert counts["resampler"].dtypes == ("float32",)
+    assert counts["llm"].dtypes == ("bfloat16",)

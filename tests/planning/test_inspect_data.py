@@ -1,0 +1,186 @@
+"""inspect_data.py: what it reports, writes and shows."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import SupervisedDataset
+from inspect_data import parse_flags
+from minicpm_tune.errors import DataError
+from minicpm_tune.planning.data_facts import padding_shares, pixel_hashes
+from minicpm_tune.planning.inspection import inspect, open_data, survey
+from minicpm_tune.planning.sample_preview import contact_sheet, slice_images
+from support.data_helpers import chat, checkpoint_folder, processing, write_rows
+from support.paths import FINETUNE, IMAGES
+
+SCRIPT = FINETUNE / "inspect_data.py"
+
+
+def row(number, image="small", answer="A cat."):
+    return {"id": number, "image": str(IMAGES / f"{image}.png"), "conversations": chat("What?", answer)}
+
+
+def flags(path, *more, name="v2_6"):
+    return parse_flags(
+        ["--model_name_or_path", str(checkpoint_folder(name)), "--data_path", str(path), *more]
+    )
+
+
+GOOD = [row(0), row(1, "big"), {"id": 2, "conversations": chat("Hi", "Yes.")}, row(3, "wide", "A dog. " * 30)]
+BAD = [{"id": "role", "conversations": [{"role": "cat"}]}, {**row("gone"), "image": "gone.png"}]
+
+
+def test_good_rows_are_counted_and_measured(tmp_path):
+    values = flags(write_rows(tmp_path, GOOD), "--per_device_train_batch_size", "2")
+    rows = open_data(values)
+    found, summary = survey(rows, values)
+    lengths = [len(rows[index]["input_ids"]) for index in range(4)]
+    assert found.column("length").tolist() == lengths
+    assert found.lengths[:, -1].tolist() == lengths
+    assert (summary["rows"], summary["usable"], summary["bad"]) == (4, 4, 0)
+    assert (summary["with_pictures"], summary["text_only"]) == (3, 1)
+    assert summary["tokens"]["100%"] == max(lengths)
+    assert summary["tokens"]["sum"] == summary["tokens_per_epoch"] == sum(lengths)
+    assert summary["slices"]["100%"] == 5
+    assert summary["recommended_model_max_length"] == -(-max(lengths) // 64) * 64
+    assert summary["recommended_max_slice_nums"] == 4
+    assert 0 < summary["padding_share"] < 1
+
+
+def test_lengths_by_limit_are_those_of_samples_made_with_it(tmp_path):
+    for name in ("v2", "v2_6", "v4_6"):
+        path = write_rows(tmp_path, GOOD)
+        found, _ = survey(open_data(flags(path, name=name)), flags(path, name=name))
+        for limit in (1, 2, 4):
+            limited = SupervisedDataset(path, processing(name, max_slice_nums=limit))
+            expected = [len(limited[index]["input_ids"]) for index in range(4)]
+            assert found.lengths[:, limit - 1].tolist() == expected, (name, limit)
+
+
+def test_bad_rows_are_listed_by_kind_and_make_the_exit_code(tmp_path, capsys):
+    path = write_rows(tmp_path, GOOD + BAD)
+    report = tmp_path / "report.html"
+    assert inspect(flags(path, "--report", str(report))) == 2
+    text = capsys.readouterr().out
+    assert "1 role: rows 4" in text
+    assert "1 missing image: rows 5" in text
+    assert f"{path}: row 4 (id 'role'): turn 0 has role 'cat'" in text
+    page = report.read_text()
+    assert page.count("<svg") == 5
+    assert "2 rows can&#x27;t be used" in page.replace("can't", "can&#x27;t")
+    assert inspect(flags(write_rows(tmp_path, GOOD))) == 0
+
+
+def test_damaged_images_are_found_by_decoding(tmp_path):
+    whole = (IMAGES / "wide.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    path = write_rows(tmp_path, [GOOD[0], {**row(1), "image": "half.png"}])
+    assert inspect(flags(path)) == 1
+    assert inspect(flags(path, "--check_images", "header")) == 0
+
+
+def test_the_json_file_holds_every_sample(tmp_path):
+    path, out = write_rows(tmp_path, GOOD + BAD), tmp_path / "out.json"
+    inspect(flags(path, "--json", str(out), "--workers", "2"))
+    written = json.loads(out.read_text())
+    assert written["summary"]["bad"] == 2
+    rows = SupervisedDataset(path, processing("v2_6"))
+    assert [entry["row"] for entry in written["rows"]] == list(range(6))
+    for index, entry in enumerate(written["rows"][:4]):
+        sample = rows[index]
+        assert entry["ok"]
+        assert (entry["id"], entry["file"]) == (index, str(path))
+        for key in ("input_ids", "labels", "image_bound", "tgt_sizes"):
+            assert entry[key] == sample[key].tolist()
+        assert entry["pixels"] == pixel_hashes(sample)
+    assert [(entry["ok"], entry["kind"]) for entry in written["rows"][4:]] == [
+        (False, "role"),
+        (False, "missing image"),
+    ]
+
+
+def test_the_flags_of_training_decide_what_is_bad(tmp_path):
+    path = write_rows(tmp_path, GOOD)
+    assert inspect(flags(path, "--model_max_length", "60")) == 2
+    assert inspect(flags(path, "--model_max_length", "60", "--overlength", "drop")) == 0
+    assert inspect(flags(path, "--model_max_length", "60", "--overlength", "error")) == 2
+    assert inspect(flags(path, "--max_slice_nums", "1", "--model_max_length", "60")) == 0
+
+
+def test_show_prints_the_prompt_and_draws_the_slices(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(tmp_path, GOOD + BAD)
+    assert inspect(flags(path, "--show", "1", "2")) == 0
+    text = capsys.readouterr().out
+    assert "<image_id>0</image_id><image><unk>x16</image><slice><unk>x16</slice>" in text
+    assert "[[A cat.<|im_end|>]]" in text
+    assert "[[Yes.<|im_end|>]]" in text
+    with Image.open(tmp_path / "sample_1.png") as sheet:
+        assert sheet.width > 1000
+    assert not (tmp_path / "sample_2.png").exists()
+    assert inspect(flags(path, "--show", "4")) == 1
+    with pytest.raises(DataError, match="--show 9: found 6 rows"):
+        inspect(flags(path, "--show", "9"))
+
+
+def test_slices_come_back_as_they_were_cut(tmp_path):
+    prepared = processing("v2_6")
+    sample = SupervisedDataset(write_rows(tmp_path, [row(0)]), prepared)[0]
+    [image] = slice_images(sample)
+    layout = prepared.rules.layout(*Image.open(IMAGES / "small.png").size)
+    with Image.open(IMAGES / "small.png") as original:
+        size = (layout.overview.width, layout.overview.height)
+        expected = original.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+    assert contact_sheet(sample).size == (image.width + 16, image.height + 16)
+
+
+def test_padding_shares():
+    shares = padding_shares(np.array([10, 10, 10, 10]), batch_size=2, capacity=20)
+    assert shares == {"plain": 0.0, "packed": 0.0}
+    shares = padding_shares(np.array([30, 10]), batch_size=2, capacity=40)
+    assert shares == {"plain": pytest.approx(1 / 3), "packed": 0.0}
+    assert padding_shares(np.array([], dtype=int), batch_size=2, capacity=40) == {"plain": 0.0, "packed": 0.0}
+
+
+def test_a_misspelt_flag_is_named_and_flags_of_training_are_known(tmp_path, capsys):
+    path = write_rows(tmp_path, GOOD)
+    with pytest.raises(SystemExit):
+        flags(path, "--model_max_lenght", "100")
+    assert "unknown flag --model_max_lenght; did you mean --model_max_length?" in capsys.readouterr().err
+    flags(path, "--lora_r=8", "--evaluation_strategy", "no", "--gradient_checkpointing", "true", "--bf16")
+    assert "say nothing about data: --lora_r=8 --evaluation_strategy" in capsys.readouterr().err
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+    )
+
+
+def test_the_command_gives_an_exit_code_and_ignores_flags_of_training(tmp_path):
+    path = write_rows(tmp_path, BAD[:1])
+    done = run(
+        "--model_name_or_path",
+        checkpoint_folder("v2_6"),
+        "--data_path",
+        path.name,
+        "--learning_rate",
+        "1e-5",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "ignored, as they say nothing about data: --learning_rate" in done.stderr
+    assert "bad          1" in done.stdout
+    assert "Traceback" not in done.stderr
+    shown = run("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "--overlength" in shown.stdout

@@ -1,0 +1,71 @@
+"""demo.sh, the first command of the README, with few steps on few pictures."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from draw_pictures import draw_data_set
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from support.finetune_runs import ROOT, environment
+
+TIME_LIMIT = 280  # seconds, for one start
+PICTURES = {"train": 40, "eval": 8, "held_out": 48}
+QUESTIONS = ("What colour is the shape?", "What colour is the background?", "Describe the picture.")
+
+
+def demo(folder, *flags, steps=2):
+    return subprocess.run(
+        ["bash", str(ROOT / "demo.sh"), "--output", str(folder), "--steps", str(steps), *flags],
+        # The environment of the tests holds what the demo would install.
+        env={**environment(), "VENV": sys.prefix},
+        cwd=os.sep,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+
+
+def run_through(folder, *flags):
+    """Start the demo on a small data set; its output, after checking what it leaves behind."""
+    draw_data_set(folder / "data", sizes=PICTURES, seed=0)
+    done = demo(folder, *flags)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    table = (folder / "accuracy.txt").read_text()
+    assert table in done.stdout
+    assert all(question in table for question in QUESTIONS)
+    assert all(stage in table for stage in ("chance", "before", "after full tuning", "after LoRA"))
+    assert Image.open(folder / "loss.png").size[0] > 500
+    assert "FutureWarning" not in text
+    assert "Traceback" not in text
+    for name in ("full", "lora"):
+        history = json.loads((folder / name / "trainer_state.json").read_text())
+        assert history["global_step"] == 2
+    return done
+
+
+def test_the_demo_runs_and_uses_again_what_is_there(tmp_path):
+    folder = tmp_path / "a demo's folder"
+    run_through(folder)
+    before = (folder / "full" / "run.json").read_bytes()
+    again = demo(folder)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("That run is finished") == 2
+    assert (folder / "full" / "run.json").read_bytes() == before
+
+
+def test_an_unknown_flag_is_named(tmp_path):
+    done = demo(tmp_path / "out", "--epochs", "2")
+    assert done.returncode == 1
+    assert "found --epochs" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", [name for name in GENERATIONS if name != "v2_6"])
+def test_every_generation_has_its_demo(tmp_path, generation):
+    run_through(tmp_path, "--generation", generation)

@@ -1,0 +1,397 @@
+"""The command line: official defaults, old flags, checks that collect everything, the help page."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from minicpm_tune.checkpoints import output_folder
+from minicpm_tune.settings import help_page
+from minicpm_tune.settings.argument_groups import RunOptions, TuningOptions
+from minicpm_tune.settings.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from minicpm_tune.settings.checks import UsageError
+from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, drop_automatic_scheduler, read_config
+from minicpm_tune.settings.legacy_flags import DROPPED, RENAMED, REWRITTEN, LegacyFlagError, translate
+from support.paths import ROOT
+
+FINETUNE = ROOT / "finetune"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a model (its config), rows and nothing else, as the current folder."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return tmp_path
+
+
+def parse(*words):
+    return parse_arguments(["--model_name_or_path", "model", "--data_path", "rows.json", *words])
+
+
+def test_defaults_are_the_official_ones(place):
+    _, data, training, lora = parse()
+    assert ModelArguments().model_name_or_path == "openbmb/MiniCPM-V-2"
+    assert (training.tune_vision, training.tune_llm, training.tune_resampler, training.use_lora) == (
+        True,
+        True,
+        True,
+        False,
+    )
+    assert (training.model_max_length, training.max_slice_nums, training.llm_type) == (2048, 9, "auto")
+    assert (training.optim, training.remove_unused_columns) == ("adamw_torch", False)
+    assert training.label_names == ["labels"]
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 64, 0.05, "none")
+    assert lora.lora_target_modules == r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+    assert (lora.q_lora, lora.modules_to_save, lora.lora_weight_path) == (False, None, "")
+    assert (data.eval_data_path, training.do_train, training.resume_from_checkpoint) == (None, True, None)
+    assert isinstance(training, transformers.TrainingArguments)
+
+
+OFFICIAL_FLAGS = """
+    --llm_type minicpm --eval_data_path rows.json --remove_unused_columns false --label_names labels
+    --prediction_loss_only false --bf16 false --bf16_full_eval false --fp16 false --fp16_full_eval false
+    --do_train --do_eval --tune_vision true --tune_llm false --use_lora true --q_lora false
+    --lora_r 8 --lora_alpha 16 --lora_dropout 0.1 --lora_target_modules all-linear --lora_bias none
+    --lora_modules_to_save resampler,embed_tokens vpm --lora_layer_replication [[0,2],[1,2]]
+    --lora_layers_to_transform 0 1 --lora_layers_pattern layers --lora_weight_path adapter
+    --model_max_length 1200 --max_slice_nums 4 --max_steps 7 --eval_steps 3 --output_dir out
+    --logging_dir logs --logging_strategy steps --per_device_train_batch_size 3
+    --per_device_eval_batch_size 5 --gradient_accumulation_steps 2 --evaluation_strategy steps
+    --save_strategy steps --save_steps 4 --save_total_limit 6 --learning_rate 1e-6 --weight_decay 0.1
+    --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1
+    --gradient_checkpointing true --report_to tensorboard --cache_dir cache --optim adamw_torch
+    --attn_implementation eager --resume_from_checkpoint true --seed 3 --tune_resampler false
+    --enable_thinking false --image_folder model --quant_bits 8
+""".split()
+
+
+def test_every_flag_of_the_official_guides_arrives(place, monkeypatch):
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    model, data, training, lora = parse(*OFFICIAL_FLAGS)
+    assert (training.eval_strategy, training.warmup_steps, training.activation_checkpointing) == (
+        "steps",
+        0.01,
+        True,
+    )
+    assert (training.lr_scheduler_type, training.adam_beta2, training.max_steps) == ("cosine", 0.95, 7)
+    assert (training.per_device_train_batch_size, training.per_device_eval_batch_size) == (3, 5)
+    assert (training.do_eval, training.use_lora, training.tune_llm, training.tune_resampler) == (
+        True,
+        True,
+        False,
+        False,
+    )
+    assert (training.cache_dir, training.llm_type, training.max_slice_nums) == ("cache", "minicpm", 4)
+    assert lora.modules_to_save == ["resampler", "embed_tokens", "vpm"]
+    assert lora.layer_replication == [(0, 2), (1, 2)]
+    assert (lora.lora_layers_to_transform, lora.quant_bits, lora.lora_r) == ([0, 1], 8, 8)
+    assert (model.attn_implementation, data.enable_thinking, data.image_folder) == ("eager", "false", "model")
+    assert training.resume_from_checkpoint is None  # nothing there yet, so the run starts
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--evaluation_strategy steps", "--eval_strategy steps"),
+        ("--evaluation-strategy=steps", "--eval_strategy steps"),
+        ("--warmup_ratio 0.03", "--warmup_steps 0.03"),
+        ("--gradient_checkpointing", "--activation_checkpointing"),
+        ("--no_cuda true", "--use_cpu true"),
+        ("--group_by_length true", "--train_sampling_strategy group_by_length"),
+        ("--group_by_length false", ""),
+        ("--include_inputs_for_metrics", "--include_for_metrics inputs"),
+        ("--adafactor", "--optim adafactor"),
+        ("--optim adamw_hf", "--optim adamw_torch"),
+        ("--optim sgd", "--optim sgd"),
+        ("--save_safetensors true", ""),
+        ("--logging_dir x", ""),
+        ("--fp16_opt_level O1", ""),
+        ("--batch_size 2", "--per_device_train_batch_size 2 --per_device_eval_batch_size 2"),
+        (
+            "--per_device_eval_batch_size 1 --batch_size 2",
+            "--per_device_eval_batch_size 1 --per_device_train_batch_size 2",
+        ),
+        ("--per_gpu_train_batch_size 2", "--per_device_train_batch_size 2"),
+        ("--warmup_ratio 0.1 --warmup_steps 5", "--warmup_steps 5"),
+    ],
+)
+def test_an_old_flag_becomes_its_new_form_with_one_note(old, new):
+    result = translate(old.split())
+    assert " ".join(result.argv) == new
+    expected_notes = 0 if old == new else 1
+    assert len(result.notes) == expected_notes
+
+
+def test_every_dropped_and_renamed_flag_is_really_gone_or_deprecated_in_transformers():
+    known = {item.name for item in dataclasses.fields(transformers.TrainingArguments)}
+    deprecated = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "optim"}
+    assert not (set(RENAMED) | set(DROPPED) | set(REWRITTEN)) & known - deprecated
+    assert set(RENAMED.values()) <= known
+
+
+@pytest.mark.parametrize("words", ["--warmup_ratio 5", "--warmup_ratio many", "--save_safetensors false"])
+def test_an_old_flag_without_counterpart_is_an_error(words, place):
+    with pytest.raises(LegacyFlagError, match=words.split()[0]):
+        translate(words.split())
+    with pytest.raises(UsageError, match=words.split()[0]):
+        parse(*words.split())
+
+
+PROBLEMS = [
+    ("--use_lora true", "The model cannot simultaneously adjust LLM parameters and apply LoRA."),
+    ("--tune_llm false --tune_vision false --tune_resampler false", "Nothing would be trained"),
+    ("--q_lora true", "--q_lora true needs --use_lora true"),
+    (
+        "--use_lora true --tune_llm false --lora_layers_pattern layers",
+        "--lora_layers_pattern acts only together with --lora_layers_to_transform",
+    ),
+    ("--lora_weight_path model", "--lora_weight_path is given, but --use_lora is false"),
+    ("--use_lora true --tune_llm false --lora_weight_path model", "no adapter_config.json in 'model'"),
+    ("--lora_layer_replication 0-4", "--lora_layer_replication is '0-4'"),
+    ("--lora_layer_replication [[0,-1]]", "--lora_layer_replication is"),
+    ("--lora_r 0", "--lora_r is 0, expected at least 1"),
+    ("--model_max_length 0", "--model_max_length is 0"),
+    ("--max_slice_nums 0", "--max_slice_nums is 0"),
+    ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0"),
+    ("--learning_rate -1", "--learning_rate is -1.0, expected 0 or more"),
+    ("--learning_rate nan", "--learning_rate is nan"),
+    ("--lora_dropout 1", "--lora_dropout is 1.0"),
+    ("--model_name_or_path missing", "there is no folder 'missing'"),
+    ("--model_name_or_path ./a/b", "there is no folder './a/b'"),
+    ("--model_name_or_path .", "is a folder without config.json"),
+    ("--model_name_or_path adapter", "is an adapter, not a model"),
+    ("--data_path missing.json", "--data_path: there is no file 'missing.json'"),
+    ("--eval_data_path missing.json", "--eval_data_path: there is no file"),
+    ("--do_eval", "--do_eval needs --eval_data_path"),
+    ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_path"),
+    ("--do_train false", "leaves nothing to do"),
+    ("--image_folder nowhere", "--image_folder: there is no folder 'nowhere'"),
+    ("--fp16 true --use_cpu", "--fp16 true needs a GPU"),
+    ("--fp16_full_eval true --use_cpu", "--fp16_full_eval true needs a GPU"),
+    ("--bf16 true --fp16 true", "contradict each other"),
+    ("--attn_implementation flash_attention_2 --use_cpu", "flash_attention_2 needs a GPU"),
+    ("--remove_unused_columns true", "--remove_unused_columns true would drop"),
+    ("--label_names answers", "--label_names is ['answers']"),
+    ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),
+    ("--do_predict", "--do_predict is not supported"),
+    ("--deepspeed ds_config_zero4.json", "--deepspeed: no file 'ds_config_zero4.json'"),
+    ("--deepspeed rows.json", "found a list, expected a JSON object"),
+    ("--deepspeed broken.json", "broken.json, line 1"),
+    ("--output_dir rows.json", "is a file"),
+    ("--resume_from_checkpoint model", "'model' is no complete checkpoint"),
+    ("--overwrite_output_dir --resume_from_checkpoint", "contradict each other. Keep one."),
+    ("--learning_rat 1", "unknown argument --learning_rat. Did you mean --learning_rate?"),
+    ("--lerning-rate 1", "unknown argument --lerning-rate. Did you mean --learning_rate?"),
+    ("--qwertzuiop", "unknown argument --qwertzuiop. finetune.py --help lists"),
+    ("--model_max 5", "unknown argument --model_max. Did you mean --model_max_length?"),
+    ("--bf16 false true", "'true' belongs to no argument"),
+    ("--eval_strategy sometimes", "--eval_strategy: invalid choice: 'sometimes'"),
+    ("--llm_type bert", "--llm_type: invalid choice: 'bert'"),
+    ("--lora_r many", "--lora_r: invalid int value: 'many'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), PROBLEMS, ids=[words for words, _ in PROBLEMS])
+def test_a_wrong_command_line_says_what_to_change(words, message, place):
+    (place / "broken.json").write_text("{'a': 1}")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse(*words.split())
+
+
+def test_all_problems_are_reported_at_once(place):
+    with pytest.raises(UsageError) as caught:
+        parse("--lora_r", "0", "--do_eval", "--deepspeed", "x.json", "--model_name_or_path", "y")
+    text = str(caught.value)
+    assert text.startswith("4 problems with the command line:\n  1. ")
+    assert all(flag in text for flag in ("--lora_r", "--do_eval", "--deepspeed", "--model_name_or_path"))
+
+
+def test_a_hub_id_and_a_counted_data_file_are_accepted(place):
+    model, data, *_ = parse("--model_name_or_path", "openbmb/MiniCPM-V-2_6", "--data_path", "rows.json#50")
+    assert (model.model_name_or_path, data.data_path) == ("openbmb/MiniCPM-V-2_6", "rows.json#50")
+
+
+def test_evaluating_alone_needs_no_training_rows(place):
+    words = ["--model_name_or_path", "model", "--do_eval", "--eval_data_path", "rows.json"]
+    _, _, training, _ = parse_arguments(words)
+    assert (training.do_train, training.do_eval) == (False, True)
+
+
+def checkpoint(folder, step, complete=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_text("")
+    if complete:
+        (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_an_output_folder_with_a_finished_run_is_refused_unless_told_what_to_do(place):
+    checkpoint(place / "out", 9)
+    checkpoint(place / "out", 10)
+    checkpoint(place / "out", 11, complete=False)
+    with pytest.raises(UsageError, match=r"an unfinished run \(checkpoint-10\)"):
+        parse("--output_dir", "out")
+    (place / "out" / "adapter_model.safetensors").write_text("")
+    with pytest.raises(UsageError, match="a finished run"):
+        parse("--output_dir", "out")
+    _, _, training, _ = parse("--output_dir", "out", "--resume_from_checkpoint", "true")
+    assert Path(training.resume_from_checkpoint) == Path("out/checkpoint-10")
+    _, _, training, _ = parse("--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-9")
+    assert training.resume_from_checkpoint == "out/checkpoint-9"
+    _, _, training, _ = parse("--output_dir", "out", "--overwrite_output_dir", "true")
+    assert training.resume_from_checkpoint is None
+
+
+def test_other_files_in_the_output_folder_are_nobodys_business(place):
+    (place / "out").mkdir()
+    (place / "out" / "notes.txt").write_text("mine")
+    parse("--output_dir", "out")
+
+
+def test_clearing_an_output_folder_leaves_other_files(tmp_path):
+    checkpoint(tmp_path, 3)
+    weights = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*weights, "notes.txt", "config.json"):
+        (tmp_path / name).write_text("")
+    output_folder.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert not output_folder.look(tmp_path)
+
+
+def test_a_scheduler_section_of_automatic_values_makes_way_for_the_command_line():
+    automatic = {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}
+    official = {"scheduler": {"type": "WarmupLR", "params": automatic}}
+    own = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}
+    assert drop_automatic_scheduler(official)
+    assert official == {}
+    assert not drop_automatic_scheduler(own)
+    assert "scheduler" in own
+    assert not drop_automatic_scheduler({})
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_the_deepspeed_files_leave_schedule_and_optimizer_to_the_command_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # found beside finetune.py, from any folder
+    config = read_config(f"ds_config_{name}.json")
+    assert "scheduler" not in config
+    assert "optimizer" not in config
+    zero = config["zero_optimization"]
+    assert zero["stage"] == int(name[4])
+    assert ("offload_optimizer" in zero) == name.endswith("offload")
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", zero["stage"] == 2)
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config[key] == "auto"
+
+
+def test_a_missing_deepspeed_file_names_those_that_are_there():
+    with pytest.raises(DeepSpeedConfigError, match=r"ds_config_zero2\.json, ds_config_zero2_offload\.json"):
+        read_config("nothing.json")
+
+
+def test_help_is_complete_and_needs_no_torch():
+    code = (
+        "import sys, help_page\n"
+        "page = help_page.render_help()\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "sys.stdout.write(page)"
+    )
+    page = subprocess.run(
+        [sys.executable, "-c", code], cwd=FINETUNE, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    shown = set(re.findall(r"^  --(\w+)$", page, flags=re.MULTILINE))
+    fields = {
+        item.name
+        for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+        for item in dataclasses.fields(group)
+        if item.init
+    }
+    assert fields - shown == {
+        "local_rank",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "do_predict",
+    }
+    assert shown <= fields
+
+
+def test_help_shows_the_defaults_that_run():
+    inherited = {entry.name: entry for _, entries in help_page.inherited_groups() for entry in entries}
+    assert len(help_page.inherited_groups()) > 10
+    assert inherited["learning_rate"].default == 5e-5
+    for item in dataclasses.fields(transformers.TrainingArguments):
+        if item.name in inherited and item.default is not dataclasses.MISSING:
+            assert inherited[item.name].default == item.default, item.name
+
+
+def test_asking_for_help_writes_it_and_exits_well(capsys):
+    help_page.show_help_when_asked(["--seed", "1"])
+    with pytest.raises(SystemExit) as caught:
+        help_page.show_help_when_asked(["--help"])
+    assert caught.value.code == 0
+    assert "--lora_target_modules" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", [ModelArguments, DataArguments, TuningOptions, RunOptions, LoraArguments])
+def test_each_argument_of_ours_has_a_help_text(group):
+    for item in dataclasses.fields(group):
+        assert len(item.metadata["help"]) > 20, item.name
+
+
+def test_requirements_cover_every_import_of_the_product():
+    names = re.findall(r"^([\w-]+)==", (FINETUNE / "requirements.txt").read_text(), flags=re.MULTILINE)
+    pinned = {name.replace("-", "_").lower() for name in names}
+    optional = {"flash_attn", "liger_kernel", "av", "triton"}
+    package_of = {"PIL": "pillow"}
+    folders = [FINETUNE, ROOT / "demo"]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    own = {"minicpm_tune", *(path.stem for path in files)}
+    for path in files:
+        for name in imported_packages(path) - own - set(sys.stdlib_module_names) - optional:
+            assert package_of.get(name, name).lower() in pinned, f"{path.name} imports {name}"
+
+
+def imported_packages(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_every_requirement_is_pinned_and_explained():
+    for file in (FINETUNE / "requirements.txt", ROOT / "tests" / "requirements.txt"):
+        for line in file.read_text().splitlines():
+            assert line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+ +# .+", line), line
+    assert (ROOT / "requirements.txt").read_text() == "-r finetune/requirements.txt\n"
+
+
+def test_the_json_files_are_json():
+    files = list(FINETUNE.glob("*.json"))
+    assert len(files) == 4
+    for file in files:
+        json.loads(file.read_text())

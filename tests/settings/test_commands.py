@@ -1,0 +1,157 @@
+"""What the small commands share: flags that are checked, places that are written to, and a quiet screen."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from safetensors import SafetensorError
+
+import chat
+import merge_lora
+import plan_memory
+import predict
+import quantize
+from minicpm_tune.logs import silence
+from minicpm_tune.new_folder import OutputError, check_new_folder, checked_size, whole_folder
+from support.answer_helpers import IMAGES, checkpoint, saved_adapter
+from support.finetune_runs import ROOT, environment
+
+NEEDED = {
+    chat: ["--question", "x"],
+    predict: ["--data_path", "x", "--output", "x"],
+    merge_lora: ["--adapter", "x", "--output_dir", "x"],
+    quantize: ["--model_name_or_path", "x", "--output_dir", "x"],
+    plan_memory: ["--model_name_or_path", "x"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (merge_lora, ["--adpter", "x"], "unknown flag --adpter; did you mean --adapter?"),
+        (quantize, ["--outputdir=x"], "unknown flag --outputdir; did you mean --output_dir?"),
+        (plan_memory, ["--zzz"], "unknown flag --zzz."),
+        (chat, ["--max_new_tokens", "0"], "--max_new_tokens: found '0', expected a whole number from 1 on"),
+        (chat, ["--temperature", "0"], "--temperature: found '0', expected a number above 0"),
+        (chat, ["--temperature", "nan"], "--temperature: found 'nan', expected a number above 0"),
+        (predict, ["--sampling", "--top_p", "3"], "--top_p: found '3', expected a number above 0, at most 1"),
+        (predict, ["--batch_size", "0"], "--batch_size: found '0', expected a whole number from 1 on"),
+        (
+            predict,
+            ["--temperature", "0.5"],
+            "--temperature is given, but --sampling is false: set it to true",
+        ),
+    ],
+)
+def test_flags_that_cannot_act_are_refused(command, words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse_flags([*NEEDED[command], *words])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_of_shards_are_checked():
+    assert checked_size("2.5gb") == "2.5gb"
+    for text in ("5", "5GX", "GB", "0GB", "-1GB"):
+        with pytest.raises(OutputError, match=r"expected a number with KB, MB, GB or TB"):
+            checked_size(text)
+
+
+def test_a_new_folder_is_checked_before_the_work(tmp_path):
+    assert check_new_folder(str(tmp_path / "a/b")) == tmp_path / "a/b"
+    assert not (tmp_path / "a/b").exists()
+    (tmp_path / "full").mkdir()
+    assert check_new_folder(str(tmp_path / "full")) == tmp_path / "full"
+    (tmp_path / "full/x").write_text("")
+    with pytest.raises(OutputError, match="it exists and is not empty"):
+        check_new_folder(str(tmp_path / "full"))
+    with pytest.raises(OutputError, match="it exists and is not empty"):
+        check_new_folder(str(tmp_path / "full/x"))
+    with pytest.raises(
+        OutputError, match=r"--output_dir /proc/1/out: it can't be written: .* GiB are free there"
+    ):
+        check_new_folder("/proc/1/out")
+
+
+def stopped_by(error, folder):
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        raise error
+
+
+def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path):
+    folder = check_new_folder(str(tmp_path / "out"))
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "x").write_text("1")
+        assert not folder.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for error, kind in (
+        (OSError(28, "No space left on device"), OutputError),
+        (SafetensorError("I/O error: No space left on device"), OutputError),
+        (RuntimeError("shapes differ: no space left on device"), RuntimeError),
+    ):
+        with pytest.raises(kind, match=r"(?i)no space left on device"):
+            stopped_by(error, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_libraries_lines_that_help_nobody_are_left_out(monkeypatch):
+    silence()
+    silence()
+    logger = logging.getLogger("transformers.integrations.hub_kernels")
+    assert len(logger.filters) == 1
+    record = logging.makeLogRecord(
+        {
+            "name": logger.name,
+            "msg": "`x` is falling back to its reference PyTorch implementation because ...",
+        }
+    )
+    for gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert bool(logger.filter(record)) == gpu
+    told = logging.makeLogRecord(
+        {"name": "DeepSpeed", "msg": "Setting accelerator to CPU. If you have GPU ..."}
+    )
+    assert not logging.getLogger("DeepSpeed").filter(told)
+    assert not logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING)
+
+
+def said_by(script, *words):
+    """What a command writes, without its progress bars."""
+    variables = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "finetune" / script, *map(str, words)],
+        env=variables, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+    return [line for line in lines if line.strip() and "it/s]" not in line and "?it/s" not in line]
+
+
+@pytest.mark.slow
+def test_commands_say_what_they_do_and_nothing_else(tmp_path):
+    """As a newcomer sees it: every line is one of ours."""
+    base = checkpoint("v2_6")
+    saved_adapter(tmp_path / "adapter", "v2_6")
+    said = said_by("merge_lora.py", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert len(said) == 2, said
+    assert said[0].startswith("probe of ")
+    assert said[1] == f"Merged model: {tmp_path / 'merged'} (float32)"
+    said = said_by("quantize.py", "--model_name_or_path", base, "--output_dir", tmp_path / "int4")
+    assert said[0] == "Quantised weights:"
+    assert said[-1].startswith(f"{tmp_path / 'int4'}: 14 layers in 4 bit")
+    assert len(said) == 8, said
+    said = said_by("plan_memory.py", "--model_name_or_path", base)
+    assert said[0].startswith("MiniCPM-V 2.6, lora, bf16")
+    assert all(line.startswith("  ") for line in said[1:]), said
+
+
+@pytest.mark.slow
+def test_a_4_7_conversation_shows_the_answer_and_nothing_else():
+    model = checkpoint("v4_7")
+    said = said_by("chat.py", "--model_name_or_path", model, "--image", IMAGES / "small.png", "--question", "What?",
+                   "--sampling", "false", "--max_new_tokens", 4)  # fmt: skip
+    assert said[-1] == "MiniCPM-V 4.7 on cpu in float32", said
+    assert len(said) == 2, said

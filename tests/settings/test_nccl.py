@@ -1,0 +1,126 @@
+"""NCCL's variables for consumer cards, with the names and abilities of cards that are not here."""
+
+import logging
+import os
+
+import pytest
+import torch
+
+from minicpm_tune.settings import nccl
+from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.settings.nccl import Cards, apply_settings, settings_for
+
+BOTH_OFF = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
+def cards(name, count=2, *, reach=False, processes=None, here=None, infiniband=False):
+    processes = count if processes is None else processes
+    return Cards((name,) * count, reach, processes, here or processes, infiniband)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce GTX 1080 Ti",
+        "NVIDIA GeForce RTX 2080 Ti",
+        "NVIDIA GeForce RTX 3090",
+        "NVIDIA GeForce RTX 4070 Ti SUPER",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 5090",
+    ],
+)
+def test_consumer_cards_without_access_to_each_other_get_both(name):
+    assert settings_for(cards(name)) == BOTH_OFF
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H200",
+        "NVIDIA A100-SXM4-80GB",
+        "Tesla T4",
+        "NVIDIA L40S",
+        "NVIDIA RTX A6000",
+        "NVIDIA RTX 4000 Ada Generation",
+        "Quadro RTX 5000",
+        "AMD Instinct MI300X",
+    ],
+)
+def test_other_cards_get_none(name):
+    assert settings_for(cards(name)) == {}
+
+
+def test_cards_joined_by_nvlink_keep_it_but_a_driver_is_not_believed_where_there_is_none():
+    assert settings_for(cards("NVIDIA GeForce RTX 3090", reach=True))["NCCL_P2P_DISABLE"] == "0"
+    assert settings_for(cards("NVIDIA GeForce RTX 4090", reach=True))["NCCL_P2P_DISABLE"] == "1"
+    mixed = Cards(("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 5090"), True, 2, 2, False)
+    assert settings_for(mixed)["NCCL_P2P_DISABLE"] == "1"
+
+
+def test_infiniband_between_machines_stays():
+    name = "NVIDIA GeForce RTX 4090"
+    assert settings_for(cards(name, processes=4, here=2, infiniband=True))["NCCL_IB_DISABLE"] == "0"
+    assert settings_for(cards(name, processes=4, here=2)) == BOTH_OFF
+    assert settings_for(cards(name, infiniband=True)) == BOTH_OFF
+
+
+def test_a_single_process_needs_none():
+    assert settings_for(cards("NVIDIA GeForce RTX 4090", processes=1)) == {}
+
+
+@pytest.fixture
+def three_3090(monkeypatch):
+    """The machine of the guides' recipe, to this process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: False)
+    # Set, then deleted: so that what the code sets is undone.
+    for name in BOTH_OFF:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    return monkeypatch
+
+
+def test_the_environment_gets_what_is_needed_and_says_so(three_3090):
+    said = apply_settings()
+    assert "NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 is set for NVIDIA GeForce RTX 3090" in said
+    assert {name: os.environ[name] for name in BOTH_OFF} == BOTH_OFF
+
+
+def test_what_the_user_set_stays(three_3090):
+    three_3090.setenv("NCCL_P2P_DISABLE", "0")
+    said = apply_settings()
+    assert said.startswith("NCCL_IB_DISABLE=1 is set")
+    assert os.environ["NCCL_P2P_DISABLE"] == "0"
+    three_3090.setenv("NCCL_IB_DISABLE", "0")
+    assert apply_settings() is None
+    assert os.environ["NCCL_IB_DISABLE"] == "0"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_it_comes_before_the_processes_join_and_is_said_once(three_3090, caplog, tmp_path, rank):
+    """Whatever started the processes: a launcher, torchrun, or srun."""
+
+    class JoinedError(Exception):
+        pass
+
+    def join(self):
+        assert {name: os.environ[name] for name in BOTH_OFF} == BOTH_OFF
+        raise JoinedError
+
+    caplog.set_level(logging.INFO)
+    three_3090.setenv("RANK", str(rank))
+    three_3090.setattr("minicpm_tune.settings.arguments.has_accelerator", lambda: True)
+    three_3090.setattr("transformers.TrainingArguments.__post_init__", join)
+    with pytest.raises(JoinedError):
+        TrainingArguments(output_dir=str(tmp_path))
+    assert caplog.text.count("NCCL_P2P_DISABLE=1") == (1 if rank == 0 else 0)
+
+
+def test_without_cuda_nothing_is_looked_at(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(nccl, "_look", None)
+    assert apply_settings() is None
