@@ -21,7 +21,7 @@ from minicpm_tune.models.minicpmv.modeling import MiniCPMV
 from minicpm_tune.models.parameter_parts import count_parts, freeze
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import parse_arguments
-from minicpm_tune.training.peer_monitor import RankWatch
+from minicpm_tune.training.peer_monitor import PeerMonitor
 from minicpm_tune.training.preparation import (
     load_data_rules,
     load_datasets,
@@ -70,7 +70,7 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     counts = count_parts(model, generation)
     trainer = make_trainer(
         model, training, processing, train_rows=rows, eval_rows=None,
-        watch=RankWatch(limit=training.ddp_timeout), moves=True, after_save=None, feature_writer=None,
+        watch=PeerMonitor(limit=training.ddp_timeout), moves=True, after_save=None, feature_writer=None,
     )  # fmt: skip
     bench = Bench(trainer, wish, on_gpu=on_gpu)
     trainer.train()

@@ -14,7 +14,7 @@ from minicpm_tune.logs import silence
 from minicpm_tune.settings.help_page import show_help_when_asked
 
 if TYPE_CHECKING:
-    from minicpm_tune.training.process_lifecycle import RunControl
+    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 
 
 def main(argv: list[str]) -> int:
@@ -22,15 +22,15 @@ def main(argv: list[str]) -> int:
     show_help_when_asked(argv)
     silence()
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from minicpm_tune.training.process_lifecycle import RunControl
+    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 
-    control = RunControl()
+    control = ProcessLifecycle()
     with control.user_errors_as_messages():
         run(argv, control)
     return control.end()
 
 
-def run(argv: list[str], control: RunControl) -> None:
+def run(argv: list[str], control: ProcessLifecycle) -> None:
     """The steps of a fine-tuning, in their order."""
     from transformers import set_seed
 

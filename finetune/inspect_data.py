@@ -85,9 +85,9 @@ def main(argv: list[str]) -> int:
     """Inspect a data set; give the exit code: 1 for rows that can't be used, or a mistake of the user's."""
     values = parse_flags(argv)
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from minicpm_tune.training.process_lifecycle import RunControl
+    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 
-    control = RunControl()
+    control = ProcessLifecycle()
     bad = 0
     with control.user_errors_as_messages():
         from minicpm_tune.planning.inspection import inspect

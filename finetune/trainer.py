@@ -18,11 +18,11 @@ from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, Padd
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.training.learning_rates import split_by_rate
-from minicpm_tune.training.resilient_trainer import GuardedTrainer
+from minicpm_tune.training.resilient_trainer import ResilientTrainer
 from minicpm_tune.training.throughput import SourceLosses, ThroughputMeter
 
 
-class CPMTrainer(GuardedTrainer):
+class CPMTrainer(ResilientTrainer):
     """Trains a MiniCPM-V model.
 
     - The loss is the sum over supervised tokens divided by their number in the whole optimizer
@@ -36,7 +36,7 @@ class CPMTrainer(GuardedTrainer):
         lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
         after_save: Called on the saving process with every folder a model or adapter was saved to.
         feature_writer: Keeps what the vision tower gave, with ``--cache_vision_features``.
-        **kwargs: As for ``GuardedTrainer``.
+        **kwargs: As for ``ResilientTrainer``.
     """
 
     def __init__(

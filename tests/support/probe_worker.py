@@ -31,8 +31,8 @@ import torch
 import finetune
 from minicpm_tune.models import loading
 from minicpm_tune.training import resilient_trainer
-from minicpm_tune.training.process_lifecycle import RunControl
-from minicpm_tune.training.resilient_trainer import GuardedTrainer
+from minicpm_tune.training.process_lifecycle import ProcessLifecycle
+from minicpm_tune.training.resilient_trainer import ResilientTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -56,7 +56,7 @@ class PlantedError(ValueError):
 PlantedError.__module__ = "records"
 
 
-class Probed(GuardedTrainer):
+class Probed(ResilientTrainer):
     """Fails as it is told to."""
 
     def get_batch_samples(self, *args, **kwargs):
@@ -123,12 +123,12 @@ def more_memory_than_there_is(*_, **__):
 
 
 def main():
-    resilient_trainer.GuardedTrainer = Probed
+    resilient_trainer.ResilientTrainer = Probed
     if FAULTS.get("memory_in") == "loading":
         loading.load_model = more_memory_than_there_is
     command_lines = json.loads(sys.argv[-1]) if FAULTS.get("several") else [sys.argv[1:]]
     for argv in command_lines:
-        control = RunControl()
+        control = ProcessLifecycle()
         with control.user_errors_as_messages():
             finetune.run(argv, control)
         if control.exit_code and not FAULTS.get("go_on"):

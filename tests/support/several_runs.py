@@ -10,11 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune"))
 
 from finetune import run
-from minicpm_tune.training.process_lifecycle import RunControl
+from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 
 if __name__ == "__main__":
     for argv in json.loads(sys.argv[1]):
-        control = RunControl()
+        control = ProcessLifecycle()
         with control.user_errors_as_messages():
             run(argv, control)
         assert control.exit_code == 0, argv

@@ -23,7 +23,7 @@ from minicpm_tune.data.placeholders import Placeholder, PlaceholderStyle, image_
 from minicpm_tune.data.prompts import Piece, PromptOptions, PromptWriter
 from minicpm_tune.data.sample_tensors import patches_of, temporal_ids, token_types
 from minicpm_tune.data.slicing.adaptive import Layout, Rules
-from minicpm_tune.data.slicing.image_rules import ImageWishes, read_rules
+from minicpm_tune.data.slicing.image_rules import RequestedImageRules, read_rules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
 from minicpm_tune.data.turns import Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache
@@ -295,7 +295,7 @@ def load_processing(
     writer = PromptWriter(
         tokenizer, generation, PromptOptions(enable_thinking=enable_thinking, train_on=train_on)
     )
-    wishes = ImageWishes(max_slice_nums, downsample_mode, img_size, hd_num)
+    wishes = RequestedImageRules(max_slice_nums, downsample_mode, img_size, hd_num)
     image = read_rules(Path(folder), read_config(folder), generation, wishes)
     video = video_rules(
         generation, fps=video_fps, max_num_frames=max_num_frames, settings=image.video_settings

@@ -49,9 +49,9 @@ def run_command(run: Callable[[Any], None], values: argparse.Namespace, *, inter
         interrupted: What is said after Ctrl-C.
     """
     silence()
-    from minicpm_tune.training.process_lifecycle import RunControl
+    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 
-    control = RunControl()
+    control = ProcessLifecycle()
     with control.user_errors_as_messages():
         try:
             run(values)

@@ -54,7 +54,7 @@ class Sign:
     done: bool = False
 
 
-class RankWatch:
+class PeerMonitor:
     """The watch of one process; with a single process in the run it watches nothing.
 
     Args:

@@ -35,9 +35,9 @@ from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpointing import check_continues, run_shape
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.loss_curve import LossCurve
-from minicpm_tune.training.peer_monitor import RankWatch
+from minicpm_tune.training.peer_monitor import PeerMonitor
 from minicpm_tune.training.process_lifecycle import StepLog
-from minicpm_tune.training.resilient_trainer import Surroundings
+from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.stop_signals import command_to_continue
 from trainer import CPMTrainer
 
@@ -100,7 +100,7 @@ def settle_training_arguments(training: TrainingArguments) -> None:
         # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
         training.ddp_find_unused_parameters = False
     # Trainer's filter hides losses that are not finite, and waits for the device after every batch to do so;
-    # GuardedTrainer looks once per step, and does not apply such a step.
+    # ResilientTrainer looks once per step, and does not apply such a step.
     training.logging_nan_inf_filter = False
 
 
@@ -151,7 +151,7 @@ def make_trainer(
     *,
     train_rows: SupervisedDataset | None,
     eval_rows: SupervisedDataset | None,
-    watch: RankWatch,
+    watch: PeerMonitor,
     moves: bool,
     after_save: Callable[[Path], None] | None,
     feature_writer: FeatureWriter | None,
@@ -165,7 +165,7 @@ def make_trainer(
         generation=processing.generation,
         padding_sample=padding,
         lengths=train_rows.lengths() if train_rows is not None and needs_lengths else None,
-        surroundings=Surroundings(
+        run_context=RunContext(
             watch=watch, moves=moves, files=[] if train_rows is None else train_rows.source_names
         ),
         after_save=after_save,

@@ -28,7 +28,7 @@ from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.settings.hardware import process_rank
 from minicpm_tune.training.checkpointing import CheckpointError
 from minicpm_tune.training.nonfinite_and_memory import is_out_of_memory, memory_advice
-from minicpm_tune.training.peer_monitor import RankWatch
+from minicpm_tune.training.peer_monitor import PeerMonitor
 from minicpm_tune.training.run_folder import LOGS
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -38,7 +38,7 @@ _LATER = 3.0  # seconds
 _PATIENCE = 5.0  # seconds for the reason of a failed operation between processes to show
 
 
-class RunControl:
+class ProcessLifecycle:
     """One process of a run, from its first line to its exit code.
 
     Attributes:
@@ -48,7 +48,7 @@ class RunControl:
 
     def __init__(self) -> None:
         self.exit_code = 0
-        self.watch: RankWatch | None = None
+        self.watch: PeerMonitor | None = None
         self._training: TrainingArguments | None = None
         self._log: IO[str] | None = None
         self._screen = sys.stderr
@@ -56,7 +56,7 @@ class RunControl:
         _log_to_screen()
         sys.excepthook = self._end_by
 
-    def begin(self, training: TrainingArguments) -> RankWatch:
+    def begin(self, training: TrainingArguments) -> PeerMonitor:
         """Log to ``logs/rank<number>.log`` in the output folder too, and watch over the other processes.
 
         The log of every rank holds all that rank 0 shows on the screen.
@@ -77,7 +77,7 @@ class RunControl:
         faulthandler.enable(handler.stream)
         # Joining the processes has put torch's hook around ours, which collects what is written (torch 2.13).
         sys.excepthook = self._end_by
-        self.watch = RankWatch(limit=training.ddp_timeout, dump=self._dump_stacks)
+        self.watch = PeerMonitor(limit=training.ddp_timeout, dump=self._dump_stacks)
         self.watch.start()
         return self.watch
 

@@ -4,7 +4,7 @@
 - SIGTERM and SIGINT end training after the step, with a checkpoint.
 - Checkpoints appear whole or not at all.
 - Memory that runs out gives a message with what was in work.
-- Every stage of the work is told to ``RankWatch``.
+- Every stage of the work is told to ``PeerMonitor``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from minicpm_tune.training.nonfinite_and_memory import (
     is_out_of_memory,
     memory_advice,
 )
-from minicpm_tune.training.peer_monitor import RankWatch
-from minicpm_tune.training.stop_signals import StopRequest
+from minicpm_tune.training.peer_monitor import PeerMonitor
+from minicpm_tune.training.stop_signals import StopSignals
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What training needs to know of the run around it.
 
     Attributes:
@@ -46,28 +46,28 @@ class Surroundings:
         files: Names of the training data's files, for messages that name rows.
     """
 
-    watch: RankWatch
+    watch: PeerMonitor
     moves: bool
     files: Sequence[str] = ()
 
 
-class GuardedTrainer(Trainer):
+class ResilientTrainer(Trainer):
     """Training that survives faults; see the module.
 
     Args:
-        surroundings: The run around it; by default one that has nothing but this process.
+        run_context: The run around it; by default one that has nothing but this process.
         **kwargs: As for ``transformers.Trainer``.
     """
 
     args: TrainingArguments  # narrower than Trainer's
 
-    def __init__(self, *, surroundings: Surroundings | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, run_context: RunContext | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if surroundings is None:
-            watch = RankWatch(limit=self.args.ddp_timeout)
-            surroundings = Surroundings(watch=watch, moves=self.args.process_index == 0)
-        self.watch, self.moves, self.files = surroundings.watch, surroundings.moves, surroundings.files
-        self.stop = StopRequest(speaks=self.args.world_size == 1)
+        if run_context is None:
+            watch = PeerMonitor(limit=self.args.ddp_timeout)
+            run_context = RunContext(watch=watch, moves=self.args.process_index == 0)
+        self.watch, self.moves, self.files = run_context.watch, run_context.moves, run_context.files
+        self.stop = StopSignals(speaks=self.args.world_size == 1)
         self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.was_stopped = False
         self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
@@ -224,7 +224,7 @@ class GuardedTrainer(Trainer):
 class _StopBetweenSteps(TrainerCallback):
     """Ends training after the step in which any process was asked to."""
 
-    def __init__(self, trainer: GuardedTrainer):
+    def __init__(self, trainer: ResilientTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ NOTE = "the step is finished and a checkpoint written. A second signal ends at o
 _NEXT_RUN_DECIDES = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
-class StopRequest:
+class StopSignals:
     """Notes a signal, for the training loop to look at between two steps."""
 
     def __init__(self, *, speaks: bool):

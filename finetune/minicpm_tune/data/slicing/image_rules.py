@@ -45,7 +45,7 @@ class ImageRules:
 
 
 @dataclass(frozen=True)
-class ImageWishes:
+class RequestedImageRules:
     """What the user wants of the rules; the names are those of the flags. None: as the checkpoint says.
 
     Attributes:
@@ -61,7 +61,9 @@ class ImageWishes:
     hd_num: int | None = None
 
 
-def read_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+def read_rules(
+    folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
+) -> ImageRules:
     """Read the rules; what the released processor is configured with goes before the model's config.
 
     Args:
@@ -86,7 +88,7 @@ def read_rules(folder: Path, config: Settings, generation: Generation, wishes: I
     return _READERS[generation.layout](folder, config, generation, wishes)
 
 
-def _refuse_xcomposer2_wishes(generation: Generation, wishes: ImageWishes) -> None:
+def _refuse_xcomposer2_wishes(generation: Generation, wishes: RequestedImageRules) -> None:
     for flag, instead in (("img_size", "Leave it out"), ("hd_num", "Use --max_slice_nums")):
         if getattr(wishes, flag) is not None:
             raise RulesError(
@@ -94,7 +96,9 @@ def _refuse_xcomposer2_wishes(generation: Generation, wishes: ImageWishes) -> No
             )
 
 
-def _slice_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+def _slice_rules(
+    folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
+) -> ImageRules:
     settings = read_settings(folder, "preprocessor_config.json")
     rules = SliceRules(
         max_slice_nums=_slice_limit(wishes.max_slice_nums, settings, config, default=1),
@@ -107,7 +111,9 @@ def _slice_rules(folder: Path, config: Settings, generation: Generation, wishes:
     return ImageRules(rules, style, None, {})
 
 
-def _native_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+def _native_rules(
+    folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
+) -> ImageRules:
     # Imported here: it brings in transformers' model package, which the other generations don't need.
     from minicpm_tune.data.slicing.minicpmv46 import PATCHES_PER_TOKEN, NativeSliceRules
 
@@ -136,7 +142,9 @@ def _native_rules(folder: Path, config: Settings, generation: Generation, wishes
     return ImageRules(rules, style, mode, processor.get("video_processor", {}))
 
 
-def _square_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+def _square_rules(
+    folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
+) -> ImageRules:
     side = square_side(config, tiles=False, positions=position_rows(folder))
     pixels = side * PATCH
     if wishes.img_size not in (None, pixels):
@@ -153,7 +161,9 @@ def _square_rules(folder: Path, config: Settings, generation: Generation, wishes
     return ImageRules(SquareRules(side), style, None, {})
 
 
-def _tile_rules(folder: Path, config: Settings, generation: Generation, wishes: ImageWishes) -> ImageRules:
+def _tile_rules(
+    folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
+) -> ImageRules:
     side = square_side(config, tiles=True, positions=position_rows(folder))
     if wishes.hd_num is not None and wishes.hd_num < 1:
         raise RulesError(
