@@ -28,7 +28,7 @@ for folder in ("finetune", "demo"):
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.batching import BatchMaker
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.packing import best_fit
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing

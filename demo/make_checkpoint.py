@@ -24,7 +24,7 @@ import torch
 
 from draw_pictures import sentences
 from minicpm_tune.checkpoints.model_generations import GENERATIONS, Generation
-from minicpm_tune.models.model_classes import class_and_config
+from minicpm_tune.models.loading import class_and_config
 from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model
 
 Json = dict[str, Any]

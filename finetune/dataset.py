@@ -21,8 +21,7 @@ from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.json_rows import Rows, open_rows
 from minicpm_tune.data.files.mixtures import epoch_order, read_data_path
-from minicpm_tune.data.media.images import DEFAULT_MAX_PIXELS, ImageOptions, open_image
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import DEFAULT_MAX_PIXELS, ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import Conversation, Source, parse_row
 from minicpm_tune.data.samples import OVERLENGTH, Plan, Processing, Sample

@@ -64,9 +64,9 @@ def run(values: argparse.Namespace) -> None:
     """The steps of a merge, in their order."""
     from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
     from minicpm_tune.data.samples import load_processing
+    from minicpm_tune.files import check_new_folder, checked_size, whole_folder
     from minicpm_tune.lora.folders import check_base, load_onto
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
-    from minicpm_tune.new_folder import check_new_folder, checked_size, whole_folder
 
     size = checked_size(values.max_shard_size)
     output = check_new_folder(values.output_dir)
@@ -95,8 +95,8 @@ def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapt
     """Load the weights that the adapter is merged into, and say which these are."""
     from minicpm_tune.checkpoints.quantized_files import stored_quantization
     from minicpm_tune.lora.merging import MergeError
-    from minicpm_tune.lora.quantization import dequantize
     from minicpm_tune.models.loading import load_model
+    from minicpm_tune.models.quantization import dequantize
 
     stored = stored_quantization(base)
     trained_in = adapter.record.quantization if adapter.record else None

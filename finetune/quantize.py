@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
 
 def run(values: Namespace) -> None:
     """Find the checkpoint of the command line and quantise it."""
+    from minicpm_tune.files import checked_size
     from minicpm_tune.models.loading import resolve_model_folder
-    from minicpm_tune.new_folder import checked_size
 
     size = checked_size(values.max_shard_size)
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir)
@@ -65,9 +65,9 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
     from minicpm_tune.checkpoints.model_folder import read_config, read_generation
     from minicpm_tune.checkpoints.quantized_files import QuantizationError, stored_quantization
     from minicpm_tune.checkpoints.released_format import storage_dtype
-    from minicpm_tune.lora.quantization import quantized_modules
+    from minicpm_tune.files import check_new_folder, whole_folder
     from minicpm_tune.models.loading import load_model
-    from minicpm_tune.new_folder import check_new_folder, whole_folder
+    from minicpm_tune.models.quantization import quantized_modules
 
     output = check_new_folder(str(output))
     if stored_quantization(folder) is not None:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from minicpm_tune.checkpoints.quantized_files import QuantizationError, check_training, stored_quantization
-from minicpm_tune.lora.quantization import quantized_modules
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.modeling import MiniCPMV
+from minicpm_tune.models.quantization import quantized_modules
 from support.quantized_cases import (
     LOSS_TOLERANCE,
     TRAINED_TENSORS,

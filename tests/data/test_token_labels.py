@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minicpm_tune.checkpoints.model_folder import CheckpointError
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.prompts import PromptWriter
 from minicpm_tune.data.slicing.adaptive import SliceRules
 from minicpm_tune.data.token_labels import IGNORE_INDEX, truncate

@@ -16,12 +16,12 @@ from minicpm_tune.answering.load import InferenceError, ModelChoice, load_for_in
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.samples import load_processing
+from minicpm_tune.files import OutputError
 from minicpm_tune.lora.base_fingerprint import read_base_record, record_of
 from minicpm_tune.lora.build import AdapterError
 from minicpm_tune.lora.folders import check_base, load_onto, read_adapter_folder
 from minicpm_tune.lora.legacy_format import LEGACY_NAME
 from minicpm_tune.lora.merging import MergeError, check_saved, merge
-from minicpm_tune.new_folder import OutputError
 from support.answer_helpers import (
     ALL,
     checkpoint,

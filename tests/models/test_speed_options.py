@@ -14,8 +14,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import SpeedOptionError, apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import parse_arguments
-from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.settings.optimizer_names import optimizer_problems
+from minicpm_tune.settings.checks import UsageError, optimizer_problems
 from support import finetune_runs
 from support.golden_models import full_batch, golden_model
 from support.paths import SUPPORT

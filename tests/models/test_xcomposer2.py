@@ -16,8 +16,8 @@ from minicpm_tune.data.packing import join
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.lora.build import add_adapter, load_adapter, target_modules
-from minicpm_tune.lora.quantization import quantized_modules
 from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.quantization import quantized_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.answer_helpers import checkpoint
 from support.data_helpers import chat

@@ -12,8 +12,7 @@ from dataset import SupervisedDataset
 from inspect_data import parse_flags
 from minicpm_tune.errors import DataError
 from minicpm_tune.planning.data_facts import padding_shares, pixel_hashes
-from minicpm_tune.planning.inspection import inspect, open_data, survey
-from minicpm_tune.planning.sample_preview import contact_sheet, slice_images
+from minicpm_tune.planning.inspection import contact_sheet, inspect, open_data, slice_images, survey
 from support.data_helpers import chat, checkpoint_folder, processing, write_rows
 from support.paths import FINETUNE, IMAGES
 

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora.build import add_adapter
-from minicpm_tune.lora.quantization import bytes_by_part
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
+from minicpm_tune.models.quantization import bytes_by_part
 from minicpm_tune.planning import memory_plan
 from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, PlanError, Training, host_bytes, plan
 from minicpm_tune.planning.meta_model import build_on_meta, largest_batch

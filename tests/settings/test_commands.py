@@ -12,8 +12,8 @@ import merge_lora
 import plan_memory
 import predict
 import quantize
+from minicpm_tune.files import OutputError, check_new_folder, checked_size, whole_folder
 from minicpm_tune.logs import silence
-from minicpm_tune.new_folder import OutputError, check_new_folder, checked_size, whole_folder
 from support.answer_helpers import IMAGES, checkpoint, saved_adapter
 from support.finetune_runs import ROOT, environment
 

@@ -6,9 +6,8 @@ import os
 import pytest
 import torch
 
-from minicpm_tune.settings import nccl
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.settings.nccl import Cards, apply_settings, settings_for
+from minicpm_tune.settings.hardware import Cards, apply_settings, settings_for
 
 BOTH_OFF = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 
@@ -122,5 +121,5 @@ def test_it_comes_before_the_processes_join_and_is_said_once(three_3090, caplog,
 
 def test_without_cuda_nothing_is_looked_at(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(nccl, "_look", None)
+    monkeypatch.setattr(hardware, "_look", None)
     assert apply_settings() is None

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.row_parsing import parse_row
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.turns import ROLES, Media, Part, Turn
 from minicpm_tune.errors import UserError
 

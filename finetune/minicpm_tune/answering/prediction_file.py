@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.errors import UserError
-from minicpm_tune.write_failures import system_reason
+from minicpm_tune.files import system_reason
 
 Line = dict[str, Any]
 

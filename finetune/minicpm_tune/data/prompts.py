@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import CheckpointError
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.system_turns import system_into_user
 from minicpm_tune.data.turns import Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
 
@@ -285,3 +284,26 @@ def _trimmed(parts: list[Part]) -> list[Part]:
     if parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return parts
+
+
+def system_into_user(turns: Sequence[Turn]) -> list[Turn]:
+    """Put a system turn in front of the first user text, behind the images that the turn starts with.
+
+    V-2 has no system form; its inference always writes the image first.
+    """
+    if not turns or turns[0].role != "system":
+        return list(turns)
+    system, first, *rest = turns
+    parts = list(first.parts)
+    position = 0
+    for index, part in enumerate(parts):
+        if isinstance(part, Media):
+            position = index + 1
+        elif part.strip():
+            break
+    leading = parts[:position]
+    text: list[Part] = list(parts[position:])
+    if leading and text and isinstance(text[0], str):
+        text[0] = text[0].removeprefix("\n")
+    joined = [*leading, "\n"] if leading else []
+    return [Turn("user", (*joined, *system.parts, "\n", *text)), *rest]

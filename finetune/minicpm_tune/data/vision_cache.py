@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import weight_files
 from minicpm_tune.data.files.index_cache import replacing
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.adaptive import Layout
 from minicpm_tune.errors import UserError
 from minicpm_tune.models.parameter_parts import plain_name

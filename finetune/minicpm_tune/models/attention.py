@@ -5,13 +5,17 @@ Letters: N tokens of all slices, S slices, H heads, E head width, Q queries per 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,44 @@ def _varlen(query, key, value, *, lengths, query_length, scale):
         query.contiguous(), key.contiguous(), value.contiguous(),
         queries, keys, longest_query, longest, scale=scale,
     )  # fmt: skip
+
+
+# The same attention under a name for which transformers makes no mask; without a mask it is causal.
+_UNMASKED = "minicpmv_sdpa"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+
+
+def packed_mask(position_ids: Tensor) -> Tensor:
+    """[B, 1, T, T] bool: which tokens each token sees, in rows of several samples.
+
+    Args:
+        position_ids: [B, T], restarting at 0 in each sample.
+
+    Example:
+        >>> packed_mask(torch.tensor([[0, 1, 0]]))[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    samples = (position_ids == 0).cumsum(dim=1)
+    same = samples[:, :, None] == samples[:, None, :]
+    return same.tril()[:, None]
+
+
+@contextmanager
+def masks_given(config: Any) -> Iterator[bool]:
+    """Within it the LLM uses the mask it is given and makes none; yields whether that is so.
+
+    It is for plain scaled-dot-product attention alone. What checkpointing computes again outside of it is the
+    same function with the same mask.
+
+    Args:
+        config: The LLM's configuration.
+    """
+    plain = config._attn_implementation == "sdpa"
+    if not plain or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        yield False
+        return
+    config._attn_implementation = _UNMASKED
+    try:
+        yield True
+    finally:
+        config._attn_implementation = "sdpa"

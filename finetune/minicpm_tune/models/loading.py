@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import WeightFileError, weight_files
 from minicpm_tune.errors import UserError
-from minicpm_tune.lora.quantization import finish_loading, loading_arguments, loading_quantization
-from minicpm_tune.models.model_classes import class_and_config
+from minicpm_tune.models.quantization import finish_loading, loading_arguments, loading_quantization
 from minicpm_tune.safe_loading import reading
 
 logger = logging.getLogger(__name__)
@@ -115,3 +114,27 @@ def load_model(
     if quantization is not None:
         finish_loading(model, generation, dtype)
     return model
+
+
+def class_and_config(folder: Path, generation: Generation) -> tuple[Any, Any]:
+    """Give the model class of a generation, and the configuration of a folder for it.
+
+    Classes are imported when they are asked for: each family brings its own part of transformers.
+
+    Args:
+        folder: The checkpoint.
+        generation: Its generation.
+    """
+    if generation.native:
+        from minicpm_tune.models.minicpmv46.modeling import native_class
+
+        return native_class(generation), AutoConfig.from_pretrained(folder)
+    if generation.family == "xcomposer2":
+        from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
+        from minicpm_tune.models.xcomposer2.modeling import XComposer2
+
+        return XComposer2, XComposer2Config.from_folder(folder)
+    from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
+    from minicpm_tune.models.minicpmv.modeling import MiniCPMV
+
+    return MiniCPMV, MiniCPMVConfig.from_folder(folder)

@@ -23,9 +23,8 @@ from minicpm_tune.settings.argument_groups import (
 )
 from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
 from minicpm_tune.settings.deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
-from minicpm_tune.settings.hardware import data_workers, has_accelerator, process_rank
+from minicpm_tune.settings.hardware import apply_settings, data_workers, has_accelerator, process_rank
 from minicpm_tune.settings.legacy_flags import LegacyFlagError, translate
-from minicpm_tune.settings.nccl import apply_settings
 from minicpm_tune.training.learning_rates import LearningRates
 
 __all__ = [

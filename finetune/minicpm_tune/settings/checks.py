@@ -5,6 +5,7 @@ All problems are collected and raised once, before weights are loaded or process
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import os
@@ -19,7 +20,6 @@ from minicpm_tune.errors import UserError
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
 from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_config
 from minicpm_tune.settings.hardware import accelerator_count
-from minicpm_tune.settings.optimizer_names import optimizer_problems
 
 _AT_LEAST_ONE = (
     "model_max_length",
@@ -291,3 +291,36 @@ def _output_folder(training: Namespace) -> Iterator[str]:
         f"--output_dir {str(folder)!r} holds {state}. Give another folder, continue that run with "
         "--resume_from_checkpoint true, or start over with --overwrite_output_dir true, which deletes it."
     )
+
+
+# What a name starts with or contains, and the module it needs (transformers 5.23).
+_NEEDS = (
+    (r"galore_", "galore_torch", "galore-torch"),
+    (r"apollo_", "apollo_torch", "apollo-torch"),
+    (r"(ada)?lomo$", "lomo_optim", "lomo-optim"),
+    (r"grokadamw$", "grokadamw", "grokadamw"),
+    (r"schedule_free_", "schedulefree", "schedulefree"),
+    (r"stable_adamw$", "optimi", "torch-optimi"),
+    (r"adamw_torch_[48]bit$", "torchao", "torchao"),
+    (r"adamw_anyprecision$", "torchdistx", "torchdistx"),
+    (r"adamw_torch_xla$", "torch_xla", "torch-xla"),
+    (r"adamw_torch_npu_fused$", "torch_npu", "torch-npu"),
+    (r".*(bnb|8bit|paged_|lion|ademamix)", "bitsandbytes", "bitsandbytes"),
+)
+
+
+def optimizer_problems(name: str) -> Iterator[str]:
+    """What is wrong with ``--optim``."""
+    from transformers.training_args import OptimizerNames
+
+    known = [each.value for each in OptimizerNames]
+    if str(getattr(name, "value", name)) not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        instead = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(known)}."
+        yield f"--optim {name}: the installed transformers has no such optimizer. {instead}"
+        return
+    for pattern, module, package in _NEEDS:
+        if re.match(pattern, name):
+            if importlib.util.find_spec(module) is None:
+                yield f"--optim {name} needs the package {package}: pip install {package}, or choose another optimizer."
+            return

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from minicpm_tune.checkpoints import output_folder
 from minicpm_tune.checkpoints.output_folder import MANIFEST, UNFINISHED
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import GIB, free_bytes, is_write_failure, system_reason
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.write_failures import GIB, free_bytes, is_write_failure, system_reason
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,15 @@ import hashlib
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from minicpm_tune.data.media.opened_media import Picture
 from minicpm_tune.data.media.sources import check_source, describe, open_bytes
 from minicpm_tune.errors import RowError
 
@@ -154,3 +155,34 @@ def _guarded(name: str, action: Any) -> Any:
             f"image {name} can't be decoded ({str(error) or type(error).__name__}), expected a whole image. "
             "Replace it.",
         ) from error
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a placeholder stands for.
+
+    Attributes:
+        kind: ``image`` or ``video``.
+        sizes: (width, height) of every frame, in pixels; an image has one.
+        frames: Decodes the frames, in mode RGB.
+        packs: For generations that pack video frames: the time index of every frame, pack by pack.
+        digest: Digest of everything its pixels depend on, without decoding it; None for videos.
+    """
+
+    kind: str
+    sizes: tuple[tuple[int, int], ...]
+    frames: Callable[[], Iterable[Image.Image]]
+    packs: tuple[tuple[int, ...], ...] | None = None
+    digest: Callable[[], bytes] | None = None
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Picture:
+        """A picture of an image that is decoded already, in mode RGB."""
+        return cls("image", (image.size,), lambda: [image])
+
+    @property
+    def pack_starts(self) -> list[int]:
+        """The first frame of every pack; every frame where frames are not packed."""
+        if self.packs is None:
+            return list(range(len(self.sizes)))
+        return [0, *accumulate(len(pack) for pack in self.packs[:-1])]

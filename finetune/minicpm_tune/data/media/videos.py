@@ -21,8 +21,7 @@ import numpy as np
 from PIL import Image
 
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.media.images import ImageFile, ImageOptions
-from minicpm_tune.data.media.opened_media import Picture
+from minicpm_tune.data.media.images import ImageFile, ImageOptions, Picture
 from minicpm_tune.data.media.sources import check_file, find_file
 from minicpm_tune.errors import RowError
 

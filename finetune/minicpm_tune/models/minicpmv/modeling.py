@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 
 from minicpm_tune.checkpoints.released_format import SavedAsReleased
-from minicpm_tune.models.attention import SliceLayout
-from minicpm_tune.models.attention_masks import masks_given, packed_mask
+from minicpm_tune.models.attention import SliceLayout, masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin, GenerateMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig

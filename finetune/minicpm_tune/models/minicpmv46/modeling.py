@@ -25,7 +25,7 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_carried_files
-from minicpm_tune.models.attention_masks import packed_mask
+from minicpm_tune.models.attention import packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import IGNORE_INDEX, MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets

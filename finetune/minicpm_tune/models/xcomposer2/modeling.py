@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minicpm_tune.checkpoints.released_format import SavedAsReleased
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
-from minicpm_tune.models.attention_masks import masks_given, packed_mask
+from minicpm_tune.models.attention import masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.tower_features import SliceSources, VisionInput

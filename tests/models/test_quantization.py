@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import quantize
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.lora.quantization import bytes_by_part, dequantize, quantized_modules
 from minicpm_tune.models.parameter_parts import count_parts, part_of
+from minicpm_tune.models.quantization import bytes_by_part, dequantize, quantized_modules
 from support import minicpmv46_cases
 from support.paths import GOLDENS
 from support.quantized_cases import (
@@ -167,7 +167,7 @@ def test_generations_of_transformers_are_quantised_alike(generation, tmp_path):
 
 
 def test_zero3_says_that_every_process_loads_the_whole_model(checkpoint, monkeypatch, caplog):
-    monkeypatch.setattr("minicpm_tune.lora.quantization.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("minicpm_tune.models.quantization.is_deepspeed_zero3_enabled", lambda: True)
     with caplog.at_level(logging.INFO, logger="minicpm_tune"):
         load(checkpoint, quant_bits=4)
     assert re.search(r"every process loads the whole model \([\d.]+ MiB\)", caplog.text)

@@ -1,7 +1,9 @@
-"""The folder that a command writes a checkpoint to: new, checked before the work, and there only when whole."""
+"""Writing to disk: refusals of the system told from faults of the program, and folders that appear only when whole."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +13,37 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minicpm_tune.errors import UserError
-from minicpm_tune.write_failures import GIB, free_bytes, is_write_failure, system_reason
+
+GIB = 1024**3
+_NOTHING = 2**24  # bytes; a disk with less is full
+# What torch's writer says when the system did not take its bytes (torch 2.13); it raises RuntimeError.
+_TORCH_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error is the system's refusal to write: a full disk, no permission, a quota."""
+    if isinstance(error, OSError):
+        return True
+    return isinstance(error, SafetensorError) or any(text in str(error) for text in _TORCH_WRITE_FAILURES)
+
+
+def system_reason(error: Exception, folder: Path) -> tuple[str, int | None]:
+    """The reason of a refusal in words, and its number where it is known.
+
+    Args:
+        error: What was raised.
+        folder: Where it was to be written, or a folder that is not there yet.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and free_bytes(folder) < _NOTHING:
+        number = errno.ENOSPC  # torch and safetensors don't pass on the system's reason
+    return (os.strerror(number) if number else str(error).split("\n")[0]), number
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where a folder is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 class OutputError(UserError):
