@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.settings import hardware
+from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.settings.hardware import Cards, apply_settings, settings_for
 
 BOTH_OFF = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
