@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.slicing.image_rules import RulesError
-from minicpm_tune.data.slicing.xcomposer2 import TileRules, tile_tokens
+from minicpm_tune.data.slicing.xcomposer2 import TileRules
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
 from minicpm_tune.models.xcomposer2.clip_tower import normalised

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.slicing.xcomposer2 import tile_tokens
+from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.loading import class_and_config
 
 SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14

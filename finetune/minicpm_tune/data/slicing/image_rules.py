@@ -9,7 +9,7 @@ from typing import Any
 
 from minicpm_tune.checkpoints.model_folder import read_settings
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.xcomposer2_image_settings import PATCH, position_rows, square_side
+from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, position_rows, square_side
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.adaptive import Rules, SliceRules
 from minicpm_tune.data.slicing.xcomposer2 import SquareRules, TileRules, TileStyle

@@ -16,34 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.checkpoints.xcomposer2_image_settings import PATCH
+from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, encoded_size, tile_tokens
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.adaptive import Bands, Grid, Layout, Size, checked_size, split_bands
 
 WHITE = (255, 255, 255)
-
-
-def tile_tokens(size: tuple[int, int], side: int) -> int:
-    """Tokens of an image of (rows, columns) patches that is a whole number of tiles.
-
-    h x w tiles of side x side patches and the global view give a token for every 2 x 2 patches; a separator
-    ends each row of tokens, and one stands between the views.
-
-    Args:
-        size: (rows, columns) of the image, in patches.
-        side: Patches on a tile's side; even.
-
-    Example:
-        >>> tile_tokens((48, 48), 24)
-        757
-    """
-    high, wide, tokens = size[0] // side, size[1] // side, side // 2
-    return (high * wide + 1) * tokens**2 + 1 + (high + 1) * tokens
-
-
-def encoded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """What the tower gives for an image of (rows, columns) patches, as (crops, features of a crop)."""
-    return 1 + (size[0] // side) * (size[1] // side), side * side
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
 from minicpm_tune.checkpoints.released_format import ReleasedConfig
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
-from minicpm_tune.checkpoints.xcomposer2_image_settings import position_rows, square_side
+from minicpm_tune.checkpoints.xcomposer2_geometry import position_rows, square_side
 
 _LLM_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

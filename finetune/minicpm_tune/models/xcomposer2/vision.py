@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minicpm_tune.data.slicing.xcomposer2 import encoded_size, tile_tokens
+from minicpm_tune.checkpoints.xcomposer2_geometry import encoded_size, tile_tokens
 from minicpm_tune.models.attention import SliceLayout
 from minicpm_tune.models.tower_features import (
     Grid,

@@ -1,6 +1,6 @@
-"""What an InternLM-XComposer2 checkpoint's files say of how images are seen, for the data side and the model.
+"""The sizes of InternLM-XComposer2's images, in patches, features and tokens; data and model both count with them.
 
-The released config.json says nothing certain of a 4khd tile's size; the stored position table does.
+The released config.json of 4khd does not state the size of a tile. The stored position table does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def position_rows(folder: Path) -> int | None:
 
 
 def square_side(config: dict[str, Any], *, tiles: bool, positions: int | None) -> int:
-    """Patches on the side of the square that the vision tower sees.
+    """Give the side of the square that the vision tower sees, in patches.
 
     ``img_size`` decides for 7b and vl-7b. For 4khd, where no released code reads it, the stored position
     table does, and without weights at most a tile's 336 pixels.
@@ -44,3 +44,26 @@ def square_side(config: dict[str, Any], *, tiles: bool, positions: int | None) -
     if tiles:
         return stored or min(pixels or TILE_PIXELS, TILE_PIXELS) // PATCH
     return stored if pixels is None and stored else (pixels or TILE_PIXELS) // PATCH
+
+
+def tile_tokens(size: tuple[int, int], side: int) -> int:
+    """Count the tokens of a 4khd image of (rows, columns) patches, a whole number of tiles.
+
+    h x w tiles of side x side patches and the global view give a token for every 2 x 2 patches; a separator
+    ends each row of tokens, and one stands between the views.
+
+    Args:
+        size: (rows, columns) of the image, in patches.
+        side: Patches on a tile's side; even.
+
+    Example:
+        >>> tile_tokens((48, 48), 24)
+        757
+    """
+    high, wide, tokens = size[0] // side, size[1] // side, side // 2
+    return (high * wide + 1) * tokens**2 + 1 + (high + 1) * tokens
+
+
+def encoded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Give the tower's output for an image of (rows, columns) patches, as (crops, features per crop)."""
+    return 1 + (size[0] // side) * (size[1] // side), side * side
