@@ -7,7 +7,7 @@ import shutil
 import pytest
 import sentencepiece
 
-from minicpm_tune.checkpoints.model_folder import CheckpointError, load_tokenizer, read_config
+from minicpm_tune.checkpoints.model_folder import ModelFolderError, load_tokenizer, read_config
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.sentencepiece_tokenizer import TokenizerError, build_tokenizer
 from support.data_helpers import GOLDENS, checkpoint_folder, processing
@@ -61,16 +61,16 @@ def test_a_missing_tokenizer_is_named(name, file, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint_folder(name), folder)
     (folder / file).unlink()
-    with pytest.raises(CheckpointError, match=f"found no {file}, expected the checkpoint's own tokenizer"):
+    with pytest.raises(ModelFolderError, match=f"found no {file}, expected the checkpoint's own tokenizer"):
         load_tokenizer(folder, GENERATIONS[name])
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"found no config\.json"):
+    with pytest.raises(ModelFolderError, match=r"found no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CheckpointError, match="Is this an adapter folder"):
+    with pytest.raises(ModelFolderError, match="Is this an adapter folder"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not readable as JSON"):
+    with pytest.raises(ModelFolderError, match="not readable as JSON"):
         read_config(tmp_path)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minicpm_tune.checkpoints.model_folder import CheckpointError
+from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.prompts import PromptWriter
 from minicpm_tune.data.slicing.adaptive import SliceRules
@@ -200,10 +200,10 @@ def test_a_template_that_loses_turns_is_refused():
     tokenizer.chat_template = broken
     try:
         writer = PromptWriter(tokenizer, prepared.generation)
-        with pytest.raises(CheckpointError, match="rendered 1 turns for 3 messages"):
+        with pytest.raises(ModelFolderError, match="rendered 1 turns for 3 messages"):
             writer.training_pieces(turns_of(chat("a", "b", "c", "d")))
         tokenizer.chat_template = None
-        with pytest.raises(CheckpointError, match="has no chat template"):
+        with pytest.raises(ModelFolderError, match="has no chat template"):
             PromptWriter(tokenizer, prepared.generation)
     finally:
         tokenizer.chat_template = template

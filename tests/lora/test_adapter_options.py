@@ -11,7 +11,6 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora.build import add_adapter, load_adapter
 from minicpm_tune.lora.pissa import convert_saved_adapter
 from minicpm_tune.models.loading import load_model
-from minicpm_tune.models.parameter_parts import part_of
 from minicpm_tune.settings.argument_groups import LoraArguments
 from minicpm_tune.training.learning_rates import LearningRates, split_by_rate
 from support.golden_models import full_batch, golden_model
@@ -82,7 +81,7 @@ def test_every_parameter_is_in_the_group_of_its_rate():
     expected = {"resampler": 1e-5, "embeddings": 1e-6, "lora": 1e-4}
     for name, value in trained.items():
         assert rate_of[id(value)] == pytest.approx(
-            expected[part_of(name, ROW)] * (16 if "lora_B" in name else 1)
+            expected[ROW.part_of(name)] * (16 if "lora_B" in name else 1)
         )
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.01}

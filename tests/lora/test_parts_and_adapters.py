@@ -6,14 +6,14 @@ import torch
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora import build
 from minicpm_tune.lora.build import AdapterError, adapted_modules, add_adapter, load_adapter
-from minicpm_tune.models.parameter_parts import count_parts, freeze, part_of, raise_precision_of_trained
+from minicpm_tune.models.parameter_parts import count_parts, freeze, raise_precision_of_trained
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.golden_models import SIX, golden_model
 
 
 def trained_parts(model, generation):
     return {
-        part_of(name, generation) for name, parameter in model.named_parameters() if parameter.requires_grad
+        generation.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import quantize
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.models.parameter_parts import count_parts, part_of
+from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.models.quantization import bytes_by_part, dequantize, quantized_modules
 from support import minicpmv46_cases
 from support.paths import GOLDENS
@@ -125,7 +125,7 @@ def test_checkpointing_gives_the_same_gradients(checkpoint):
 
 def test_vision_trains_beside_a_quantised_llm(checkpoint):
     found = gradients(with_adapter(load(checkpoint, quant_bits=4), vision=True))
-    vision = [name for name in found if part_of(name, V2_6) == "vision"]
+    vision = [name for name in found if V2_6.part_of(name) == "vision"]
     assert len(vision) == sum(name.startswith("vpm.") for name in load_file(checkpoint / "model.safetensors"))
     assert sum(found[name].abs().max() > 0 for name in vision) > len(vision) // 2
 
@@ -154,7 +154,7 @@ def test_generations_of_transformers_are_quantised_alike(generation, tmp_path):
     loading, stored = load(tmp_path / "full", generation, quant_bits=4), load(tmp_path / "int4", generation)
     found = quantized_modules(stored)
     assert found.keys() == quantized_modules(loading).keys()
-    assert {part_of(f"{name}.weight", GENERATIONS[generation]) for name in found} == {"llm"}
+    assert {GENERATIONS[generation].part_of(f"{name}.weight") for name in found} == {"llm"}
     assert len(found) == 3 * (5 + 3) + 4 + 3  # three delta-net layers, one of full attention
     assert "lm_head" not in found
     ids = torch.arange(20, 60)[None]

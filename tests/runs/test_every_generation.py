@@ -13,7 +13,6 @@ from safetensors import safe_open
 from support import finetune_runs
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from make_checkpoint import make_checkpoint
-from minicpm_tune.models.parameter_parts import part_of
 
 TIME_LIMIT = 400  # seconds, for all runs of one kind
 KINDS = {
@@ -81,7 +80,7 @@ def test_a_full_step_moves_every_part_and_saves_the_released_layout(checkpoints,
     norm = "vit.vision_tower.vision_model.post_layernorm."
     untouched = {"resampler.pos_embed", f"{norm}weight", f"{norm}bias"}
     own = [key for key in before if not key.startswith(("apm.", "tts.", "audio_"))]
-    moved = {part_of(key, row) for key in own if not before[key].equal(after[key].to(before[key].dtype))}
+    moved = {row.part_of(key) for key in own if not before[key].equal(after[key].to(before[key].dtype))}
     assert moved == {"vision", "resampler", "embeddings", "llm"}
     still = [key for key in own if before[key].equal(after[key]) and key not in untouched]
     # Gradients that are zero by construction, and expectations of a token that no row has, move nothing.
@@ -104,7 +103,7 @@ def test_a_lora_step_saves_the_adapter_and_what_trains_in_full_beside_it_and_not
     saved = tensors(outputs / "lora" / generation, "adapter_model.safetensors")
     row = GENERATIONS[generation]
     # In 4.6 and 4.7 the output layer is the embeddings' transpose, so it trains and is saved with them.
-    parts = {part_of(key, row) for key in saved if not (row.native and "lm_head" in key)}
+    parts = {row.part_of(key) for key in saved if not (row.native and "lm_head" in key)}
     assert parts == {"lora", *row.adapter_parts} - {"vision"}
     layers = ("self_attn",) if row.family == "minicpmv" else ("attention.w", "feed_forward.w")
     assert all(any(layer in key for layer in layers) for key in saved if "lora_" in key)

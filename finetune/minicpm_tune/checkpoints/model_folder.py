@@ -24,7 +24,7 @@ from minicpm_tune.errors import UserError
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
 
 
-class CheckpointError(UserError):
+class ModelFolderError(UserError):
     """A checkpoint folder that lacks something, or holds something that can't be used."""
 
 
@@ -38,17 +38,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         The parsed JSON object.
 
     Raises:
-        CheckpointError: If there is no config.json, or it is not a JSON object.
+        ModelFolderError: If there is no config.json, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder}: found no config.json, expected a checkpoint. "
             "Give --model_name_or_path the folder that holds config.json, or a hub id."
         )
     config = _read_json(path)
     if "model_type" not in config:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path}: found no model_type, expected the config of a checkpoint. "
             "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
         )
@@ -87,7 +87,7 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
         The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
 
     Raises:
-        CheckpointError: If the tokenizer's files are missing.
+        ModelFolderError: If the tokenizer's files are missing.
     """
     folder = Path(folder)
     settings = read_settings(folder, "tokenizer_config.json")
@@ -107,7 +107,7 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     vocabulary = tokenizer.get_vocab()
     missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
     if missing:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
             "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer "
             "files again."
@@ -124,7 +124,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path.parent}: found no {path.name}, expected the checkpoint's own tokenizer. "
             "Copy the tokenizer files into the folder, or download the checkpoint again."
         )
@@ -135,9 +135,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
+        raise ModelFolderError(f"{path}: not readable as JSON ({error}). Download the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path}: found a JSON {type(value).__name__}, expected an object. Download the file again."
         )
     return value

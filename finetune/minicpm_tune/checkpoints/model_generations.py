@@ -8,12 +8,17 @@ Source: the released config.json, modeling and processing files of each checkpoi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from minicpm_tune.errors import UserError
 
+# What adapters and data-parallel training put around a parameter's own name.
+_WRAPPERS = re.compile(
+    r"^(?:module\.)*(?:base_model\.model\.)?|modules_to_save\.\w+\.|original_module\.|base_layer\."
+)
 LLM_TYPES = ("auto", "minicpm", "llama", "llama3", "qwen", "qwen2", "internlm2")
 
 
@@ -113,6 +118,38 @@ class Generation:
     lora_targets: str = ""
     adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
     exact: tuple[str, ...] = ()
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter belongs to: a key of ``modules``, or ``lora``.
+
+        Args:
+            name: The parameter's name, with or without what adapters put around it.
+
+        Example:
+            >>> GENERATIONS["v2_6"].part_of("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+            'lora'
+            >>> GENERATIONS["v2_6"].part_of("base_model.model.resampler.modules_to_save.default.query")
+            'resampler'
+        """
+        if ".lora_" in name:  # with the dot: the partial LoRA inside InternLM-XComposer2 is no adapter
+            return "lora"
+        plain = plain_name(name)
+        for part, modules in self.modules.items():
+            if plain in modules or plain.startswith(tuple(f"{module}." for module in modules)):
+                return part
+        raise AssertionError(f"parameter {name!r} belongs to no part of {self.title}")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's own name, without what wrappers put around it.
+
+    Example:
+        >>> plain_name("base_model.model.resampler.modules_to_save.default.query")
+        'resampler.query'
+        >>> plain_name("module.base_model.model.llm.model.embed_tokens.weight")
+        'llm.model.embed_tokens.weight'
+    """
+    return _WRAPPERS.sub("", name)
 
 
 def _xcomposer2(name: str, title: str, *, layout: str) -> Generation:

@@ -15,7 +15,6 @@ from transformers import BitsAndBytesConfig
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.errors import UserError
-from minicpm_tune.models.parameter_parts import part_of
 
 BITSANDBYTES = "bitsandbytes"
 # Tensors that bitsandbytes stores beside a weight: the scales of a 4-bit and of an 8-bit one.
@@ -159,7 +158,7 @@ def check_training(
             "or the full-precision checkpoint, which is quantised while it is loaded."
         )
     for part, trains in (("vision", vision), ("resampler", resampler)):
-        quantised = sorted(name for name in stored.modules if part_of(f"{name}.weight", generation) == part)
+        quantised = sorted(name for name in stored.modules if generation.part_of(f"{name}.weight") == part)
         if trains and quantised:
             raise QuantizationError(
                 f"--tune_{part} true: {len(quantised)} layers of that part are stored in {bits} bit in this "

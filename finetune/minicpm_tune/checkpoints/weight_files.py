@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -83,8 +84,30 @@ def has_weights(folder: Path) -> bool:
     )
 
 
-def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
-    """Shape of one tensor of a checkpoint, from the files' headers; None when there is no such tensor.
+class StoredTensor(NamedTuple):
+    """A tensor in a weight file, of which only the header has been read so far.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        values: What gives its values when indexed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Any
+
+    def read(self) -> Tensor:
+        """All values, on the CPU, in the precision that they are stored in."""
+        return self.values[...]
+
+    def read_first_row(self) -> Tensor:
+        """The values at index 0 of the first dimension; all of them where there is only one."""
+        return self.read() if len(self.shape) < 2 else self.values[0]
+
+
+def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a model folder, file by file; read what is needed of one before asking for the next.
 
     Raises:
         WeightFileError: As ``weight_files``.
@@ -92,29 +115,23 @@ def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                if name in file.keys():
-                    return tuple(file.get_slice(name).get_shape())
+                for name in file.keys():
+                    values = file.get_slice(name)
+                    yield StoredTensor(name, tuple(values.get_shape()), values)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if name in content:
-                return tuple(content[name].shape)
-    return None
+            for name, tensor in content.items():
+                yield StoredTensor(name, tuple(tensor.shape), tensor)
+
+
+def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Shape of one tensor of a model folder; None when there is no such tensor."""
+    return next((tensor.shape for tensor in stored_tensors(folder) if tensor.name == name), None)
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Names of all tensors of a checkpoint, from the files' headers.
-
-    Raises:
-        WeightFileError: As ``weight_files``.
-    """
-    names: set[str] = set()
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names.update(file.keys())
-        else:
-            names.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    return names
+    """Names of all tensors of a model folder."""
+    return {tensor.name for tensor in stored_tensors(folder)}
 
 
 def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[str, Tensor]:
@@ -129,16 +146,11 @@ def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[st
     """
     if source is None or not any((source / name).is_file() for name in SINGLE_FILES + INDEX_FILES):
         return {}
-    known = set(known)
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(source):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys() if key not in known}
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors |= {key: value.clone() for key, value in content.items() if key not in known}
-    return {key: value for key, value in tensors.items() if not _is_own(key)}
+    return {
+        tensor.name: tensor.read().clone()  # the file itself may be replaced next
+        for tensor in stored_tensors(source)
+        if tensor.name not in known and not _is_own(tensor.name)
+    }
 
 
 def _is_own(key: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from minicpm_tune.checkpoints.model_folder import CheckpointError
+from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.turns import Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
@@ -92,7 +92,7 @@ class PromptWriter:
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)))
         if generation.prompt == "template":
             if not tokenizer.chat_template:
-                raise CheckpointError(
+                raise ModelFolderError(
                     f"{generation.title}: the checkpoint's tokenizer has no chat template, expected one in "
                     "tokenizer_config.json. Download the tokenizer files again."
                 )
@@ -190,7 +190,7 @@ class PromptWriter:
         *bodies, tail = self._render([self._message(turn) for turn in turns], thinking=thinking).split(end)
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many "
                 "(or one "
                 "more, for a default system turn). The checkpoint's chat template can't be trained with."
@@ -216,7 +216,7 @@ class PromptWriter:
 
     def _split_header(self, body: str) -> tuple[str, str]:
         if not body.startswith(self._answer_header):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"chat template: an earlier answer is rendered as {body[:60]!r}, expected it to start with "
                 f"{self._answer_header!r}. The checkpoint's chat template can't be trained with."
             )

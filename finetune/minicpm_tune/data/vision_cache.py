@@ -19,24 +19,23 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import weight_files
+from minicpm_tune.checkpoints.model_generations import Generation, plain_name
+from minicpm_tune.checkpoints.weight_files import stored_tensors
 from minicpm_tune.data.files.index_cache import replacing
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.adaptive import Layout
 from minicpm_tune.errors import UserError
-from minicpm_tune.models.parameter_parts import plain_name
 from minicpm_tune.models.tower_features import PictureFeatures, SliceSources
 
 logger = logging.getLogger(__name__)
@@ -199,7 +198,9 @@ def open_cache(
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.blake2b(f"{generation.name}|{precision}|{_FORMAT}".encode(), digest_size=16)
     digest.update(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}, sort_keys=True).encode())
-    for name, values in sorted(_tower_tensors(checkpoint, generation), key=lambda item: item[0]):
+    prefixes = tuple(f"{name}." for name in generation.modules["vision"])
+    tower = (tensor for tensor in stored_tensors(checkpoint) if tensor.name.startswith(prefixes))
+    for name, values in sorted((tensor.name, tensor.read()) for tensor in tower):
         digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}".encode())
         digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
     own = Path(folder).expanduser() / f"{generation.name}-{digest.hexdigest()}"
@@ -213,19 +214,6 @@ def open_cache(
         ) from error
     merges = generation.native and config.get("downsample_mode", "16x") != "4x"
     return VisionCache(own, 4 if merges else 1, generation.positions == "one_row")
-
-
-def _tower_tensors(checkpoint: Path, generation: Generation) -> Iterator[tuple[str, Tensor]]:
-    prefixes = tuple(f"{name}." for name in generation.modules["vision"])
-    for path in weight_files(checkpoint):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if name.startswith(prefixes):
-                        yield name, file.get_tensor(name)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, values) for name, values in content.items() if name.startswith(prefixes))
 
 
 def check_tower_is_frozen(model: nn.Module, generation: Generation) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import weight_files
+from minicpm_tune.checkpoints.weight_files import stored_tensors
 from minicpm_tune.errors import UserError
 
 RECORD_NAME = "base_model.json"
@@ -69,23 +68,10 @@ def record_of(base: Path, generation: Generation, *, quantization: str | None = 
 
 def _first_rows(base: Path, generation: Generation) -> Iterator[tuple[str, Tensor]]:
     prefix = generation.modules["llm"][0] + "."
-    for path in weight_files(base):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in filter(_is_layer_weight(prefix), file.keys()):
-                    part = file.get_slice(name)
-                    flat = len(part.get_shape()) == 1
-                    yield f"{'norm' if flat else 'linear'}:{name}", part[:] if flat else part[:1].flatten()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name in filter(_is_layer_weight(prefix), content):
-                values = content[name]
-                flat = values.dim() == 1
-                yield f"{'norm' if flat else 'linear'}:{name}", values if flat else values[:1].flatten()
-
-
-def _is_layer_weight(prefix: str):
-    return lambda name: name.startswith(prefix) and ".layers." in name and name.endswith(".weight")
+    for tensor in stored_tensors(base):
+        name = tensor.name
+        if name.startswith(prefix) and ".layers." in name and name.endswith(".weight"):
+            yield f"{'norm' if len(tensor.shape) == 1 else 'linear'}:{name}", tensor.read_first_row()
 
 
 def write_base_record(

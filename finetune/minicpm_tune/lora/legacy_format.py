@@ -12,34 +12,20 @@ from __future__ import annotations
 
 import logging
 import pickle
-import re
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from minicpm_tune.checkpoints.model_generations import plain_name
 from minicpm_tune.lora.build import AdapterError
 
 logger = logging.getLogger(__name__)
 
 LEGACY_NAME = "vpm_resampler_embedtokens.pt"
-# What data-parallel training, DeepSpeed and PEFT put around a parameter's own name.
-_WRAPPERS = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?|modules_to_save\.\w+\.|base_layer\.")
 # Released classes have it as a buffer or a parameter; from 2.5 on it is computed.
 _COMPUTED = "resampler.pos_embed"
-
-
-def plain_name(name: str) -> str:
-    """A parameter's own name, without what wrappers put around it.
-
-    Example:
-        >>> plain_name("base_model.model.resampler.modules_to_save.default.query")
-        'resampler.query'
-        >>> plain_name("module.base_model.model.llm.model.embed_tokens.weight")
-        'llm.model.embed_tokens.weight'
-    """
-    return _WRAPPERS.sub("", name)
 
 
 def load_legacy_tensors(model: PeftModel, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from torch import nn
 from minicpm_tune.checkpoints.model_generations import Generation
 
 PARTS = ("vision", "resampler", "embeddings", "llm", "lora")
-# What adapters put around a module's own name.
-_WRAPPERS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.|original_module\.|base_layer\.")
 
 
 @dataclass(frozen=True)
@@ -32,30 +29,6 @@ class PartCount:
     dtypes: tuple[str, ...]
 
 
-def part_of(name: str, generation: Generation) -> str:
-    """Tell the part that a parameter belongs to by its name.
-
-    Example:
-        >>> from minicpm_tune.checkpoints.model_generations import GENERATIONS
-        >>> part_of("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight", GENERATIONS["v2_6"])
-        'lora'
-        >>> part_of("base_model.model.resampler.modules_to_save.default.query", GENERATIONS["v2_6"])
-        'resampler'
-    """
-    if ".lora_" in name:  # with the dot: a partial LoRA that is part of the model is no adapter
-        return "lora"
-    plain = plain_name(name)
-    for part, modules in generation.modules.items():
-        if plain in modules or plain.startswith(tuple(f"{module}." for module in modules)):
-            return part
-    raise AssertionError(f"parameter {name!r} belongs to no part of {generation.title}")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what adapters put around its modules' own names."""
-    return _WRAPPERS.sub("", name)
-
-
 def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler: bool, llm: bool) -> None:
     """Let exactly the chosen parts train; embeddings go with the LLM.
 
@@ -69,7 +42,7 @@ def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler:
     trains = {"vision": vision, "resampler": resampler, "embeddings": llm, "llm": llm}
     for name, parameter in model.named_parameters():
         # V-2's query positions are a fixed table; loading forgets that they don't train.
-        parameter.requires_grad = trains[part_of(name, generation)] and name != "resampler.pos_embed"
+        parameter.requires_grad = trains[generation.part_of(name)] and name != "resampler.pos_embed"
 
 
 def raise_precision_of_trained(model: nn.Module) -> None:
@@ -91,7 +64,7 @@ def count_parts(model: nn.Module, generation: Generation) -> dict[str, PartCount
     for name, parameter in model.named_parameters():
         if "original_module." in name:
             continue  # the untrained copy that an adapter keeps beside modules_to_save
-        part, count = part_of(name, generation), parameter_count(parameter)
+        part, count = generation.part_of(name), parameter_count(parameter)
         total[part] += count
         trainable[part] += count if parameter.requires_grad else 0
         dtypes[part][str(parameter.dtype).removeprefix("torch.")] += count

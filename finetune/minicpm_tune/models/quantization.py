@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.quantized_files import Quantization, QuantizationError, stored_quantization
 from minicpm_tune.checkpoints.weight_files import tensor_names
-from minicpm_tune.models.parameter_parts import PARTS, parameter_count, part_of
+from minicpm_tune.models.parameter_parts import PARTS, parameter_count
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +143,11 @@ def bytes_by_part(model: nn.Module, generation: Generation) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         tensors = [parameter, *_scales(parameter)]
-        found[part_of(name, generation)] += sum(tensor.nbytes for tensor in tensors)
+        found[generation.part_of(name)] += sum(tensor.nbytes for tensor in tensors)
     for name, module in quantized_modules(model).items():
         # After its first forward an 8-bit layer holds the scales itself.
         scales = getattr(getattr(module, "state", None), "SCB", None)
-        found[part_of(f"{name}.weight", generation)] += 0 if scales is None else scales.nbytes
+        found[generation.part_of(f"{name}.weight")] += 0 if scales is None else scales.nbytes
     return found
 
 
@@ -165,7 +165,7 @@ def memory_table(model: nn.Module, generation: Generation, dtype: torch.dtype) -
     after = bytes_by_part(model, generation)
     before: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        before[part_of(name, generation)] += parameter_count(parameter) * dtype.itemsize
+        before[generation.part_of(name)] += parameter_count(parameter) * dtype.itemsize
     rows = [(part, before[part], after[part]) for part in PARTS if before[part]]
     rows.append(("total", before.total(), after.total()))
     lines = [f"{'part':<12}{'MiB before':>14}{'MiB after':>14}"]

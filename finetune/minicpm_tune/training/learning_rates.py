@@ -10,7 +10,7 @@ from torch import nn
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
-from minicpm_tune.models.parameter_parts import PartCount, part_of
+from minicpm_tune.models.parameter_parts import PartCount
 
 
 class LearningRateError(UserError):
@@ -48,7 +48,7 @@ class LearningRates:
             >>> rates.of("llm.model.layers.0.self_attn.q_proj.lora_B.default.weight", GENERATIONS["v2_6"])
             0.0016
         """
-        own = self.parts.get(part_of(name, generation))
+        own = self.parts.get(generation.part_of(name))
         rate = self.base if own is None else own
         return rate * self.lora_ratio if self.lora_ratio is not None and ".lora_B" in name else rate
 
