@@ -11,8 +11,8 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora.build import add_adapter, load_adapter
 from minicpm_tune.lora.pissa import convert_saved_adapter
 from minicpm_tune.models.loading import load_model
-from minicpm_tune.settings.argument_groups import LoraArguments
-from minicpm_tune.training.learning_rates import LearningRates, split_by_rate
+from minicpm_tune.settings.argument_groups import LearningRates, LoraArguments
+from minicpm_tune.training.learning_rates import split_by_rate
 from support.golden_models import full_batch, golden_model
 
 ROW = GENERATIONS["v2_6"]

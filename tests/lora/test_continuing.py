@@ -11,7 +11,7 @@ from minicpm_tune.lora.build import AdapterError
 from minicpm_tune.lora.continuing import check_continued
 from minicpm_tune.lora.folders import load_checked, read_adapter_folder
 from minicpm_tune.lora.legacy_format import LEGACY_NAME
-from minicpm_tune.settings.lora_arguments import OFFICIAL_LORA_TARGETS, LoraArguments
+from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
 from support.answer_helpers import checkpoint, edit_json, loaded, saved_adapter
 

@@ -23,7 +23,11 @@ from minicpm_tune.settings.arguments import (
     parse_arguments,
 )
 from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, drop_automatic_scheduler, read_config
+from minicpm_tune.settings.deepspeed_setup import (
+    DeepSpeedConfigError,
+    drop_automatic_scheduler,
+    read_deepspeed_config,
+)
 from minicpm_tune.settings.legacy_flags import DROPPED, RENAMED, REWRITTEN, LegacyFlagError, translate
 from support.paths import ROOT
 
@@ -295,7 +299,7 @@ def test_a_scheduler_section_of_automatic_values_makes_way_for_the_command_line(
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_the_deepspeed_files_leave_schedule_and_optimizer_to_the_command_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found beside finetune.py, from any folder
-    config = read_config(f"ds_config_{name}.json")
+    config = read_deepspeed_config(f"ds_config_{name}.json")
     assert "scheduler" not in config
     assert "optimizer" not in config
     zero = config["zero_optimization"]
@@ -308,12 +312,12 @@ def test_the_deepspeed_files_leave_schedule_and_optimizer_to_the_command_line(na
 
 def test_a_missing_deepspeed_file_names_those_that_are_there():
     with pytest.raises(DeepSpeedConfigError, match=r"ds_config_zero2\.json, ds_config_zero2_offload\.json"):
-        read_config("nothing.json")
+        read_deepspeed_config("nothing.json")
 
 
 def test_help_is_complete_and_needs_no_torch():
     code = (
-        "import sys, help_page\n"
+        "import sys\nfrom minicpm_tune.settings import help_page\n"
         "page = help_page.render_help()\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "sys.stdout.write(page)"

@@ -11,7 +11,7 @@ from typing import Any
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.lora.build import AdapterError, default_modules_to_save, translated_pattern
 from minicpm_tune.lora.folders import AdapterFolder, check_base, read_adapter_folder
-from minicpm_tune.settings.lora_arguments import LoraArguments
+from minicpm_tune.settings.argument_groups import LoraArguments
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ context, NCCL, memory that the allocator holds but can't use) is a surcharge.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from minicpm_tune.planning.meta_model import QuantisedShape, build_on_meta, larg
 from minicpm_tune.planning.official_step import official_attention, official_loss
 from minicpm_tune.planning.step_memory import LABELS, fused_attention, measure_step
 from minicpm_tune.settings.argument_groups import LoraArguments
+from minicpm_tune.settings.deepspeed_setup import read_deepspeed_config
 
 METHODS = ("lora", "qlora", "full")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -222,8 +222,7 @@ def _held_without_deepspeed(model: nn.Module, training: Training) -> dict[str, i
 
 def _zero_settings(training: Training) -> dict[str, Any]:
     """The settings of the DeepSpeed file that the launchers use for this stage."""
-    path = Path(__file__).parents[2] / f"ds_config_zero{training.zero}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+    return read_deepspeed_config(f"ds_config_zero{training.zero}.json")["zero_optimization"]
 
 
 def _optimizer_step(model: nn.Module, training: Training) -> int:

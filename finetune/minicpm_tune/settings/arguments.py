@@ -16,16 +16,20 @@ from transformers import HfArgumentParser
 from minicpm_tune.checkpoints import output_folder
 from minicpm_tune.settings.argument_groups import (
     DataArguments,
+    LearningRates,
     LoraArguments,
     ModelArguments,
     RunOptions,
     TuningOptions,
 )
 from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
-from minicpm_tune.settings.deepspeed_setup import drop_automatic_scheduler, read_config, start_on_cpu
+from minicpm_tune.settings.deepspeed_setup import (
+    drop_automatic_scheduler,
+    read_deepspeed_config,
+    start_on_cpu,
+)
 from minicpm_tune.settings.hardware import apply_settings, data_workers, has_accelerator, process_rank
 from minicpm_tune.settings.legacy_flags import LegacyFlagError, translate
-from minicpm_tune.training.learning_rates import LearningRates
 
 __all__ = [
     "DataArguments",
@@ -101,7 +105,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         return None if last is None else str(last)
 
     def _read_deepspeed(self, value: str) -> None:
-        config = read_config(value)
+        config = read_deepspeed_config(value)
         if drop_automatic_scheduler(config):
             _note(
                 f"{value}: its scheduler section is left out, so that --lr_scheduler_type "

@@ -18,7 +18,7 @@ from minicpm_tune.checkpoints import output_folder
 from minicpm_tune.data.files.mixtures import missing_sources
 from minicpm_tune.errors import UserError
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
-from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_config
+from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_deepspeed_config
 from minicpm_tune.settings.hardware import accelerator_count
 
 _AT_LEAST_ONE = (
@@ -258,7 +258,7 @@ def _deepspeed(training: Namespace) -> Iterator[str]:
     if not training.deepspeed:
         return
     try:
-        read_config(training.deepspeed)
+        read_deepspeed_config(training.deepspeed)
     except DeepSpeedConfigError as error:
         yield str(error)
     if os.environ.get("ACCELERATE_USE_CPU"):

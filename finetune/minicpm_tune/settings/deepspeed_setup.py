@@ -14,7 +14,7 @@ class DeepSpeedConfigError(UserError):
     """A DeepSpeed configuration that can't be found or read."""
 
 
-def find_config(path: str) -> Path:
+def _find_config(path: str) -> Path:
     """Find a configuration file: as given, or by its name beside this module.
 
     The official commands say ``--deepspeed ds_config_zero2.json`` and are run from that folder; here
@@ -34,7 +34,7 @@ def find_config(path: str) -> Path:
     )
 
 
-def read_config(value: str) -> dict[str, Any]:
+def read_deepspeed_config(value: str) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
     Args:
@@ -45,7 +45,7 @@ def read_config(value: str) -> dict[str, Any]:
     """
     where, text = "--deepspeed", value
     if not value.lstrip().startswith("{"):
-        path = find_config(value)
+        path = _find_config(value)
         where, text = str(path), path.read_text(encoding="utf-8")
     try:
         config = json.loads(text)

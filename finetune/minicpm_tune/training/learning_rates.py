@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,46 +10,11 @@ from torch import nn
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
 from minicpm_tune.models.parameter_parts import PartCount
+from minicpm_tune.settings.argument_groups import LearningRates
 
 
 class LearningRateError(UserError):
     """A learning rate that would have no effect."""
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """Which rate a parameter trains with.
-
-    Attributes:
-        base: ``--learning_rate``, for every part without one of its own.
-        parts: Part -> its own rate; None means the base.
-        lora_ratio: Rate of LoRA's B matrices divided by that of everything else in LoRA.
-            Source: "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv:2402.12354).
-    """
-
-    base: float
-    parts: dict[str, float | None]
-    lora_ratio: float | None = None
-
-    @property
-    def differ(self) -> bool:
-        """True when any parameter trains with another rate than the base."""
-        return self.lora_ratio is not None or any(rate is not None for rate in self.parts.values())
-
-    def of(self, name: str, generation: Generation) -> float:
-        """The rate of one parameter, by its name.
-
-        Example:
-            >>> from minicpm_tune.checkpoints.model_generations import GENERATIONS
-            >>> rates = LearningRates(1e-4, {"vision": 1e-6}, lora_ratio=16)
-            >>> rates.of("vpm.post_layernorm.weight", GENERATIONS["v2_6"])
-            1e-06
-            >>> rates.of("llm.model.layers.0.self_attn.q_proj.lora_B.default.weight", GENERATIONS["v2_6"])
-            0.0016
-        """
-        own = self.parts.get(generation.part_of(name))
-        rate = self.base if own is None else own
-        return rate * self.lora_ratio if self.lora_ratio is not None and ".lora_B" in name else rate
 
 
 def check_rates(rates: LearningRates, counts: dict[str, PartCount]) -> None:
@@ -79,7 +43,9 @@ def split_by_rate(
 
     Call before the scheduler is made, which takes each group's rate as the one to scale.
     """
-    rate_of = {id(value): rates.of(name, generation) for name, value in model.named_parameters()}
+    rate_of = {
+        id(value): rates.of(name, generation.part_of(name)) for name, value in model.named_parameters()
+    }
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         by_rate: dict[float, list[nn.Parameter]] = {}
