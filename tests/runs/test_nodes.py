@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import live_runs
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from support import finetune_runs
 from support.live_runs import STAGES, LiveRun
 
@@ -99,7 +99,7 @@ def test_two_runs_at_once_take_two_ports_and_never_one_folder(small, tmp_path):
     code, printed = first.end()
     assert code == 0, printed
     assert "To continue, in " in printed
-    assert output_folder.look(tmp_path / "first").last_checkpoint is not None
+    assert output_folder.find_earlier_run(tmp_path / "first").last_checkpoint is not None
 
 
 @pytest.mark.slow

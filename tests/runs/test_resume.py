@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from support import live_runs
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from support import finetune_runs
 from support.live_runs import LORA, STAGES, LiveRun, finish
 from minicpm_tune.training.stop_signals import _SAME_REQUEST, command_to_continue
@@ -79,7 +79,7 @@ def test_one_process_with_adapters_and_dropout_continues_exactly(small, tmp_path
     path = tmp_path / "whole" / "checkpoint-6"
     finish(arguments(small, output, *flags, "--resume_from_checkpoint", path))
     assert_same_run(output, tmp_path / "whole")
-    assert output_folder.look(output).last_checkpoint == output / "checkpoint-8"
+    assert output_folder.find_earlier_run(output).last_checkpoint == output / "checkpoint-8"
 
 
 def test_zero_2_on_two_processes_continues_exactly(small, tmp_path):
@@ -143,7 +143,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
     code, printed = run.end()
     assert code == 0, printed
     assert "SIGTERM: the step is finished and a checkpoint written." in printed
-    stopped = output_folder.look(output)
+    stopped = output_folder.find_earlier_run(output)
     assert not stopped.finished
     step = int(stopped.last_checkpoint.name.partition("-")[2])
     assert step < STEPS
@@ -201,7 +201,7 @@ def test_killed_while_saving_the_last_whole_checkpoint_goes_on(small, tmp_path, 
     output = tmp_path / "out"
     finish(arguments(small, output, *flags), processes=2, faults={"kill_in_save": [1, 4]}, expected=1)
     assert (output / output_folder.UNFINISHED / "checkpoint-4").is_dir()
-    assert output_folder.look(output).last_checkpoint == output / "checkpoint-2"
+    assert output_folder.find_earlier_run(output).last_checkpoint == output / "checkpoint-2"
     finish(arguments(small, output, *flags, "--resume_from_checkpoint", "true"), processes=2)
     assert_same_run(output, tmp_path / "whole")
 
@@ -217,7 +217,7 @@ def test_killed_inside_a_step_goes_on(small, tmp_path, stage):
     run.wait_for_step(3)
     os.killpg(run.process.pid, signal.SIGKILL)
     run.process.communicate()
-    left = output_folder.look(output)
+    left = output_folder.find_earlier_run(output)
     assert not left.finished
     assert left.last_checkpoint.name in ("checkpoint-2", "checkpoint-4")  # 4 on a busy machine
     finish(arguments(small, output, *flags, "--resume_from_checkpoint", "true"), processes=2)
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_message_and_the_last_checkpoint_stays(small, tmp_path)
     message = printed[printed.index("error: ") :]
     assert "checkpoint-4 could not be written: No space left on device." in message
     assert "checkpoint-2 is whole: continue from it with --resume_from_checkpoint true." in message
-    assert output_folder.look(output).last_checkpoint == output / "checkpoint-2"
+    assert output_folder.find_earlier_run(output).last_checkpoint == output / "checkpoint-2"
     assert not (output / output_folder.UNFINISHED / "checkpoint-4").exists()
 
 

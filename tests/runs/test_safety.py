@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support import live_runs
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from support import finetune_runs
 from support.live_runs import LORA, STAGES, finish
 from minicpm_tune.safe_loading import allow_deepspeed_states, refuse_pickles

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from minicpm_tune.settings import help_page
 from minicpm_tune.settings.argument_groups import RunOptions, TuningOptions
 from minicpm_tune.settings.arguments import (
@@ -280,9 +280,9 @@ def test_clearing_an_output_folder_leaves_other_files(tmp_path):
     weights = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
     for name in (*weights, "notes.txt", "config.json"):
         (tmp_path / name).write_text("")
-    output_folder.clear(tmp_path)
+    output_folder.remove_earlier_run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
-    assert not output_folder.look(tmp_path)
+    assert not output_folder.find_earlier_run(tmp_path)
 
 
 def test_a_scheduler_section_of_automatic_values_makes_way_for_the_command_line():

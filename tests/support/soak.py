@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "demo"), str(ROOT / "finetune")]
 
 from safetensors.torch import load_file
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from support import (
     finetune_runs,
     live_runs,
@@ -83,7 +83,7 @@ class Soak:
         return next((found[0] for found, expected in pairs if found != expected), None)
 
     def last(self):
-        checkpoint = output_folder.look(self.output).last_checkpoint
+        checkpoint = output_folder.find_earlier_run(self.output).last_checkpoint
         return 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
 
     def wait_past(self, run, step):
@@ -141,7 +141,7 @@ class Soak:
         self.kill_all(run)
         run.process.wait(LIMIT)
         path.write_bytes(whole)
-        for step, checkpoint in output_folder.checkpoints(self.output):
+        for step, checkpoint in output_folder.list_checkpoints(self.output):
             if step > before:
                 shutil.rmtree(checkpoint)
         if before:
@@ -152,7 +152,7 @@ class Soak:
         """The machine stops, and the last checkpoint's largest file loses its end."""
         self.kill_all(run)
         run.process.wait(LIMIT)
-        found = output_folder.checkpoints(self.output)
+        found = output_folder.list_checkpoints(self.output)
         if len(found) > 1:
             files = [path for path in found[-1][1].rglob("*") if path.is_file()]
             with max(files, key=lambda path: path.stat().st_size).open("r+b") as file:

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from minicpm_tune.training import checkpointing
 from minicpm_tune.training.checkpointing import (
     CheckpointError,
@@ -42,16 +42,16 @@ def settled(folder, **values):
 
 
 def test_damage_is_seen_and_said(tmp_path):
-    assert output_folder.damage(checkpoint(tmp_path, 1)) is None
+    assert output_folder.find_damage(checkpoint(tmp_path, 1)) is None
     cut = checkpoint(tmp_path, 2, sizes={"model.safetensors": 7})
-    assert output_folder.damage(cut) == "model.safetensors has 1 bytes, expected 7"
+    assert output_folder.find_damage(cut) == "model.safetensors has 1 bytes, expected 7"
     lost = checkpoint(tmp_path, 3, sizes={"optimizer.pt": 7})
-    assert output_folder.damage(lost) == "optimizer.pt is missing"
+    assert output_folder.find_damage(lost) == "optimizer.pt is missing"
     (checkpoint(tmp_path, 4) / output_folder.MANIFEST).write_text('{"step"')
-    assert output_folder.damage(tmp_path / "checkpoint-4") == "checkpoint.json is cut short"
+    assert output_folder.find_damage(tmp_path / "checkpoint-4") == "checkpoint.json is cut short"
     (tmp_path / "checkpoint-5").mkdir()
-    assert output_folder.damage(tmp_path / "checkpoint-5") == "no trainer_state.json"
-    assert output_folder.look(tmp_path).last_checkpoint == tmp_path / "checkpoint-1"
+    assert output_folder.find_damage(tmp_path / "checkpoint-5") == "no trainer_state.json"
+    assert output_folder.find_earlier_run(tmp_path).last_checkpoint == tmp_path / "checkpoint-1"
 
 
 def test_the_last_whole_checkpoint_is_chosen(tmp_path, caplog):
@@ -81,7 +81,7 @@ def test_old_checkpoints_go_but_never_the_last_whole_one(tmp_path):
         checkpoint(tmp_path, step, sizes={"optimizer.pt": 1})
 
     def left():
-        return [step for step, _ in output_folder.checkpoints(tmp_path)]
+        return [step for step, _ in output_folder.list_checkpoints(tmp_path)]
 
     assert output_folder.remove_old_checkpoints(tmp_path, keep=None) == []
     assert output_folder.remove_old_checkpoints(tmp_path, keep=3) == []
@@ -107,7 +107,7 @@ def test_a_checkpoint_appears_whole_at_once_and_replaces_a_damaged_one(tmp_path)
         (folder / "trainer_state.json").write_text("{}")
         (folder / "global_step3").mkdir()
         (folder / "global_step3" / "part.pt").write_bytes(bytes(5))
-    assert output_folder.look(tmp_path).last_checkpoint is None
+    assert output_folder.find_earlier_run(tmp_path).last_checkpoint is None
     new.move_into_place()
     assert output_folder.is_checkpoint(tmp_path / "checkpoint-3")
     manifest = output_folder.read_manifest(tmp_path / "checkpoint-3")

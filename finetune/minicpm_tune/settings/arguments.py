@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import transformers
 from transformers import HfArgumentParser
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from minicpm_tune.settings.argument_groups import (
     DataArguments,
     LearningRates,
@@ -101,7 +101,9 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             return None
         if value.lower() != "true":
             return os.path.expanduser(value)
-        last = output_folder.look(os.path.expanduser(self.output_dir or "trainer_output")).last_checkpoint
+        last = output_folder.find_earlier_run(
+            os.path.expanduser(self.output_dir or "trainer_output")
+        ).last_checkpoint
         return None if last is None else str(last)
 
     def _read_deepspeed(self, value: str) -> None:

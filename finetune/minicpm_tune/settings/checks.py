@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from minicpm_tune.data.files.mixtures import missing_sources
 from minicpm_tune.errors import UserError
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
@@ -281,7 +281,7 @@ def _output_folder(training: Namespace) -> Iterator[str]:
                 "Give a checkpoint-<step> folder, or true for the last one in --output_dir."
             )
         return
-    earlier = output_folder.look(folder)
+    earlier = output_folder.find_earlier_run(folder)
     wants_to_resume = bool(resume) and resume.lower() == "true"
     if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
         return

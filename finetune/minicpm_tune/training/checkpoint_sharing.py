@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from minicpm_tune.checkpoints.output_folder import MANIFEST
+from minicpm_tune.output_folder import MANIFEST
 from minicpm_tune.training.checkpointing import gathered
 
 # Files of single processes; each lies on the machine of its process.

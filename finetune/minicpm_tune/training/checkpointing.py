@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from minicpm_tune.checkpoints import output_folder
-from minicpm_tune.checkpoints.output_folder import MANIFEST, UNFINISHED
+from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
 from minicpm_tune.files import GIB, free_bytes, is_write_failure, system_reason
+from minicpm_tune.output_folder import MANIFEST, UNFINISHED
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _cannot_write(path: Path, error: Exception) -> str:
     text = f"{path} could not be written: {reason}. {free / GIB:.1f} GiB are free there. "
     if free < GIB or number in (errno.ENOSPC, errno.EDQUOT):
         text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
-    last = output_folder.look(output_dir).last_checkpoint
+    last = output_folder.find_earlier_run(output_dir).last_checkpoint
     if last is None:
         return f"{text}There is no earlier checkpoint."
     return f"{text}{last.name} is whole: continue from it with --resume_from_checkpoint true."
@@ -204,7 +204,8 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
     if not training.continues_last:
         return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
     found = {
-        step: output_folder.damage(path) for step, path in output_folder.checkpoints(training.output_dir)
+        step: output_folder.find_damage(path)
+        for step, path in output_folder.list_checkpoints(training.output_dir)
     }
     views = gathered(found)
     everywhere = set.intersection(*(set(view) for view in views))

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from minicpm_tune.checkpoints import output_folder
+from minicpm_tune import output_folder
 from minicpm_tune.safe_loading import allow_deepspeed_states, reading
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape

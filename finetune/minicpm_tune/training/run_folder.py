@@ -12,9 +12,9 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from minicpm_tune.checkpoints import output_folder
-from minicpm_tune.checkpoints.output_folder import UNFINISHED
+from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
+from minicpm_tune.output_folder import UNFINISHED
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpoint_sharing import fill_in
 from minicpm_tune.training.checkpointing import choose_checkpoint, gathered
@@ -150,7 +150,7 @@ class RunFolder:
 
     def _clean(self) -> None:
         if self.training.overwrite_output_dir:
-            gone = output_folder.clear(self.path)
+            gone = output_folder.remove_earlier_run(self.path)
             if gone:
                 logger.info("Deleted from the earlier run: %s.", ", ".join(path.name for path in gone))
         half_written = self.path / UNFINISHED

@@ -1,11 +1,11 @@
-"""What an output folder holds: checkpoints that are whole, damaged or half-written, and finished runs.
+"""What the output folder of a training run holds: its checkpoints, and the model or adapter at the end.
 
 A folder with a model at its top holds a finished run; one with only ``checkpoint-<step>`` folders holds
-an interrupted one. Neither is touched unless the user says so, because a new run would mix its
-checkpoints with the old ones, and a later resume could not tell them apart.
+an interrupted one. Neither is touched unless the user asks for it: a new run would mix its checkpoints
+with the old ones, and a later resume could not tell them apart.
 
-A checkpoint is written in ``unfinished/`` and moved to its place when it is whole, together with a list of
-its files and their sizes. So what lies at its place was whole once, and what was cut short since can be seen.
+A checkpoint is written in ``unfinished/`` and moved to its place when complete, together with a list of
+its files and their sizes. What lies in its place was therefore complete once, and later damage shows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = "unfinished"  # folder in which checkpoints are written
-MANIFEST = "checkpoint.json"  # in a checkpoint: its files, and the run that wrote it
+UNFINISHED = "unfinished"  # the folder in which checkpoints are written
+MANIFEST = "checkpoint.json"  # lists a checkpoint's files, and describes the run that wrote it
 STATE_FILE = "trainer_state.json"
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -30,8 +30,8 @@ class EarlierRun:
     """What was found in an output folder.
 
     Attributes:
-        finished: A model or adapter lies at its top.
-        last_checkpoint: The checkpoint with the highest step that is whole, if any.
+        finished: Whether a model or adapter lies at its top.
+        last_checkpoint: The last complete checkpoint, if any.
     """
 
     finished: bool
@@ -42,26 +42,26 @@ class EarlierRun:
         return self.finished or self.last_checkpoint is not None
 
 
-def look(folder: str | Path) -> EarlierRun:
-    """Tell what an output folder holds of an earlier run; a folder that does not exist holds nothing."""
+def find_earlier_run(folder: str | Path) -> EarlierRun:
+    """Look for an earlier run in an output folder, which need not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         return EarlierRun(finished=False, last_checkpoint=None)
-    whole = [path for _, path in checkpoints(folder) if is_checkpoint(path)]
+    whole = [path for _, path in list_checkpoints(folder) if is_checkpoint(path)]
     return EarlierRun(finished=bool(_model_files(folder)), last_checkpoint=whole[-1] if whole else None)
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """True for a checkpoint folder that is whole."""
-    return damage(folder) is None
+    """Whether a folder is a complete checkpoint."""
+    return find_damage(folder) is None
 
 
-def damage(folder: str | Path) -> str | None:
-    """Say what is wrong with a checkpoint folder; None when it is whole.
+def find_damage(folder: str | Path) -> str | None:
+    """Say what is wrong with a checkpoint folder; None when it is complete.
 
-    Sizes are compared, not contents: that finds what a full disk, a killed copy or a lost file leaves.
-    A checkpoint of transformers' own Trainer, which has no list of files, counts as whole when it has a
-    ``trainer_state.json``, which is written last.
+    Sizes are compared, not contents: that finds what a full disk, a killed copy or a lost file leaves
+    behind. A checkpoint of transformers' own Trainer has no list of files; it counts as complete when it
+    has a ``trainer_state.json``, which is written last.
 
     Args:
         folder: A ``checkpoint-<step>`` folder.
@@ -83,13 +83,13 @@ def damage(folder: str | Path) -> str | None:
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says; empty for one of transformers' own Trainer."""
+    """Read a checkpoint's manifest; empty for a checkpoint of transformers' own Trainer."""
     path = Path(checkpoint) / MANIFEST
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """Steps and folders of all checkpoints, whole or not, in the order of their steps."""
+def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """Steps and folders of all checkpoints, complete or not, in the order of their steps."""
     paths = Path(folder).glob("checkpoint-*")
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in paths]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
@@ -98,7 +98,7 @@ def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 def remove_old_checkpoints(
     folder: str | Path, *, keep: int | None, best: str | Path | None = None
 ) -> list[Path]:
-    """Delete checkpoints beyond a number; only whole ones count, so that the last of them always stays.
+    """Delete the oldest checkpoints; only complete ones count, so that the last of these always stays.
 
     Args:
         folder: The output folder.
@@ -106,9 +106,9 @@ def remove_old_checkpoints(
         best: A checkpoint to keep in any case; it counts.
 
     Returns:
-        What was deleted. Damaged checkpoints go with the whole ones that are older than the kept.
+        What was deleted. Damaged checkpoints older than the kept ones are deleted too.
     """
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     whole = [path for _, path in found if is_checkpoint(path)]
     if not keep or len(whole) <= keep:
         return []
@@ -126,8 +126,8 @@ def remove_old_checkpoints(
     return gone
 
 
-def clear(folder: str | Path) -> list[Path]:
-    """Delete what an earlier run left: its checkpoints and the model at the top, nothing else.
+def remove_earlier_run(folder: str | Path) -> list[Path]:
+    """Delete an earlier run's checkpoints and the model at the top, and nothing else.
 
     Call on one rank, before training starts.
 
@@ -135,7 +135,7 @@ def clear(folder: str | Path) -> list[Path]:
         What was deleted.
     """
     folder = Path(folder)
-    folders = [path for _, path in checkpoints(folder)]
+    folders = [path for _, path in list_checkpoints(folder)]
     folders += [path for path in (folder / UNFINISHED,) if path.is_dir()]
     files = _model_files(folder)
     for path in folders:
