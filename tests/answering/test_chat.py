@@ -413,7 +413,8 @@ def test_a_folder_of_frames_is_answered_about(name, tmp_path, capsys, monkeypatc
         picture(each).resize((90, 60)).save(tmp_path / f"{number}.png")
     seen = []
     monkeypatch.setattr(
-        "decoding.answer", lambda *given, **options: seen.extend(given[2]) or answer(*given, **options)
+        "minicpm_tune.answering.generate.answer",
+        lambda *given, **options: seen.extend(given[2]) or answer(*given, **options),
     )
     words = ["--model_name_or_path", checkpoint(name), "--video", tmp_path, "--question", "What happens?"]
     words += ["--sampling", "false", "--max_new_tokens", 4]

@@ -272,7 +272,7 @@ def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
         assert callback.indices == [0, 2, 4, 6, 8]
         seen = []
         monkeypatch.setattr(
-            "predict_callback.answered",
+            "minicpm_tune.answering.prediction_callback.answered",
             lambda _, __, mine, seen=seen, **options: (
                 seen.append((mine, options["synced"])) or [[{"row": r} for r in mine]]
             ),

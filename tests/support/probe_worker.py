@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune"))
 import torch
 
 import finetune
+from minicpm_tune.errors import UserError
 from minicpm_tune.models import loading
 from minicpm_tune.training import resilient_trainer
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
@@ -49,11 +50,8 @@ def planted(name, step):
     )
 
 
-class PlantedError(ValueError):
+class PlantedError(UserError):
     """Looks like a mistake of the user's."""
-
-
-PlantedError.__module__ = "records"
 
 
 class Probed(ResilientTrainer):
