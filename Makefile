@@ -1,7 +1,5 @@
-# What a change has to pass. Needs ruff and mypy installed: pip install -r tests/requirements.txt
 .PHONY: check
+
+# What a change has to pass, as in continuous integration: format, lint, types, layers and the quick tests.
 check:
-	ruff format --check .
-	ruff check .
-	mypy finetune
-	bash run_tests.sh
+	sh .ci/run
