@@ -9,12 +9,12 @@ from PIL import Image
 
 import draw_pictures
 from draw_pictures import BACKGROUNDS, COLOURS, QUESTIONS, REQUEST, TASKS, chance, draw_data_set
-from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.models.loading import load_model
 from make_checkpoint import SIZES, make_checkpoint
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.checkpoints.weight_files import weight_files
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Turn
-from minicpm_tune.checkpoints.weight_files import weight_files
+from minicpm_tune.models.loading import load_model
 
 SCALE_RESOLUTION = 112  # of the demo's checkpoints, in pixels
 

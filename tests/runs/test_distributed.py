@@ -10,9 +10,8 @@ import sys
 
 import pytest
 
-from support import live_runs
-from support import finetune_runs
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from support import finetune_runs, live_runs
 from support.live_runs import FIRST_NORM_TOLERANCE, LORA, LOSS_TOLERANCE, NORM_TOLERANCE, STAGES
 
 EVERY = tuple(GENERATIONS)

@@ -1,8 +1,6 @@
 """Runs that must give the same losses and gradient norms, however the work is split."""
 
-from support.paths import ROOT
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from safetensors.torch import load_file
 from support import finetune_runs
 from support.golden_models import ZERO_GRADIENTS, golden_model
 from support.paths import GOLDENS
-
 
 # Relative differences; worst values measured (torch 2.13, CPU, gloo) behind each.
 LOSS_TOLERANCE = 2e-5  # 1.6e-6 of 5.9 (ZeRO-3, third step)
@@ -111,6 +108,10 @@ def test_every_row_counts_once_when_the_last_step_is_uneven(small, tmp_path):
     rows = json.loads(small["data"].read_text())[:3]
     data = small["data"].parent / "three.json"
     data.write_text(json.dumps(rows))
-    one = finetune_runs.train(tmp_path / "one", model=small["model"], data=data, batch=4, steps=2, launcher=False)
-    two = finetune_runs.train(tmp_path / "two", model=small["model"], data=data, batch=2, steps=2, processes=2)
+    one = finetune_runs.train(
+        tmp_path / "one", model=small["model"], data=data, batch=4, steps=2, launcher=False
+    )
+    two = finetune_runs.train(
+        tmp_path / "two", model=small["model"], data=data, batch=2, steps=2, processes=2
+    )
     assert_same(two, one)

@@ -1,18 +1,17 @@
 """Every generation through the real command line: one LoRA step and one full step, and what moved."""
 
-from support.paths import SUPPORT
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from support import finetune_runs
-from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from make_checkpoint import make_checkpoint
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from support import finetune_runs
+from support.paths import SUPPORT
 
 TIME_LIMIT = 400  # seconds, for all runs of one kind
 KINDS = {

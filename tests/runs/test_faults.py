@@ -8,11 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minicpm_tune.training import nonfinite_and_memory
-from support import live_runs
-from support import finetune_runs
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.nonfinite_and_memory import MicroBatch, NonFiniteError, NonFiniteSteps, memory_advice
+from minicpm_tune.training import nonfinite_and_memory
+from minicpm_tune.training.nonfinite_and_memory import (
+    MicroBatch,
+    NonFiniteError,
+    NonFiniteSteps,
+    memory_advice,
+)
+from support import finetune_runs, live_runs
 from support.live_runs import STAGES, LiveRun
 
 ALL_END_WITHIN = 30  # seconds after a process failed

@@ -1,8 +1,5 @@
 """The launchers, under sh and bash, with a torchrun that records how it was called."""
 
-from support.paths import FINETUNE, ROOT
-from support.launcher_stage import VARIABLES, Call, Stage
-import json
 import os
 import re
 import shlex
@@ -15,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from minicpm_tune.settings.arguments import parse_arguments
+from support.launcher_stage import Stage
+from support.paths import FINETUNE, ROOT
 
 LAUNCHERS = ("finetune_lora.sh", "finetune_ds.sh")
 ALL_LAUNCHERS = (*LAUNCHERS, "finetune.sh")
 SHELLS = [shell for shell in ("dash", "bash", "sh", "busybox sh") if shutil.which(shell.split()[0])]
+
+
 @pytest.fixture
 def stage(tmp_path):
     return Stage(tmp_path)

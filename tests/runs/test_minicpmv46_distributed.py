@@ -1,16 +1,15 @@
 """4.6 and 4.7 on two processes whose batches differ: one has text alone, the other images; packed or not."""
 
-from support.paths import SUPPORT
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from support.minicpmv46_cases import loss_and_gradients, our_model, worst_gradient_error
 from support.minicpmv46_worker import LEARNING_RATE, steps, supervised
+from support.paths import SUPPORT
 
 TIME_LIMIT = 240  # seconds, for two processes of four steps
 LOSS_TOLERANCE = 1e-4  # 5e-6 in DDP, 4e-5 over the steps of ZeRO-3

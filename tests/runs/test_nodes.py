@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from support import live_runs
 from minicpm_tune import output_folder
-from support import finetune_runs
+from support import finetune_runs, live_runs
 from support.live_runs import STAGES, LiveRun
 
 LAUNCHER = finetune_runs.FINETUNE.with_name("finetune_ds.sh")

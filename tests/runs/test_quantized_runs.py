@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantize
-from support import finetune_runs
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.files import OutputError
-from support.quantized_cases import golden_loss, load, save_golden, save_released_int4
 from minicpm_tune.checkpoints.quantized_files import QuantizationError, check_training, stored_quantization
+from minicpm_tune.files import OutputError
+from support import finetune_runs
 from support.paths import GOLDENS
+from support.quantized_cases import golden_loss, load, save_golden, save_released_int4
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,9 @@ import sys
 
 import pytest
 
-from support import live_runs
-from support import finetune_runs
-from support.live_runs import LiveRun
+from support import finetune_runs, live_runs
 from support.launcher_stage import Stage
-from support.live_runs import LOSS_TOLERANCE, NORM_TOLERANCE
+from support.live_runs import LOSS_TOLERANCE, NORM_TOLERANCE, LiveRun
 
 MACHINES = 4  # of the SLURM command
 

@@ -12,11 +12,10 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from support import live_runs
 from minicpm_tune import output_folder
-from support import finetune_runs
-from support.live_runs import LORA, STAGES, LiveRun, finish
 from minicpm_tune.training.stop_signals import _SAME_REQUEST, command_to_continue
+from support import finetune_runs, live_runs
+from support.live_runs import LORA, STAGES, LiveRun, finish
 
 STEPS = 8
 

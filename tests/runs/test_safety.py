@@ -1,6 +1,5 @@
 """Files that want to run code do nothing but raise, and odd names in paths are names."""
 
-from support.hostile import ODD, Bomb
 import json
 import os
 import pickle
@@ -12,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import live_runs
 from minicpm_tune import output_folder
-from support import finetune_runs
-from support.live_runs import LORA, STAGES, finish
 from minicpm_tune.safe_loading import allow_deepspeed_states, refuse_pickles
+from support import finetune_runs, live_runs
+from support.hostile import ODD, Bomb
+from support.live_runs import LORA, STAGES, finish
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

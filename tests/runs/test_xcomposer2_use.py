@@ -16,15 +16,15 @@ import merge_lora
 import plan_memory
 import predict
 import quantize
-from support import finetune_runs
-from support.answer_helpers import checkpoint
-from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.answering.chat_messages import MessageError, place_pictures, read_messages
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.settings.legacy_flags import translate
-from minicpm_tune.models.loading import load_model
-from minicpm_tune.data.samples import load_processing
 from minicpm_tune.checkpoints.weight_files import tensor_names
+from minicpm_tune.data.samples import load_processing
+from minicpm_tune.models.loading import load_model
+from minicpm_tune.settings.arguments import parse_arguments
+from minicpm_tune.settings.legacy_flags import translate
+from support import finetune_runs
+from support.answer_helpers import checkpoint
 from support.xcomposer2_cases import THREE
 
 FINETUNE = finetune_runs.ROOT / "finetune"
