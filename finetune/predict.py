@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minicpm_tune import processes
 from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
@@ -62,7 +63,7 @@ def run(values: argparse.Namespace) -> None:
     from minicpm_tune.answering.metrics import mean_scores
     from minicpm_tune.answering.prediction_file import PredictionFile
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = processes.rank(), processes.world_size()
     file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
     with _after_first_process(rank, world):
         if rank == 0:
@@ -118,9 +119,7 @@ def answered(
     from minicpm_tune.answering.metrics import score
 
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    for batch in tqdm(
-        batches, desc="answers", disable=None if int(os.environ.get("RANK", "0")) == 0 else True
-    ):
+    for batch in tqdm(batches, desc="answers", disable=None if processes.rank() == 0 else True):
         asked = [rows[index] for index in batch]
         texts = answer(model, rows.processing, [each.sample for each in asked], synced=synced, **options)
         yield [

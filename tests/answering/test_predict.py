@@ -278,8 +278,8 @@ def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
             ),
         )
         monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback._gathered",
-            lambda _, __: [{r: {"row": r} for r in range(10)}],
+            "minicpm_tune.answering.prediction_callback.gather",
+            lambda _: [{r: {"row": r} for r in range(10)}],
         )
         callback.answers()
         monkeypatch.setattr(

@@ -69,7 +69,7 @@ def test_machines_with_folders_of_their_own_agree(tmp_path, monkeypatch, caplog)
     for step in (4, 6, 8):
         checkpoint(tmp_path, step)
     elsewhere = {4: None, 6: None, 7: None}
-    monkeypatch.setattr(checkpointing, "gathered", lambda value: [value, elsewhere])
+    monkeypatch.setattr(checkpointing, "gather", lambda value: [value, elsewhere])
     assert choose_checkpoint(settled(tmp_path)) == tmp_path / "checkpoint-6"
     assert "checkpoint-8 is not whole and is passed over: not on every machine" in caplog.text
 

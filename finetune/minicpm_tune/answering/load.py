@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.folders import AdapterFolder, check_base, load_onto, read_adapter_folder
 from minicpm_tune.models.loading import load_model, resolve_model_folder
+from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.hardware import best_precision
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def choose_device(wish: str) -> torch.device:
             f"--device {wish}: found no such kind, expected auto, cpu, cuda or cuda:N."
         ) from error
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = local_rank() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise InferenceError(
                 f"--device {wish}: found {torch.cuda.device_count()} GPUs, expected more than {index}. Use "

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -21,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import mean_scores
 from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.processes import gather
 from predict import answered
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class PredictionCallback(TrainerCallback):
                 model, self.rows, mine, batch_size=self.batch_size, options=self.options, synced=synced
             ):
                 lines |= {line["row"]: line for line in batch}
-        for found in _gathered(lines, world):
+        for found in gather(lines):
             lines |= found
         return [lines[index] for index in self.indices]
 
@@ -122,14 +122,6 @@ class PredictionCallback(TrainerCallback):
 
 def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     return mean_scores(line["scores"] for line in lines if line["scores"])
-
-
-def _gathered(lines: dict[int, dict[str, Any]], world: int) -> list[dict[int, dict[str, Any]]]:
-    if world == 1:
-        return [lines]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, lines)
-    return found
 
 
 def _as_text(line: dict[str, Any]) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import SupervisedDataset
+from minicpm_tune import processes
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.files.check_cache import FileCheck, Finding, check_path, kept_checks
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
@@ -66,7 +66,7 @@ def for_rows(
     loader = DataLoader(
         _Task(rows, indices, work), batch_size=_ROWS_PER_TASK, num_workers=workers, collate_fn=list
     )
-    hidden = few or os.environ.get("RANK", "0") != "0"
+    hidden = few or processes.rank() != 0
     with tqdm(total=len(indices), desc=title, unit=" rows", disable=hidden, mininterval=1) as progress:
         for results in loader:
             yield from results
@@ -76,7 +76,7 @@ def for_rows(
 def _free_cores() -> int:
     """Cores for this process's workers; 0 where it would be a single one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16)
+    share = min(cores // processes.local_world_size(), 16)
     return share if share > 1 else 0
 
 
@@ -126,7 +126,7 @@ def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.nda
     for title, work in works.items() if len(rest) else ():
         lengths[rest], new = _shared(rows, rest, work, title=title, workers=workers)
         _settle(rows, bad | new)
-    if len(rest) and _rank() == 0:
+    if len(rest) and processes.joined()[0] == 0:
         _keep(rows, lengths, new, rest, decoded=decodes)
     return lengths
 
@@ -136,20 +136,19 @@ def _kept(rows: SupervisedDataset, decodes: bool) -> tuple[np.ndarray, dict[int,
 
     The first process reads it for all, so that they agree, and none but it looks at rows twice.
     """
-    found: list[Any] = [None]
-    if _rank() == 0:
-        found = [kept_checks(rows, decode_row if decodes else check_row, decoded=decodes)]
-    if _together():
-        distributed.broadcast_object_list(found)
+    found = None
+    if processes.joined()[0] == 0:
+        found = kept_checks(rows, decode_row if decodes else check_row, decoded=decodes)
+    found = processes.gather(found)[0]
     lengths = np.ones(rows.row_count, dtype=np.int32)
     to_check = np.ones(rows.row_count, dtype=bool)
     bad: dict[int, Any] = {}
-    for number, check in found[0].items():
+    for number, check in found.items():
         first = rows.first_row(number)
         place = slice(first, first + len(check.lengths))
         lengths[place], to_check[place] = check.lengths, False
         bad |= {first + row: finding for row, finding in check.bad.items()}
-        if _rank() == 0:
+        if processes.joined()[0] == 0:
             logger.info("%s: checked before, and unchanged since", rows.source_names[number])
     return lengths, bad, np.flatnonzero(to_check)
 
@@ -170,14 +169,6 @@ def _keep(
             FileCheck(lengths[first : first + count], own).save(check_path(rows, number, decoded=decoded))
 
 
-def _together() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _rank() -> int:
-    return distributed.get_rank() if _together() else 0
-
-
 def _shared(
     rows: SupervisedDataset,
     indices: np.ndarray,
@@ -187,28 +178,25 @@ def _shared(
     workers: int | None,
 ) -> tuple[np.ndarray, dict[int, Finding]]:
     """Have every rank do its share of some rows; give the lengths of all and the bad ones to each."""
-    ranks = distributed.get_world_size() if _together() else 1
-    share = indices[_rank() :: ranks].tolist()
+    rank, ranks = processes.joined()
+    share = indices[rank::ranks].tolist()
     lengths = np.ones(len(share), dtype=np.int32)
     bad: dict[int, Finding] = {}
     for place, finding in enumerate(for_rows(rows, share, work, title=title, workers=workers)):
         lengths[place] = finding.length
         if finding.bad:
             bad[share[place]] = finding
-    if _together():
-        gathered: list[Any] = [None] * ranks
-        distributed.all_gather_object(gathered, (lengths, bad))
-        lengths = np.ones(len(indices), dtype=np.int32)
-        for number, (part, _) in enumerate(gathered):
-            lengths[number::ranks] = part
-        bad = {row: part[row] for _, part in gathered for row in part}
-        bad = {row: bad[row] for row in sorted(bad)}
-    return lengths, bad
+    parts = processes.gather((lengths, bad))
+    lengths = np.ones(len(indices), dtype=np.int32)
+    for number, (part, _) in enumerate(parts):
+        lengths[number::ranks] = part
+    bad = {row: found[row] for _, found in parts for row in found}
+    return lengths, {row: bad[row] for row in sorted(bad)}
 
 
 def _settle(rows: SupervisedDataset, bad: dict[int, Finding]) -> None:
     """Raise, or have the bad rows left out and listed."""
-    first = os.environ.get("RANK", "0") == "0"
+    first = processes.rank() == 0
     problems = [finding.bad for finding in bad.values() if finding.bad and not finding.dropped]
     dropped = len(bad) - len(problems)
     if problems and rows.options.on_bad_row == "error":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import transformers
 from transformers import HfArgumentParser
 
-from minicpm_tune import output_folder
+from minicpm_tune import output_folder, processes
 from minicpm_tune.settings.argument_groups import (
     DataArguments,
     LearningRates,
@@ -28,7 +28,7 @@ from minicpm_tune.settings.deepspeed_setup import (
     read_deepspeed_config,
     start_on_cpu,
 )
-from minicpm_tune.settings.hardware import apply_settings, data_workers, has_accelerator, process_rank
+from minicpm_tune.settings.hardware import apply_settings, data_workers, has_accelerator
 from minicpm_tune.settings.legacy_flags import LegacyFlagError, translate
 
 __all__ = [
@@ -162,7 +162,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def _note(text: str | None) -> None:
-    if text is not None and process_rank() == 0:
+    if text is not None and processes.rank() == 0:
         logger.info(text)
 
 

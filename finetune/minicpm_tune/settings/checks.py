@@ -17,6 +17,7 @@ from pathlib import Path
 from minicpm_tune import output_folder
 from minicpm_tune.data.files.mixtures import missing_sources
 from minicpm_tune.errors import UserError
+from minicpm_tune.processes import local_world_size
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
 from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_deepspeed_config
 from minicpm_tune.settings.hardware import accelerator_count
@@ -202,7 +203,7 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
 
 def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:
     accelerators = 0 if training.use_cpu else accelerator_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = local_world_size()
     if accelerators and processes > accelerators:
         yield (
             f"{processes} processes were started, but this machine has {accelerators} GPUs. "

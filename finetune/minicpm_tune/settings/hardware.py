@@ -56,11 +56,6 @@ def free_port(wanted: int) -> int:
     raise OSError("no free TCP port on this machine; name one with MASTER_PORT.")
 
 
-def process_rank() -> int:
-    """This process's rank over all machines, as torchrun says it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def cpu_cores() -> int:
     """CPU cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from minicpm_tune.output_folder import MANIFEST
-from minicpm_tune.training.checkpointing import gathered
+from minicpm_tune.processes import gather
 
 # Files of single processes; each lies on the machine of its process.
 _OF_ONE_PROCESS = re.compile(r"rng_state_\d+\.pth|.*zero_pp_rank_\d+_.*")
@@ -32,7 +32,7 @@ def fill_in(checkpoint: Path, *, writes: bool, device: torch.device) -> list[str
         What was missing on some machine.
     """
     here = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
-    views = gathered((here, writes))
+    views = gather((here, writes))
     shared = [name for name in sorted(views[0][0]) if name != MANIFEST]
     names = [name for name in shared if not _OF_ONE_PROCESS.fullmatch(Path(name).name)]
     missing = [name for name in names if any(name not in found for found, writer in views if writer)]
@@ -44,7 +44,7 @@ def fill_in(checkpoint: Path, *, writes: bool, device: torch.device) -> list[str
 def _send(path: Path, *, writes: bool, device: torch.device) -> None:
     """Send a file from rank 0 to all processes; those that lack it write it, under its name when it is whole."""
     first = distributed.get_rank() == 0
-    size = gathered(path.stat().st_size if first else None)[0]
+    size = gather(path.stat().st_size if first else None)[0]
     partial = path.with_name(f"{path.name}.partial")
     with ExitStack() as files:
         source = files.enter_context(path.open("rb")) if first else None

@@ -16,15 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
 from minicpm_tune.files import GIB, free_bytes, is_write_failure, system_reason
 from minicpm_tune.output_folder import MANIFEST, UNFINISHED
+from minicpm_tune.processes import gather
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
         step: output_folder.find_damage(path)
         for step, path in output_folder.list_checkpoints(training.output_dir)
     }
-    views = gathered(found)
+    views = gather(found)
     everywhere = set.intersection(*(set(view) for view in views))
     problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
     problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
@@ -218,15 +217,6 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
     if chosen is None:
         return None
     return Path(training.output_dir) / f"checkpoint-{chosen}"
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their ranks."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def check_continues(checkpoint: Path, shape: RunShape, *, skips_data: bool) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minicpm_tune import processes
 from minicpm_tune.errors import UserError
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.settings.hardware import process_rank
 from minicpm_tune.training.throughput import peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class NonFiniteSteps:
         text = f"step {step}: {_what_is_wrong(norm, batches, files)} The step was not applied"
         if self.policy == "skip" or self.in_a_row < STOP_AFTER:
             # Every process knows; one says it.
-            level = logging.WARNING if process_rank() == 0 else logging.INFO
+            level = logging.WARNING if processes.rank() == 0 else logging.INFO
             logger.log(level, "%s (%d in a row).", text, self.in_a_row)
             return
         raise NonFiniteError(

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from minicpm_tune import processes
 from minicpm_tune.logs import LOG_ONLY
-from minicpm_tune.training.checkpointing import gathered
+from minicpm_tune.processes import gather
 
 logger = logging.getLogger(LOG_ONLY)
 
@@ -73,17 +74,16 @@ class PeerMonitor:
 
     def start(self) -> None:
         """Start watching; every process calls it, once they have joined."""
-        distributed = torch.distributed
-        if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        self.rank, self.world = processes.joined()
+        if self.world == 1:
             return
-        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
-        self._prefix = gathered(uuid.uuid4().hex)[0]
+        self._prefix = gather(uuid.uuid4().hex)[0]
         # A connection of its own: in a shared one, a waiting call of the main thread would hold up ours.
-        self._store = distributed.TCPStore(
+        self._store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
         self._publish()
-        gathered(None)
+        gather(None)
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def mark(self, stage: str) -> None:
@@ -115,7 +115,7 @@ class PeerMonitor:
 
     def show_elsewhere(self) -> None:
         """Show on this machine's screen, once, that a process on another machine has failed."""
-        failure = self._try(self._failure) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        failure = self._try(self._failure) if processes.local_rank() == 0 else None
         if failure is not None and self._failed_on != _machine():
             sys.stderr.write(f"\nerror: {failure}\n")
             sys.stderr.flush()

@@ -21,11 +21,11 @@ import transformers
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from minicpm_tune import processes
 from minicpm_tune.errors import UserError
 from minicpm_tune.logs import LOG_ONLY, ROOT, silence
 from minicpm_tune.safe_loading import refuse_pickles
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.settings.hardware import process_rank
 from minicpm_tune.training.checkpointing import CheckpointError
 from minicpm_tune.training.nonfinite_and_memory import is_out_of_memory, memory_advice
 from minicpm_tune.training.peer_monitor import PeerMonitor
@@ -67,7 +67,7 @@ class ProcessLifecycle:
         self._training = training
         folder = Path(training.output_dir) / LOGS
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank{process_rank()}.log", encoding="utf-8")
+        handler = logging.FileHandler(folder / f"rank{processes.rank()}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         transformers.utils.logging.add_handler(handler)
@@ -116,7 +116,7 @@ class ProcessLifecycle:
             # When another process fails, operations with it raise here, of the family of RuntimeError.
             reason = self.watch.reason_of_others(_PATIENCE if issubclass(kind, RuntimeError) else 0)
         if reason is None:
-            self._show(f"process {process_rank()} on {socket.gethostname()}:\n{text}", summary=str(error))
+            self._show(f"process {processes.rank()} on {socket.gethostname()}:\n{text}", summary=str(error))
         else:
             self._write_log(text)
             self._show(f"error: {reason}")
@@ -129,7 +129,7 @@ class ProcessLifecycle:
             first = self.watch.claim((summary or text).removeprefix("error: ").split("\n")[0])
         else:
             first = True
-            if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            if processes.local_rank() > 0:
                 time.sleep(_LATER)
         if first:
             self._screen.write(f"\n{text}\n")
@@ -189,7 +189,7 @@ def _log_to_screen() -> None:
     """Log from rank 0 on the screen; from other ranks only warnings of their own."""
     screen = _Screen(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
-    screen.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
+    screen.setLevel(logging.INFO if processes.rank() == 0 else logging.WARNING)
     screen.addFilter(lambda record: record.name != LOG_ONLY)
     logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
     logging.getLogger(ROOT).setLevel(logging.INFO)

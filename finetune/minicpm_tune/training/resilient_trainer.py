@@ -22,9 +22,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from minicpm_tune import output_folder
+from minicpm_tune.processes import gather
 from minicpm_tune.safe_loading import allow_deepspeed_states, reading
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, gathered, run_shape
+from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, run_shape
 from minicpm_tune.training.nonfinite_and_memory import (
     MemoryExhaustedError,
     MicroBatch,
@@ -160,7 +161,7 @@ class ResilientTrainer(Trainer):
         model.zero_grad()
         self.optimizer._is_overflow = True
         self._tr_loss.copy_(self._loss_before)
-        reports = gathered([batch.report(self.args.process_index) for batch in self._batches])
+        reports = gather([batch.report(self.args.process_index) for batch in self._batches])
         self._non_finite.refused(
             self.state.global_step + 1, norm, [batch for found in reports for batch in found], self.files
         )

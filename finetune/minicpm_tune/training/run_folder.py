@@ -15,9 +15,10 @@ from typing import IO
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
 from minicpm_tune.output_folder import UNFINISHED
+from minicpm_tune.processes import gather, local_world_size
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpoint_sharing import fill_in
-from minicpm_tune.training.checkpointing import choose_checkpoint, gathered
+from minicpm_tune.training.checkpointing import choose_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class RunFolder:
         """
         self._raise_first(self._writable())
         training = self.training
-        if training.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        if training.world_size > local_world_size():
             self._shared = self._is_shared()
             self.moves = training.process_index == 0 if self._shared else training.local_process_index == 0
         if training.do_train:
@@ -76,7 +77,7 @@ class RunFolder:
             )
         if self.moves:
             self._clean()
-        gathered(None)  # nobody looks for checkpoints before all is cleaned
+        gather(None)  # nobody looks for checkpoints before all is cleaned
         chosen = choose_checkpoint(training)
         training.resume_from_checkpoint = None if chosen is None else str(chosen)
         if chosen is None:
@@ -87,7 +88,7 @@ class RunFolder:
             logger.info("Sent to machines without them: %s.", ", ".join(fetched) or "nothing")
 
     def _raise_first(self, problem: str | None) -> None:
-        problems = [text for text in gathered(problem) if text is not None]
+        problems = [text for text in gather(problem) if text is not None]
         if problems:
             raise RunFolderError(problems[0])
 
@@ -106,13 +107,13 @@ class RunFolder:
 
     def _is_shared(self) -> bool:
         """Whether all machines see the same folder."""
-        name = gathered(uuid.uuid4().hex)[0]
+        name = gather(uuid.uuid4().hex)[0]
         probe = self.path / f".probe-{name}"
         first = self.training.process_index == 0
         if first:
             probe.write_bytes(b"0")
-        gathered(None)
-        shared = all(gathered(probe.exists()))
+        gather(None)
+        shared = all(gather(probe.exists()))
         if first:
             probe.unlink()
         return shared

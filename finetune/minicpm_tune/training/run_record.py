@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dataset import SupervisedDataset
+from minicpm_tune.processes import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def _machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "gpus": gpus,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
     }
 
 
