@@ -182,7 +182,7 @@ class Bench(TrainerCallback):
 
     def _training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         if self.clock.running:
-            kept = ("attention_mask", "position_ids", "tgt_sizes", "supervised", "rows")
+            kept = ("attention_mask", "position_ids", "tgt_sizes", "supervised", "provenance")
             self.works.append({name: inputs[name] for name in kept if name in inputs})
         loss = self._step(model, inputs, *rest, **named)
         self.clock.mark("other")
@@ -230,7 +230,7 @@ class Bench(TrainerCallback):
         works = [work_of(batch) for batch in self.works]
         tokens = sum(sum(work.lengths) for work in works)
         places = sum(batch["attention_mask"].numel() for batch in self.works)
-        samples = sum(row is not None for batch in self.works for row in batch["rows"])
+        samples = sum(row is not None for batch in self.works for row in batch["provenance"].rows)
         flops, peak = sum(flops_of(work) for work in works), matrix_peak(on_gpu=self.on_gpu)
         rate = flops / self.seconds
         total = sum(self.phases.values())

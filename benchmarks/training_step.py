@@ -26,15 +26,15 @@ for folder in ("finetune", "demo"):
     sys.path.insert(0, str(ROOT / folder))
 
 from make_checkpoint import make_checkpoint
+from minicpm_tune.batch import PictureFeatures
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.batching import BatchMaker
+from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.packing import best_fit
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
-from minicpm_tune.models.tower_features import PictureFeatures
 
 KEPT = "+ packing, features kept"
 SAMPLES, BATCH, CAPACITY = 48, 8, 1024
@@ -55,7 +55,7 @@ def draw_samples(processing: Processing) -> list[dict[str, Any]]:
         side = (280, 260) if number % 4 == 0 else (112, 98)
         picture = Picture.of(Image.fromarray(random.integers(0, 255, (*side, 3), dtype=np.uint8)))
         sample = processing.encode(conversation.turns, [picture], limit=CAPACITY)
-        samples.append({**sample, "row": number, "source": 0})
+        samples.append({**sample, "origin": (0, number)})
     return samples
 
 
@@ -64,11 +64,11 @@ def batches(samples: list[dict[str, Any]], *, packed: bool, grouped: bool) -> It
     lengths = [len(sample["input_ids"]) for sample in samples]
     if packed:
         for row in best_fit(range(len(samples)), lengths, capacity=CAPACITY):
-            yield BatchMaker(0, packing=True)([[samples[index] for index in row]])
+            yield data_collator([[samples[index] for index in row]], packing=True)
         return
     order = sorted(range(len(samples)), key=lengths.__getitem__) if grouped else list(range(len(samples)))
     for start in range(0, len(order), BATCH):
-        yield BatchMaker(0)([samples[index] for index in order[start : start + BATCH]])
+        yield data_collator([samples[index] for index in order[start : start + BATCH]])
 
 
 def with_features(model: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,8 +76,8 @@ def with_features(model: Any, samples: list[dict[str, Any]]) -> list[dict[str, A
     kept = []
     for sample in samples:
         pictures = [PictureFeatures(len(sample["tgt_sizes"]), "kept")]
-        batch = BatchMaker(0)([{**sample, "pictures": pictures}])
-        del batch["rows"], batch["supervised_sources"]
+        batch = data_collator([{**sample, "pictures": pictures}])
+        del batch["provenance"]
         with torch.no_grad():
             model(**batch)
         features = batch["slice_sources"].found[0]
@@ -104,7 +104,7 @@ def epoch_seconds(model: Any, samples: list[dict[str, Any]], loss: Callable, **o
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
     start = time.process_time()
     for batch in batches(samples, **order):
-        del batch["rows"], batch["supervised_sources"]
+        del batch["provenance"]
         loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()

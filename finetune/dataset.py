@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.json_rows import Rows, open_rows
@@ -24,8 +25,7 @@ from minicpm_tune.data.files.mixtures import epoch_order, read_data_path
 from minicpm_tune.data.media.images import DEFAULT_MAX_PIXELS, ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import Conversation, Source, parse_row
-from minicpm_tune.data.samples import OVERLENGTH, Plan, Processing, Sample
-from minicpm_tune.data.token_labels import IGNORE_INDEX
+from minicpm_tune.data.samples import OVERLENGTH, Plan, Processing
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 __all__ = ["DataOptions", "SupervisedDataset", "data_collator", "padding_sample"]
@@ -159,7 +159,6 @@ class SupervisedDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if index in self._left_out:
             return padding_sample(self.processing)
-        source, row = self.place(index)
         try:
             conversation = self.conversation(index)
             pictures = self.pictures(index, conversation.sources)
@@ -171,7 +170,7 @@ class SupervisedDataset(Dataset):
             )
         except RowError as error:
             return self._without(index, error)
-        return {**sample, "row": row, "source": source}
+        return {**sample, "origin": self.place(index)}
 
     def _without(self, index: int, error: RowError) -> Sample:
         """A sample that contributes nothing, where the options let a bad row pass; ranks stay in step."""
@@ -283,8 +282,7 @@ def padding_sample(processing: Processing) -> Sample:
         "pixel_values": torch.zeros((3, processing.rules.patch_size, 0), dtype=torch.uint8),
         "tgt_sizes": torch.zeros((0, 2), dtype=torch.int32),
         "image_bound": torch.zeros((0, 2), dtype=torch.int64),
-        "row": None,
-        "source": None,
+        "origin": None,
     }
     if processing.generation.name == "v4_7":
         sample["mm_token_type_ids"] = torch.zeros_like(ids)

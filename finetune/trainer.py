@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from minicpm_tune.batch import Provenance, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
 from minicpm_tune.data.vision_cache import FeatureWriter
@@ -43,7 +44,7 @@ class CPMTrainer(ResilientTrainer):
         self,
         *,
         generation: Generation,
-        padding_sample: dict[str, Any],
+        padding_sample: Sample,
         lengths: np.ndarray | None = None,
         after_save: Callable[[Path], None] | None = None,
         feature_writer: FeatureWriter | None = None,
@@ -116,12 +117,12 @@ class CPMTrainer(ResilientTrainer):
     ) -> Any:
         """Count the batch, and leave the rest to Trainer and the model's forward."""
         inputs = dict(inputs)
-        sources = inputs["supervised_sources"]
-        self._meter.add(inputs, samples=_take_rows(inputs))
+        provenance: Provenance = inputs.pop("provenance")
+        self._meter.add(inputs, samples=sum(row is not None for row in provenance.rows))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._keep_features(inputs)
         if len(self._source_losses.names) > 1:
-            self._source_losses.add(outputs["token_losses"], sources)
+            self._source_losses.add(outputs["token_losses"], provenance.supervised_sources)
         return (loss, outputs) if return_outputs else loss
 
     def _keep_features(self, inputs: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ class CPMTrainer(ResilientTrainer):
         """Add one batch to the sums of the evaluation."""
         self.evaluates_batch(inputs)
         inputs = self._prepare_inputs(dict(inputs))
-        _take_rows(inputs)
+        del inputs["provenance"]
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
         self._keep_features(inputs)
@@ -196,9 +197,3 @@ class CPMTrainer(ResilientTrainer):
 
 def _order(rows: Any, *, seed: int, shuffle: bool) -> Order:
     return lambda epoch: rows.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)
-
-
-def _take_rows(inputs: dict[str, Any]) -> int:
-    """Remove the bookkeeping that is not for the model; give the number of real samples."""
-    del inputs["supervised_sources"]
-    return sum(row is not None for row in inputs.pop("rows"))

@@ -17,10 +17,10 @@ from minicpm_tune.answering.generate import (
     TextPieces,
     answer,
     decoded,
-    left_padded,
     stop_ids,
 )
 from minicpm_tune.answering.load import InferenceError, ModelChoice, choose_device, load_for_inference
+from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
@@ -75,7 +75,7 @@ def test_chat_puts_the_released_prompt_to_the_model(name):
 
 def without_cache(model, name, sample, *, steps):
     """Greedy tokens, each from a forward over everything in front of it."""
-    batch = left_padded([sample], pad_token_id=0)
+    batch = data_collator([sample], padding_side="left")
     del batch["attention_mask"]
     found = []
     for _ in range(steps):

@@ -218,7 +218,7 @@ def small_trainer(data, folder):
 
     def collate(samples):
         batch = data_collator(samples)
-        return {name: value for name, value in batch.items() if name not in ("rows", "position_ids")}
+        return {name: value for name, value in batch.items() if name != "provenance"}
 
     trainer = Trainer(
         model=loaded(checkpoint("v2_6"), "v2_6").train(),

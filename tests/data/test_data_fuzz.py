@@ -157,7 +157,7 @@ def test_mutated_rows_never_break_a_data_set(folder):
     lengths = dataset.lengths()
     samples = [dataset[index] for index in range(dataset.row_count)]
     assert [len(sample["input_ids"]) for sample in samples] == lengths.tolist()
-    assert sum(sample["row"] is None for sample in samples) > 50
+    assert sum(sample["origin"] is None for sample in samples) > 50
 
 
 @pytest.mark.timeout(120)

@@ -21,7 +21,7 @@ def data(tmp_path, rows, name="v2_6", **options):
 
 def test_a_sample_knows_its_row(tmp_path):
     rows = data(tmp_path, [good(0), good(1)])
-    assert (rows[1]["source"], rows[1]["row"]) == (0, 1)
+    assert rows[1]["origin"] == (0, 1)
     assert supervised_text(rows[1], rows.processing.tokenizer) == "Answer 1.<|im_end|>"
     assert rows[1]["pixel_values"].dtype == torch.uint8
     assert (len(rows), rows.row_count, rows.epoch_order(seed=0, epoch=0, shuffle=False)) == (2, 2, [0, 1])
@@ -98,7 +98,7 @@ def test_an_image_that_became_unreadable_contributes_nothing_and_is_listed(tmp_p
     (tmp_path / "a.png").unlink()
     for _ in range(2):  # met in two epochs, listed once
         batch = data_collator([rows[index] for index in range(3)])
-    assert batch["rows"] == [(0, 0), None, (0, 2)]
+    assert batch["provenance"].rows == [(0, 0), None, (0, 2)]
     assert (batch["labels"][1] == -100).all()
     assert (batch["labels"][0] != -100).any()
     assert len(batch["tgt_sizes"]) == 2
@@ -114,7 +114,7 @@ def test_another_bad_row_met_in_training_stops_it_unless_skipped(tmp_path):
     with pytest.raises(DataError, match=r"row 1 \(id 'roles'\): turn 0 has role 'cat'"):
         data(tmp_path, BAD_ROWS)[1]
     rows = data(tmp_path, BAD_ROWS, on_bad_row="skip")
-    assert rows[1]["row"] is None
+    assert rows[1]["origin"] is None
     assert not (rows[1]["labels"] != -100).any()
 
 
@@ -124,14 +124,14 @@ def test_rows_that_the_check_left_out_are_never_opened_again(tmp_path):
     rows.check_rows()
     assert [entry["row"] for entry in rows.bad_rows.read()] == [1, 2, 3, 4, 5]
     rows.conversation = lambda _: pytest.fail("opened")
-    assert all(rows[index]["row"] is None for index in range(1, 6))
+    assert all(rows[index]["origin"] is None for index in range(1, 6))
 
 
 def test_dropped_rows_are_counted_even_when_bad_rows_are_errors(tmp_path):
     rows = data(tmp_path, [good(0), BAD_ROWS[5]], model_max_length=512, overlength="drop")
     rows.bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl")
     rows.check_rows()
-    assert rows[1]["row"] is None
+    assert rows[1]["origin"] is None
     assert [entry["kind"] for entry in rows.bad_rows.read()] == ["over-long"]
 
 
@@ -145,7 +145,7 @@ def test_workers_share_one_list_of_bad_rows(tmp_path):
     rows.bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl")
     loader = DataLoader(rows, batch_size=3, num_workers=2, collate_fn=data_collator)
     batches = list(loader)
-    assert [row for batch in batches for row in batch["rows"]] == [None] * 12 + [(0, 12)]
+    assert [row for batch in batches for row in batch["provenance"].rows] == [None] * 12 + [(0, 12)]
     assert sorted(entry["row"] for entry in rows.bad_rows.read()) == list(range(12))
 
 
@@ -182,7 +182,6 @@ def test_a_batch_holds_every_sample_and_nothing_else(name, tmp_path):
                 assert batch[key][row, :length].tolist() == sample[key].tolist()
                 assert (batch[key][row, length:] == fill).all()
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (width - length)
-        assert batch["position_ids"][row].tolist() == list(range(length)) + list(range(width - length))
         bound = batch["image_bound"][runs : runs + len(sample["image_bound"])]
         assert (bound[:, 0] == row).all()
         assert bound[:, 1:].tolist() == sample["image_bound"].tolist()
@@ -198,7 +197,7 @@ def test_a_batch_holds_every_sample_and_nothing_else(name, tmp_path):
             columns + pixels.shape[2],
         )
     assert (slices, columns) == (len(batch["tgt_sizes"]), batch["pixel_values"].shape[2])
-    assert batch["rows"] == [(0, 0), (0, 1), (0, 2), None]
+    assert batch["provenance"].rows == [(0, 0), (0, 1), (0, 2), None]
     assert "temporal_ids" not in batch
 
 
@@ -208,7 +207,7 @@ def test_prompts_can_be_batched_without_labels():
     turns = parse_row({"conversations": chat("Hi", "x")}).turns[:1]
     batch = data_collator([processing("v2_6").encode_prompt(turns, [])] * 2)
     assert "labels" not in batch
-    assert batch["rows"] == [None, None]
+    assert "provenance" not in batch
 
 
 def test_bad_row_lines_are_json(tmp_path):

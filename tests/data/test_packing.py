@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from dataset import SupervisedDataset
 from draw_pictures import draw_data_set
 from make_checkpoint import make_checkpoint
-from minicpm_tune.data.batching import BatchMaker, supervised_places
+from minicpm_tune.data.collating import data_collator, supervised_places
 from minicpm_tune.data.files.mixtures import epoch_order
-from minicpm_tune.data.packing import best_fit, join
+from minicpm_tune.data.packing import best_fit
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.sampling import PADDING, EpochSampler, PackingSampler, grouped_by_length
 from minicpm_tune.training.throughput import SourceLosses
@@ -38,8 +38,7 @@ def golden_sample(generation, case, row, *, number=0):
         "pixel_values": torch.from_numpy(np.concatenate([np.zeros((3, 14, 0), np.uint8), *pixels], axis=-1)),
         "tgt_sizes": torch.from_numpy(sizes).reshape(-1, 2),
         "image_bound": torch.from_numpy(arrays[prefix + "image_bound"]).long().reshape(-1, 2),
-        "source": 0,
-        "row": number,
+        "origin": (0, number),
     }
     packs = json.loads((GOLDENS / generation / "forward.json").read_text())["cases"][case].get("temporal_ids")
     if packs:
@@ -59,11 +58,7 @@ def samples_of(generation):
 
 def run(model, batch):
     """Logits, loss sum and gradients of a batch."""
-    batch = {
-        name: value
-        for name, value in batch.items()
-        if name not in ("rows", "attention_mask", "supervised_sources")
-    }
+    batch = {name: value for name, value in batch.items() if name not in ("provenance", "attention_mask")}
     model.zero_grad()
     output = model(**batch, num_items_in_batch=1)
     output.loss.backward()
@@ -80,10 +75,10 @@ def run(model, batch):
 def test_a_packed_row_equals_its_samples_alone(generation, attention):
     model, _ = golden_model(generation, attention=attention)
     samples = samples_of(generation)
-    logits, loss, gradients = run(model, BatchMaker(0, packing=True)([samples]))
+    logits, loss, gradients = run(model, data_collator([samples], packing=True))
     start, loss_sum, added = 0, 0.0, {}
     for sample in samples:
-        alone, alone_loss, alone_gradients = run(model, BatchMaker(0)([sample]))
+        alone, alone_loss, alone_gradients = run(model, data_collator([sample]))
         length = len(sample["input_ids"])
         assert (logits[0, start : start + length] - alone[0]).abs().max() < LOGIT_TOLERANCE
         start, loss_sum = start + length, loss_sum + alone_loss
@@ -100,12 +95,12 @@ def test_a_packed_row_equals_its_samples_alone(generation, attention):
 def test_a_changed_sample_moves_no_logit_of_another(generation):
     model, _ = golden_model(generation, attention="sdpa")
     samples = samples_of(generation)
-    before, _, _ = run(model, BatchMaker(0, packing=True)([samples]))
+    before, _, _ = run(model, data_collator([samples], packing=True))
     changed = [dict(sample) for sample in samples]
     changed[1]["input_ids"] = samples[1]["input_ids"].clone()
     changed[1]["input_ids"][-5:] = 7
     changed[1]["pixel_values"] = 255 - samples[1]["pixel_values"]
-    after, _, _ = run(model, BatchMaker(0, packing=True)([changed]))
+    after, _, _ = run(model, data_collator([changed], packing=True))
     first, second = (len(sample["input_ids"]) for sample in samples[:2])
     same = torch.ones(before.shape[1], dtype=torch.bool)
     same[first : first + second] = False
@@ -117,16 +112,16 @@ def test_a_changed_sample_moves_no_logit_of_another(generation):
 def test_a_row_does_not_depend_on_what_else_is_in_the_batch(generation):
     model, _ = golden_model(generation, attention="sdpa")
     samples = samples_of(generation)
-    together, _, _ = run(model, BatchMaker(0)(samples))
+    together, _, _ = run(model, data_collator(samples))
     for row, sample in enumerate(samples):
-        alone, _, _ = run(model, BatchMaker(0)([sample]))
+        alone, _, _ = run(model, data_collator([sample]))
         assert (together[row, : len(sample["input_ids"])] - alone[0]).abs().max() < LOGIT_TOLERANCE
 
 
 def test_the_places_of_supervised_tokens_give_the_loss_that_labels_give():
     model, _ = golden_model("v2_6", attention="sdpa")
-    batch = BatchMaker(0)(samples_of("v2_6"))
-    del batch["rows"], batch["supervised_sources"]
+    batch = data_collator(samples_of("v2_6"))
+    del batch["provenance"]
     with_places = model(**batch)
     del batch["supervised"]
     without = model(**batch)
@@ -138,11 +133,11 @@ def test_joined_samples_keep_their_rows_and_never_learn_their_first_token():
     samples = samples_of("v2_6")
     for sample in samples:
         sample["labels"][0] = 5
-    joined = join(samples)
-    starts = (joined["position_ids"] == 0).nonzero()[:, 0]
+    batch = data_collator([samples], packing=True)
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
     assert starts.tolist() == [0, 41, 41 + 84]
-    assert joined["labels"][starts].tolist() == [-100] * 3
-    assert joined["parts"] == [(0, 0), (0, 1), (0, 2)]
+    assert batch["labels"][0, starts].tolist() == [-100] * 3
+    assert batch["provenance"].rows == [(0, 0), (0, 1), (0, 2)]
     assert samples[0]["labels"][0] == 5
 
 
@@ -150,12 +145,12 @@ def test_joined_samples_keep_their_rows_and_never_learn_their_first_token():
 def test_every_supervised_token_is_counted_for_its_source(packing):
     samples = samples_of("v2_6")
     for source, sample in enumerate(samples):
-        sample["source"] = source
-    batch = BatchMaker(0, packing=packing)([samples] if packing else samples)
+        sample["origin"] = (source, 0)
+    batch = data_collator([samples] if packing else samples, packing=packing)
     counts = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
-    assert np.bincount(batch["supervised_sources"]).tolist() == counts
+    assert np.bincount(batch["provenance"].supervised_sources).tolist() == counts
     losses = SourceLosses(["a/x.json", "b/x.json", "y.json"])
-    losses.add(torch.arange(sum(counts), dtype=torch.float32), batch["supervised_sources"])
+    losses.add(torch.arange(sum(counts), dtype=torch.float32), batch["provenance"].supervised_sources)
     found = losses.read(Accelerator(cpu=True))
     assert list(found) == ["loss/0:x.json", "loss/1:x.json", "loss/y.json"]
     assert found["loss/0:x.json"] == pytest.approx(np.arange(counts[0]).mean())

@@ -5,11 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.prompts import PromptWriter
 from minicpm_tune.data.slicing.adaptive import SliceRules
-from minicpm_tune.data.token_labels import IGNORE_INDEX, truncate
+from minicpm_tune.data.token_labels import truncate
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DroppedRowError, RowError
 from support.data_helpers import ALL, chat, encoded, processing, supervised_text, turns_of

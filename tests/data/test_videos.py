@@ -226,7 +226,7 @@ def test_a_film_that_ends_early_is_left_out_in_training(tmp_path):
     (tmp_path / "a.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RowError, match=r"a\.mp4' (can't be decoded|ends before frame)"):
         list(plan.pictures[0].frames())
-    assert rows[0]["row"] is None
+    assert rows[0]["origin"] is None
 
 
 def test_a_missing_video_package_is_named(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dataset import DataOptions, SupervisedDataset
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.batching import BatchMaker
+from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, VisionCacheError, check_tower_is_frozen, open_cache
 from minicpm_tune.lora.build import add_adapter
@@ -82,9 +82,9 @@ class Run:
         """Loss, gradients, and patches that went through the tower."""
         self.patches = 0
         samples = [self.rows[index] for index in indices]
-        maker = BatchMaker(0, packing=packing, copies=self.row.native)
-        batch = maker([samples] if packing else samples)
-        del batch["rows"], batch["supervised_sources"]
+        rows = [samples] if packing else samples
+        batch = data_collator(rows, packing=packing, cpu_copies=self.row.native)
+        del batch["provenance"]
         self.model.zero_grad()
         output = self.model(**batch)
         output.loss.backward()

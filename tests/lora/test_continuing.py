@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_the_adapter(adapter, tmp_path, more):
         str(data), load_processing(checkpoint("v2_6")), DataOptions(model_max_length=2048)
     )
     batch = data_collator([rows[index] for index in range(4)])
-    del batch["rows"]
+    del batch["provenance"]
     with torch.no_grad():
         expected = model.train()(**batch).loss.item()
     assert found["loss"] == pytest.approx(expected, rel=1e-4)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minicpm_tune.models.loss import IGNORE_INDEX, LMHead, as_lm_head, supervised_loss
+from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.models.loss import LMHead, as_lm_head, supervised_loss
 
 WIDTH, VOCABULARY = 16, 50
 LOSS_TOLERANCE = 1e-5  # 1.9e-6 measured, loss sums near 40

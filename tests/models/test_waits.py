@@ -8,7 +8,7 @@ import torch
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.batching import BatchMaker
+from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import apply_liger
@@ -16,7 +16,7 @@ from minicpm_tune.planning.meta_model import build_on_meta
 from support.golden_models import SIX, full_batch, golden_model
 from support.training_samples import draw
 
-HOST_ONLY = ("rows", "supervised_sources")
+HOST_ONLY = ("provenance",)
 
 
 def moved(batch, device):
@@ -30,8 +30,8 @@ def moved(batch, device):
 
 def made_batch(folder, name, *, packing):
     samples = draw(load_processing(folder))
-    maker = BatchMaker(0, packing=packing, copies=GENERATIONS[name].native)
-    return maker([samples] if packing else samples)
+    rows = [samples] if packing else samples
+    return data_collator(rows, packing=packing, cpu_copies=GENERATIONS[name].native)
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from minicpm_tune.answering.generate import GREEDY, answer
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
-from minicpm_tune.data.batching import BatchMaker
-from minicpm_tune.data.packing import join
+from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.lora.build import add_adapter, load_adapter, target_modules
@@ -61,18 +60,12 @@ ROWS = (
 
 
 def samples_of(rules):
-    return [
-        rules.encode(turns, images) | {"row": row, "source": 0} for row, (turns, images) in enumerate(ROWS)
-    ]
+    return [rules.encode(turns, images) | {"origin": (0, row)} for row, (turns, images) in enumerate(ROWS)]
 
 
 def run(model, batch):
     """Logits, summed loss and gradients."""
-    batch = {
-        key: value
-        for key, value in batch.items()
-        if key not in ("rows", "supervised_sources", "attention_mask")
-    }
+    batch = {key: value for key, value in batch.items() if key not in ("provenance", "attention_mask")}
     model.zero_grad()
     output = model(**batch, num_items_in_batch=1)
     output.loss.backward()
@@ -89,11 +82,10 @@ def run(model, batch):
 def test_a_batch_packed_or_padded_equals_its_samples_alone(loaded, name, packing):
     model, rules = loaded[name]
     samples = samples_of(rules)
-    maker = BatchMaker(0, packing=packing)
-    logits, loss, gradients = run(model, maker([samples] if packing else samples))
+    logits, loss, gradients = run(model, data_collator([samples] if packing else samples, packing=packing))
     start, loss_sum, added = 0, 0.0, {}
     for row, sample in enumerate(samples):
-        alone, alone_loss, alone_gradients = run(model, BatchMaker(0)([sample]))
+        alone, alone_loss, alone_gradients = run(model, data_collator([sample]))
         length = len(sample["input_ids"])
         mine = logits[0, start : start + length] if packing else logits[row, :length]
         assert (mine - alone[0]).abs().max() < LOGIT_TOLERANCE
@@ -110,10 +102,10 @@ def test_a_batch_packed_or_padded_equals_its_samples_alone(loaded, name, packing
 def test_a_changed_sample_moves_no_logit_of_another_in_its_row(loaded, name):
     model, rules = loaded[name]
     samples = samples_of(rules)
-    before, _, _ = run(model, BatchMaker(0, packing=True)([samples]))
+    before, _, _ = run(model, data_collator([samples], packing=True))
     changed = [dict(sample) for sample in samples]
     changed[1]["pixel_values"] = 255 - samples[1]["pixel_values"]
-    after, _, _ = run(model, BatchMaker(0, packing=True)([changed]))
+    after, _, _ = run(model, data_collator([changed], packing=True))
     first, second = (len(sample["input_ids"]) for sample in samples[:2])
     same = torch.ones(before.shape[1], dtype=torch.bool)
     same[first : first + second] = False
@@ -124,7 +116,7 @@ def test_a_changed_sample_moves_no_logit_of_another_in_its_row(loaded, name):
 @pytest.mark.parametrize("name", THREE)
 def test_text_alone_gives_every_parameter_a_gradient_and_those_of_vision_are_zero(loaded, name):
     model, rules = loaded[name]
-    _, _, gradients = run(model, BatchMaker(0)(samples_of(rules)[:1]))
+    _, _, gradients = run(model, data_collator(samples_of(rules)[:1]))
     seeing = ("vit.", "vision_proj.", "plora_")
     for key, gradient in gradients.items():
         assert gradient is not None, key
@@ -135,7 +127,7 @@ def test_text_alone_gives_every_parameter_a_gradient_and_those_of_vision_are_zer
 @pytest.mark.parametrize("name", THREE)
 def test_partial_lora_and_projector_learn_from_images(loaded, name):
     model, rules = loaded[name]
-    _, _, gradients = run(model, BatchMaker(0)(samples_of(rules)[1:2]))
+    _, _, gradients = run(model, data_collator(samples_of(rules)[1:2]))
     first = "model.layers.0.attention.wqkv.Plora_B.weight"
     for key in (first, "vision_proj.0.weight", "vit.vision_tower.vision_model.embeddings.class_embedding"):
         assert gradients[key].any(), key
@@ -143,8 +135,8 @@ def test_partial_lora_and_projector_learn_from_images(loaded, name):
 
 def test_partial_lora_drops_out_in_training_only(loaded):
     model, rules = loaded["xc2_7b"]
-    batch = {key: value for key, value in BatchMaker(0)(samples_of(rules)[1:2]).items()
-             if key not in ("rows", "supervised_sources", "attention_mask")}  # fmt: skip
+    batch = {key: value for key, value in data_collator(samples_of(rules)[1:2]).items()
+             if key not in ("provenance", "attention_mask")}  # fmt: skip
     with torch.no_grad():
         assert model(**batch).loss == model(**batch).loss
         model.train()
@@ -243,10 +235,8 @@ def test_quantised_layers_keep_their_partial_lora_exact(bits):
     wrapped = add_adapter(
         model, GENERATIONS[name], LoraArguments(lora_r=4, q_lora=True), vision=False, resampler=True
     ).train()
-    batch = BatchMaker(0)(samples_of(rules))
-    output = wrapped(
-        **{key: value for key, value in batch.items() if key not in ("rows", "supervised_sources")}
-    )
+    batch = data_collator(samples_of(rules))
+    output = wrapped(**{key: value for key, value in batch.items() if key != "provenance"})
     output.loss.backward()
     assert all(value.grad is not None for value in wrapped.parameters() if value.requires_grad)
 
@@ -334,7 +324,7 @@ def test_a_batch_whose_parts_do_not_fit_is_refused(loaded, sizes, bounds, messag
 
 def test_joined_samples_keep_their_images(loaded):
     _, rules = loaded["xc2_7b"]
-    joined = join(samples_of(rules))
-    assert len(joined["image_bound"]) == len(joined["tgt_sizes"]) == 3
+    batch = data_collator([samples_of(rules)], packing=True)
+    assert len(batch["image_bound"]) == len(batch["tgt_sizes"]) == 3
     read = read_turns(chat("Hi", "Hello"))
     assert len(rules.encode(read, [])["image_bound"]) == 0

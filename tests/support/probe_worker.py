@@ -93,7 +93,7 @@ class Probed(ResilientTrainer):
                     found[name] += 1
 
                 hooks.append(parameter.register_hook(count))
-        slices, rows = len(inputs["tgt_sizes"]), sum(row is not None for row in inputs["rows"])
+        slices, rows = len(inputs["tgt_sizes"]), sum(row is not None for row in inputs["provenance"].rows)
         loss = super().training_step(model, inputs, num_items_in_batch)
         for hook in hooks:
             hook.remove()

@@ -22,5 +22,5 @@ def draw(processing):
             for width, height in sizes
         ]
         sample = processing.encode(row.turns, [Picture.of(image) for image in images])
-        samples.append({**sample, "row": number, "source": 0})
+        samples.append({**sample, "origin": (0, number)})
     return samples

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from minicpm_tune.data.samples import Processing, Sample
+from minicpm_tune.batch import Sample
+from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.samples import Processing
 
 # Ends of a text besides the generation's own turn end, as the released code's terminators have them.
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -41,52 +43,6 @@ def stop_ids(processing: Processing) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     texts = (processing.generation.turn_end, tokenizer.eos_token, *_TEXT_ENDS)
     return sorted({vocabulary[text] for text in texts if text in vocabulary})
-
-
-def left_padded(samples: Sequence[Sample], *, pad_token_id: int) -> dict[str, Any]:
-    """Join prompts into a batch whose last tokens stand side by side, as generating needs them.
-
-    Args:
-        samples: What ``Processing.encode_prompt`` gives.
-        pad_token_id: Any valid id; padding is never attended.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` [B, T], ``pixel_values``, ``tgt_sizes``, ``image_bound``
-        [P, 3] = (row, start, end) and, where the samples have them, ``temporal_ids``; as in training.
-    """
-    length = max(len(sample["input_ids"]) for sample in samples)
-    ids = torch.full((len(samples), length), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros(len(samples), length, dtype=torch.int64)
-    bounds = []
-    for row, sample in enumerate(samples):
-        start = length - len(sample["input_ids"])
-        ids[row, start:] = sample["input_ids"]
-        mask[row, start:] = 1
-        bound = sample["image_bound"] + start
-        bounds.append(torch.cat([torch.full((len(bound), 1), row), bound], dim=1))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
-        "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]),
-        "image_bound": torch.cat(bounds),
-    }
-    if any("temporal_ids" in sample for sample in samples):
-        batch["temporal_ids"] = _joined_times(samples)
-    return batch
-
-
-def _joined_times(samples: Sequence[Sample]) -> Tensor:
-    """[S, 2] (placeholder, time) over the batch; a still image is a placeholder of its own, time -1."""
-    joined, placeholders = [], 0
-    for sample in samples:
-        times = sample.get("temporal_ids")
-        if times is None:
-            numbers = torch.arange(len(sample["tgt_sizes"]))
-            times = torch.stack([numbers, torch.full_like(numbers, -1)], dim=1)
-        joined.append(times + torch.tensor([placeholders, 0]))
-        placeholders += len(sample["image_bound"])
-    return torch.cat(joined)
 
 
 def answer(
@@ -114,7 +70,9 @@ def answer(
     tokenizer = processing.tokenizer
     pad = tokenizer.pad_token_id
     stops = stop_ids(processing)
-    batch = left_padded(samples, pad_token_id=stops[0] if pad is None else pad)
+    batch: dict[str, Any] = {
+        **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
+    }
     width = batch["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "pixel_values"):
         batch[name] = batch[name].to(model.device)

@@ -10,9 +10,10 @@ from typing import Any
 from PIL import Image
 
 from dataset import DataOptions, SupervisedDataset
+from minicpm_tune.batch import Sample
 from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_parsing import Conversation, parse_row
-from minicpm_tune.data.samples import Processing, Sample
+from minicpm_tune.data.samples import Processing
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DataError, RowError
 

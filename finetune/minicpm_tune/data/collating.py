@@ -1,81 +1,181 @@
-"""Samples -> a batch: ``data_collator``.
+"""Samples -> a batch, in one place: packed rows, single rows, and prompts for generation.
 
-Shapes: B samples of at most T tokens, S slices of the whole batch, P their runs of pad tokens, L a slice's
-patches.
+Shapes and letters as in ``minicpm_tune/batch.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from minicpm_tune.data.samples import Sample
-from minicpm_tune.data.token_labels import IGNORE_INDEX
-from minicpm_tune.models.tower_features import for_the_model, joined
+from minicpm_tune.batch import IGNORE_INDEX, Batch, PictureFeatures, Provenance, Sample, SliceSources
 
 
-def data_collator(samples: Sequence[Sample], *, pad_token_id: int = 0) -> dict[str, Any]:
-    """Join samples into a batch.
+@dataclass(frozen=True)
+class _Placed:
+    """A sample with its place in the batch: ``row``, and [start, end) in tokens of that row."""
+
+    sample: Sample
+    row: int
+    start: int
+
+    @property
+    def span(self) -> tuple[int, slice]:
+        return self.row, slice(self.start, self.start + len(self.sample["input_ids"]))
+
+
+def data_collator(
+    rows: Sequence[Sample | list[Sample]],
+    *,
+    pad_token_id: int = 0,
+    packing: bool = False,
+    padding_side: Literal["right", "left"] = "right",
+    cpu_copies: bool = False,
+) -> Batch:
+    """Make a batch.
 
     Args:
-        samples: What ``SupervisedDataset`` gives; prompts without ``labels`` work, too.
+        rows: What ``SupervisedDataset`` gives; a list of samples shares one row. Samples may be prompts.
         pad_token_id: What ``input_ids`` are padded with; any valid id, since padding is never attended.
+        packing: Whether rows may hold several samples; the model then tells them apart by ``position_ids``.
+        padding_side: ``right`` for training; ``left`` for generation, so that the prompts end side by side.
+        cpu_copies: Whether the model reads the token ids on the CPU too.
 
     Returns:
-        ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` [B, T], padded on the right, positions
-        restarting at 0 with the padding; ``pixel_values`` uint8 [3, 14, 14 * sum(L)], ``tgt_sizes`` [S, 2],
-        ``image_bound`` [P, 3] = (row, start, end) of the whole batch; with packed video frames
-        ``temporal_ids`` [S, 2] = (run of pad tokens, time index or -1); ``rows``, the (source, row) of every
-        sample, ``None`` for one that contributes nothing. Where features of slices are kept (``known_slices``)
-        ``slice_sources`` and ``known_features``, and ``pixel_values`` of the other slices alone.
+        The batch, with the keys that ``Batch`` lists.
     """
-    length = max(len(sample["input_ids"]) for sample in samples)
-    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "mm_token_type_ids": 0}
-    batch: dict[str, Any] = {
-        key: _padded([sample[key] for sample in samples], length, fill)
-        for key, fill in fills.items()
-        if key in samples[0]
+    placed, shape = _place(rows, padding_side)
+    samples = [each.sample for each in placed]
+    batch: Batch = {
+        "input_ids": _filled(placed, "input_ids", shape, pad_token_id),
+        "attention_mask": _mask(placed, shape),
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
+        "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]).numpy(),
+        "image_bound": _image_bound(placed),
     }
-    counts = torch.tensor([len(sample["input_ids"]) for sample in samples])[:, None]
-    places = torch.arange(length)[None]
-    batch["attention_mask"] = (places < counts).long()
-    batch["position_ids"] = torch.where(places < counts, places, places - counts)
-    batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples], dim=2)
-    batch["tgt_sizes"] = torch.cat([sample["tgt_sizes"] for sample in samples])
-    batch["image_bound"] = torch.cat(
-        [
-            torch.nn.functional.pad(sample["image_bound"], (1, 0), value=row)
-            for row, sample in enumerate(samples)
-        ]
-    )
+    if "mm_token_type_ids" in samples[0]:
+        batch["mm_token_type_ids"] = _filled(placed, "mm_token_type_ids", shape, 0)
     if any("temporal_ids" in sample for sample in samples):
-        batch["temporal_ids"] = temporal_ids(samples)
-    for pictures in joined(samples).values():
-        batch |= for_the_model(pictures)
-    batch["rows"] = [
-        None if sample.get("row") is None else (sample["source"], sample["row"]) for sample in samples
-    ]
+        batch["temporal_ids"] = _temporal_ids(samples)
+    if packing:
+        batch["position_ids"] = _position_ids(placed, shape)
+    if cpu_copies:
+        copied = [batch["input_ids"], batch["attention_mask"], *([batch["position_ids"]] if packing else [])]
+        batch["on_cpu"] = torch.stack(copied).numpy()
+    if "labels" in samples[0]:
+        batch["labels"] = _labels(placed, shape)
+        batch["supervised"] = supervised_places(batch["labels"])
+        batch["provenance"] = _provenance(placed, shape, batch["supervised"])
+    if any("pictures" in sample for sample in samples):
+        pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
+        batch["slice_sources"] = _slice_sources(pictures)
+        known = [picture.features for picture in pictures if picture.features is not None]
+        if known:
+            batch["known_features"] = torch.cat(known)
     return batch
 
 
-def _padded(rows: Sequence[torch.Tensor], length: int, fill: int) -> torch.Tensor:
-    padded = torch.full((len(rows), length), fill, dtype=torch.int64)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
+def _place(rows: Sequence[Sample | list[Sample]], padding_side: str) -> tuple[list[_Placed], tuple[int, int]]:
+    """Give every sample its place, and the batch its shape [B, T]."""
+    lists = [row if isinstance(row, list) else [row] for row in rows]
+    lengths = [sum(len(sample["input_ids"]) for sample in row) for row in lists]
+    width = max(lengths)
+    placed = []
+    for number, (row, length) in enumerate(zip(lists, lengths, strict=True)):
+        start = width - length if padding_side == "left" else 0
+        for sample in row:
+            placed.append(_Placed(sample, number, start))
+            start += len(sample["input_ids"])
+    return placed, (len(rows), width)
 
 
-def temporal_ids(samples: Sequence[Sample]) -> torch.Tensor:
-    """Every slice's run, counted through the batch, and its time index; a still's slices have their own."""
-    parts = []
+def _filled(placed: Sequence[_Placed], key: Any, shape: tuple[int, int], fill: int) -> Tensor:
+    """[B, T] of one key of every sample."""
+    values = torch.full(shape, fill, dtype=torch.int64)
+    for each in placed:
+        values[each.span] = each.sample[key]
+    return values
+
+
+def _mask(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for each in placed:
+        mask[each.span] = 1
+    return mask
+
+
+def _position_ids(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
+    """[B, T] positions that restart with every sample; the padding behind them counts as one more."""
+    starts = torch.zeros(shape, dtype=torch.int64)
+    for each in placed:
+        row, span = each.span
+        starts[row, span] = span.start
+        starts[row, span.stop :] = span.stop
+    return torch.arange(shape[1]) - starts
+
+
+def _labels(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
+    labels = _filled(placed, "labels", shape, IGNORE_INDEX)
+    for each in placed:
+        # Nothing predicts the first token of a sample; in a packed row the token before belongs to another.
+        labels[each.row, each.start] = IGNORE_INDEX
+    return labels
+
+
+def _image_bound(placed: Sequence[_Placed]) -> np.ndarray:
+    bounds = [
+        torch.nn.functional.pad(each.sample["image_bound"] + each.start, (1, 0), value=each.row)
+        for each in placed
+    ]
+    return torch.cat(bounds).numpy()
+
+
+def supervised_places(labels: Tensor) -> np.ndarray:
+    """Places in the flattened batch whose next token has a label.
+
+    Example:
+        >>> supervised_places(torch.tensor([[-100, 5, -100], [-100, -100, 7]])).tolist()
+        [0, 4]
+    """
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return (rows * labels.shape[1] + columns).numpy()
+
+
+def _provenance(placed: Sequence[_Placed], shape: tuple[int, int], supervised: np.ndarray) -> Provenance:
+    origins = [each.sample.get("origin") for each in placed]
+    sources = np.full(shape, -1, dtype=np.int64)
+    for each, origin in zip(placed, origins, strict=True):
+        if origin is not None:
+            sources[each.span] = origin[0]
+    return Provenance(origins, sources.ravel()[supervised])
+
+
+def _temporal_ids(samples: Sequence[Sample]) -> np.ndarray:
+    """[S, 2] (run, time index); runs are counted through the batch, and a still's slices have their own."""
+    return torch.cat(list(_counted_runs(samples))).numpy()
+
+
+def _counted_runs(samples: Sequence[Sample]) -> Iterator[Tensor]:
     first = 0
     for sample in samples:
         runs = len(sample["image_bound"])
         times = sample.get("temporal_ids")
         if times is None:
             times = torch.stack([torch.arange(runs), torch.full((runs,), -1)], dim=1)
-        parts.append(times + torch.tensor([first, 0]))
+        yield times + torch.tensor([first, 0])
         first += runs
-    return torch.cat(parts)
+
+
+def _slice_sources(pictures: Sequence[PictureFeatures]) -> SliceSources:
+    known = np.repeat(
+        np.array([picture.features is not None for picture in pictures], dtype=bool),
+        [picture.slices for picture in pictures],
+    )
+    return SliceSources(
+        known, [(picture.key, picture.slices) for picture in pictures if picture.features is None]
+    )

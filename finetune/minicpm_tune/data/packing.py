@@ -8,15 +8,6 @@ within a sample; the model tells samples apart by ``position_ids`` that restart 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-
-from minicpm_tune.data.collating import temporal_ids
-from minicpm_tune.models.loss import IGNORE_INDEX
-from minicpm_tune.models.tower_features import joined as joined_pictures
-
-Sample = dict[str, Any]
 
 
 def best_fit(indices: Sequence[int], lengths: Sequence[int], *, capacity: int) -> list[tuple[int, ...]]:
@@ -72,37 +63,3 @@ def pack_in_windows(
     return [
         row for start in starts for row in best_fit(order[start : start + window], lengths, capacity=capacity)
     ]
-
-
-def join(samples: Sequence[Sample]) -> Sample:
-    """Join the samples of a packed row to one.
-
-    Args:
-        samples: As ``SupervisedDataset`` gives them.
-
-    Returns:
-        A sample whose ``position_ids`` [T] restart at 0 with each of its parts, and whose ``parts`` are
-        the (source, row) of each, None for one that contributes nothing.
-    """
-    joined: Sample = {}
-    for key in ("input_ids", "labels", "mm_token_type_ids"):
-        if key in samples[0]:
-            joined[key] = torch.cat([sample[key] for sample in samples])
-    joined["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples], dim=2)
-    joined["tgt_sizes"] = torch.cat([sample["tgt_sizes"] for sample in samples])
-    joined["position_ids"] = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
-    bounds, start = [], 0
-    for sample in samples:
-        # Nothing predicts the first token of a sample; the token before it belongs to another.
-        joined["labels"][start] = IGNORE_INDEX
-        bounds.append(sample["image_bound"] + start)
-        start += len(sample["input_ids"])
-    joined["image_bound"] = torch.cat(bounds)
-    if any("temporal_ids" in sample for sample in samples):
-        joined["temporal_ids"] = temporal_ids(samples)
-    joined["parts"] = [
-        None if sample["row"] is None else (sample["source"], sample["row"]) for sample in samples
-    ]
-    joined |= joined_pictures(samples)
-    joined |= {"row": samples[0]["row"], "source": samples[0]["source"]}
-    return joined

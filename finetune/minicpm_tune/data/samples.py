@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from minicpm_tune.batch import Sample
 from minicpm_tune.checkpoints.model_folder import load_tokenizer, read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.images import Picture
@@ -29,7 +29,6 @@ from minicpm_tune.data.turns import Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache
 from minicpm_tune.errors import OVER_LONG, DroppedRowError, RowError
 
-Sample = dict[str, Any]
 OVERLENGTH = ("truncate", "drop", "error", "shrink_slices")
 
 
@@ -169,7 +168,7 @@ class Processing:
     def finish(self, plan: Plan) -> Sample:
         """Decode a plan's pictures, and give the training sample; see ``encode``.
 
-        With a ``vision_cache`` the sample has ``pictures``, see ``known_slices``, and ``pixel_values`` of those
+        With a ``vision_cache`` the sample has ``pictures`` (``batch.PictureFeatures``), and ``pixel_values`` of those
         alone whose features are not kept yet; only they are decoded.
         """
         labels = torch.tensor(plan.encoded.labels, dtype=torch.int64)
@@ -252,7 +251,7 @@ class Processing:
         if self.generation.name == "v4_7":
             sample["mm_token_type_ids"] = token_types(input_ids, self.tokenizer, self.style)
         if cache is not None:
-            sample["pictures"] = known
+            sample["pictures"] = [found for found in known if found is not None]
         if any(picture.packs for picture in pictures):
             sample["temporal_ids"] = temporal_ids(pictures, layouts)
         return sample

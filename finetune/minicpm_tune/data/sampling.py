@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from minicpm_tune.batch import Sample
 from minicpm_tune.data.packing import best_fit, pack_in_windows
 
 PADDING = -1
@@ -113,13 +114,13 @@ class PaddedRows(Dataset):
         padding: The sample to give for ``PADDING``.
     """
 
-    def __init__(self, rows: Dataset, padding: dict[str, Any]):
+    def __init__(self, rows: Dataset, padding: Sample):
         self.rows, self.padding = rows, padding
 
     def __len__(self) -> int:
         return len(self.rows)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
-    def __getitem__(self, index: int | tuple[int, ...]) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, index: int | tuple[int, ...]) -> Sample | list[Sample]:
         if isinstance(index, tuple):
             return [self.rows[number] for number in index]
         return self.padding if index == PADDING else self.rows[index]

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
+from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.data.placeholders import Placeholder
 from minicpm_tune.data.prompts import Piece
-
-IGNORE_INDEX = -100
 
 
 @dataclass

@@ -30,13 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from minicpm_tune.batch import PictureFeatures, SliceSources
 from minicpm_tune.checkpoints.model_generations import Generation, plain_name
 from minicpm_tune.checkpoints.weight_files import stored_tensors
 from minicpm_tune.data.files.index_cache import replacing
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.adaptive import Layout
 from minicpm_tune.errors import UserError
-from minicpm_tune.models.tower_features import PictureFeatures, SliceSources
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minicpm_tune.data.samples import Processing, Sample
+    from minicpm_tune.batch import Sample
+    from minicpm_tune.data.samples import Processing
 
 logger = logging.getLogger(__name__)
 

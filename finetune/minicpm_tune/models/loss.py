@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-IGNORE_INDEX = -100
+from minicpm_tune.batch import IGNORE_INDEX
 
 # Logits of one chunk, in elements: 2**26 is 256 MiB in fp32 (442 tokens at a vocabulary of 151,748).
 CHUNK_ELEMENTS = 2**26

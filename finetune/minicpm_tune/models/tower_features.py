@@ -7,47 +7,17 @@ width of the tower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minicpm_tune.batch import SliceSources
 from minicpm_tune.models.attention import SliceLayout
 
 Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class PictureFeatures:
-    """One picture of a sample.
-
-    Attributes:
-        slices: How many it has.
-        key: What its features are kept under; None when they are not kept.
-        features: [tokens of its slices, C], or None when its pixels are in the sample instead.
-    """
-
-    slices: int
-    key: str | None
-    features: Tensor | None = None
-
-
-@dataclass(eq=False)
-class SliceSources:
-    """Where the features of a batch's slices come from. It is not moved to the device with the batch.
-
-    Attributes:
-        known: [S] bool, whether the features are in the batch.
-        keys: (key or None, slices) of every picture whose pixels are in the batch, in their order.
-        found: What the tower gave for those pictures, [tokens, C] each; the model's forward leaves it here.
-    """
-
-    known: np.ndarray
-    keys: list[tuple[str | None, int]]
-    found: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,35 +27,12 @@ class VisionInput:
     Attributes:
         pixel_values: [3, 14, 14 * patches] uint8, patches of the slices side by side, known ones left out.
         sources: Which slices' features are known, as the tower gave them; None: none.
-        known_features: Those features, see ``known_slices``.
+        known_features: Those features, [tokens, C].
     """
 
     pixel_values: Tensor | None
     sources: SliceSources | None = None
     known_features: Tensor | None = None
-
-
-def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a batch (or a packed row) of samples has besides the usual keys.
-
-    Returns:
-        ``pictures``, those of all samples; nothing where no sample has such a key.
-    """
-    if not any("pictures" in sample for sample in samples):
-        return {}
-    return {"pictures": [picture for sample in samples for picture in sample.get("pictures", ())]}
-
-
-def for_the_model(pictures: Sequence[PictureFeatures]) -> dict[str, Any]:
-    """The forward's two arguments: ``slice_sources``, and ``known_features`` [N, C] when there are any."""
-    known = np.repeat(
-        np.array([picture.features is not None for picture in pictures], dtype=bool),
-        [picture.slices for picture in pictures],
-    )
-    keys = [(picture.key, picture.slices) for picture in pictures if picture.features is None]
-    parts = [picture.features for picture in pictures if picture.features is not None]
-    batch: dict[str, Any] = {"slice_sources": SliceSources(known, keys)}
-    return batch | ({"known_features": torch.cat(parts)} if parts else {})
 
 
 def tower_features(

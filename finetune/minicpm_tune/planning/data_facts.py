@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from dataset import SupervisedDataset
+from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.packing import pack_in_windows
 from minicpm_tune.data.placeholders import PlaceholderStyle
-from minicpm_tune.data.samples import Plan, Sample
+from minicpm_tune.data.samples import Plan
 from minicpm_tune.data.slicing.adaptive import Layout
 from minicpm_tune.errors import DroppedRowError, RowError
 

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerFast
 
 from dataset import SupervisedDataset
+from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.row_check import for_rows
-from minicpm_tune.data.samples import Sample, load_processing
-from minicpm_tune.data.token_labels import IGNORE_INDEX
+from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.planning.data_facts import DataFacts, examine, gather
 from minicpm_tune.planning.data_report import as_html, as_text, summarise
@@ -106,7 +106,7 @@ def show(rows: SupervisedDataset, index: int) -> bool:
     except RowError as error:
         sys.stdout.write(f"{rows.describe(index, error)}\n")
         return False
-    supervised = int((sample["labels"] != -100).sum())
+    supervised = int((sample["labels"] != IGNORE_INDEX).sum())
     sizes = ", ".join(f"{height} x {width}" for height, width in sample["tgt_sizes"].tolist())
     sys.stdout.write(
         f"--- row {index}: {len(sample['input_ids'])} tokens, {supervised} supervised, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.loading import class_and_config
@@ -128,7 +129,7 @@ def largest_batch(
     sizes, bounds, start = [], [], 1
     for size, tokens in largest_image(config, generation, slices=slices, room=length - 1):
         input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
-        labels[:, start : start + tokens] = -100
+        labels[:, start : start + tokens] = IGNORE_INDEX
         sizes.append(size)
         bounds.append((start, start + tokens))
         start += tokens + _TAG_TOKENS

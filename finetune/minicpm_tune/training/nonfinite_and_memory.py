@@ -65,7 +65,7 @@ class MicroBatch:
         """Take it from a batch, whose tensors are not kept."""
         sizes, pixels = inputs.get("tgt_sizes"), inputs.get("pixel_values")
         return cls(
-            rows=tuple(inputs["rows"]),
+            rows=tuple(inputs["provenance"].rows),
             shape=tuple(inputs["input_ids"].shape),
             slices=0 if sizes is None else len(sizes),
             patches=0 if pixels is None else pixels.shape[-1] // max(1, pixels.shape[-2]),

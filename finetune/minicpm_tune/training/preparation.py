@@ -15,13 +15,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dataset import SupervisedDataset, padding_sample
+from dataset import SupervisedDataset, data_collator, padding_sample
 from minicpm_tune.answering.prediction_callback import PredictionCallback
 from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
-from minicpm_tune.data.batching import BatchMaker
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, check_tower_is_frozen, open_cache
 from minicpm_tune.lora.base_fingerprint import write_base_record
@@ -174,8 +173,11 @@ def make_trainer(
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=BatchMaker(
-            int(padding["input_ids"][0]), packing=training.packing, copies=processing.generation.native
+        data_collator=partial(
+            data_collator,
+            pad_token_id=int(padding["input_ids"][0]),
+            packing=training.packing,
+            cpu_copies=processing.generation.native,
         ),
     )
     trainer.add_callback(StepLog())

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from minicpm_tune.batch import IGNORE_INDEX
+
 _KIB = 1024
 
 
@@ -33,7 +35,7 @@ class ThroughputMeter:
             batch: ``attention_mask`` and ``labels`` [B, T].
             samples: Rows of the data set in it; padding samples are none.
         """
-        found = torch.stack([batch["attention_mask"].sum(), (batch["labels"] != -100).sum()])
+        found = torch.stack([batch["attention_mask"].sum(), (batch["labels"] != IGNORE_INDEX).sum()])
         self._sums = found if self._sums is None else self._sums + found
         self._slots += batch["labels"].numel()
         self._samples += samples

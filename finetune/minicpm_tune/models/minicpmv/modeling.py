@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 
+from minicpm_tune.batch import SliceSources
 from minicpm_tune.checkpoints.released_format import SavedAsReleased
 from minicpm_tune.models.attention import SliceLayout, masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin, GenerateMixin
@@ -22,7 +23,6 @@ from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
 from minicpm_tune.models.tower_features import (
-    SliceSources,
     VisionInput,
     as_the_next_layer_rounds,
     is_partitioned,
@@ -173,7 +173,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
             position_ids: [B, T], given when rows are packed.
             dummy: Run the vision tower on a dummy slice when the batch has no image, so that
                 every rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which slices' features are known, see ``known_slices``.
+            slice_sources: Which slices' features are known, see ``batch.SliceSources``.
             known_features: Those features.
 
         Returns:
@@ -249,7 +249,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
-            slice_sources: Which slices' features are known, see ``known_slices``.
+            slice_sources: Which slices' features are known, see ``batch.SliceSources``.
             known_features: Those features.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
 

@@ -23,17 +23,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
+from minicpm_tune.batch import IGNORE_INDEX, SliceSources
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_carried_files
 from minicpm_tune.models.attention import packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
-from minicpm_tune.models.loss import IGNORE_INDEX, MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
 from minicpm_tune.models.minicpmv46.generation import NativeGenerateMixin
 from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
 from minicpm_tune.models.minicpmv46.placeholder_runs import VisualRuns
 from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
-from minicpm_tune.models.tower_features import SliceSources, VisionInput
+from minicpm_tune.models.tower_features import VisionInput
 
 
 class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
@@ -88,7 +89,7 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
             supervised: See ``places`` of ``loss.supervised_loss``.
             on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
                 ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
-            slice_sources: Which slices' features are known, see ``known_slices``; as in ``MiniCPMV.forward``.
+            slice_sources: Which slices' features are known, see ``batch.SliceSources``; as in ``MiniCPMV.forward``.
             known_features: Those features, as in ``MiniCPMV.forward``.
             **kwargs: transformers' own arguments; here they must be None or False.
 

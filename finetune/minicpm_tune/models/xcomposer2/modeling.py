@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from minicpm_tune.batch import SliceSources
 from minicpm_tune.checkpoints.released_format import SavedAsReleased
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.models.attention import masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
-from minicpm_tune.models.tower_features import SliceSources, VisionInput
+from minicpm_tune.models.tower_features import VisionInput
 from minicpm_tune.models.xcomposer2.clip_tower import (
     CLIPEmbeddings,
     VisionTower,
@@ -142,7 +143,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
             image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
             dummy: Run vision tower, projector and partial LoRA even without an image, so that every
                 rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which images' features are known, see ``known_slices``; None: none.
+            slice_sources: Which images' features are known, see ``batch.SliceSources``; None: none.
             known_features: Those features.
 
         Returns:
