@@ -27,14 +27,14 @@ STAGES = {"before": "base", "after full tuning": "full", "after LoRA": "lora"}
 
 def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
     """Let a model answer every row of a file; last question -> share of exact answers."""
+    from dataset import SupervisedDataset
     from minicpm_tune.answering.generate import GREEDY
-    from minicpm_tune.answering.prediction_rows import PredictionRows
-    from predict import answered
+    from minicpm_tune.answering.prediction_rows import PredictionRows, predict
 
-    rows = PredictionRows(str(data), processing)
+    rows = PredictionRows(SupervisedDataset(data, processing))
     right, asked = Counter(), Counter()
     options = GREEDY | {"max_new_tokens": MAX_NEW_TOKENS}
-    for lines in answered(model, rows, range(len(rows)), batch_size=BATCH, options=options):
+    for lines in predict(model, rows, range(len(rows)), batch_size=BATCH, options=options):
         for line in lines:
             question = without_placeholder(line["question"])
             asked[question] += 1

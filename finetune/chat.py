@@ -26,7 +26,6 @@ from minicpm_tune.settings.command_flags import (
     add_generation_flags,
     add_model_flags,
     check_generation_flags,
-    generation_options,
     run_command,
 )
 
@@ -78,7 +77,7 @@ def _content(content: Any) -> Any:
 def _picture(encoded: str | bytes) -> Any:
     from PIL import Image
 
-    from minicpm_tune.answering.chat_messages import MessageError
+    from minicpm_tune.answering.chat import MessageError
 
     try:
         return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("RGB")
@@ -138,8 +137,8 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated."""
-        from minicpm_tune.answering.chat_messages import place_pictures, read_messages
-        from minicpm_tune.answering.generate import TextPieces, answer, stop_ids
+        from minicpm_tune.answering.chat import place_pictures, read_messages
+        from minicpm_tune.answering.generate import TextPieces, answer, generation_options, stop_ids
 
         content = place_pictures(question, self.shown)
         asked = [*self.messages, {"role": "user", "content": content}]
@@ -208,7 +207,7 @@ def _lines() -> Iterator[str]:
 
 def _obey(conversation: Conversation, line: str) -> None:
     """Do what a line says; a mistake in it does not end the conversation."""
-    from minicpm_tune.answering.chat_messages import MessageError
+    from minicpm_tune.answering.chat import MessageError
     from minicpm_tune.errors import RowError
 
     try:

@@ -24,7 +24,6 @@ from minicpm_tune.settings.command_flags import (
     add_switch,
     check_generation_flags,
     count,
-    generation_options,
     run_command,
 )
 
@@ -59,9 +58,11 @@ def run(values: argparse.Namespace) -> None:
     """The steps of a prediction, in their order."""
     from transformers import set_seed
 
+    from minicpm_tune.answering.generate import generation_options
     from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
     from minicpm_tune.answering.metrics import mean_scores
     from minicpm_tune.answering.prediction_file import PredictionFile
+    from minicpm_tune.answering.prediction_rows import predict
 
     rank, world = processes.rank(), processes.world_size()
     file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
@@ -79,9 +80,8 @@ def run(values: argparse.Namespace) -> None:
         logger.info("%d of %d rows are answered already.", len(done & set(wanted)), len(wanted))
     rows.check(mine)
     model, _ = load_for_inference(choice, found)
-    for lines in answered(
-        model, rows, mine, batch_size=values.batch_size, options=generation_options(values)
-    ):
+    options = generation_options(values)
+    for lines in predict(model, rows, mine, batch_size=values.batch_size, options=options):
         file.append(lines)
     _wait_for_all(world)
     if rank == 0:
@@ -91,65 +91,19 @@ def run(values: argparse.Namespace) -> None:
     _wait_for_all(world)
 
 
-def answered(
-    model: Any,
-    rows: Any,
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    options: dict[str, Any],
-    synced: bool = False,
-) -> Iterator[list[dict[str, Any]]]:
-    """Answer rows batch by batch.
-
-    Args:
-        model: The model.
-        rows: A ``PredictionRows``.
-        indices: The rows to answer.
-        batch_size: Rows at once.
-        options: Generation options.
-        synced: See ``decoding.answer``.
-
-    Yields:
-        The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``.
-    """
-    from tqdm.auto import tqdm
-
-    from minicpm_tune.answering.generate import answer
-    from minicpm_tune.answering.metrics import score
-
-    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    for batch in tqdm(batches, desc="answers", disable=None if processes.rank() == 0 else True):
-        asked = [rows[index] for index in batch]
-        texts = answer(model, rows.processing, [each.sample for each in asked], synced=synced, **options)
-        yield [
-            {
-                "row": each.index,
-                "id": each.row_id,
-                "question": each.question,
-                "answer": each.answer,
-                "prediction": text,
-                "scores": None if each.answer is None else score(text, each.answer),
-            }
-            for each, text in zip(asked, texts, strict=True)
-        ]
-
-
 def _rows(values: argparse.Namespace, processing: Any) -> Any:
-    from dataset import DataOptions
+    from dataset import DataOptions, SupervisedDataset
     from minicpm_tune.answering.prediction_rows import PredictionRows
 
-    return PredictionRows(
-        values.data_path,
-        processing,
-        DataOptions(model_max_length=None, image_folder=values.image_folder),
-        thinking=values.enable_thinking,
-        system_prompt=values.system_prompt,
-    )
+    options = DataOptions(model_max_length=None, image_folder=values.image_folder)
+    rows = SupervisedDataset(values.data_path, processing, options)
+    return PredictionRows(rows, thinking=values.enable_thinking, system_prompt=values.system_prompt)
 
 
 def _settings(values: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers; a run goes on only with the same."""
+    from minicpm_tune.answering.generate import generation_options
+
     names = ("model_name_or_path", "adapter", "data_path", "image_folder")
     paths = {name: getattr(values, name) for name in names}
     here = {

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import chat
-from minicpm_tune.answering.chat_messages import MessageError, read_messages
+from minicpm_tune.answering.chat import MessageError, read_messages
 from minicpm_tune.answering.generate import (
     GREEDY,
     INCOMPLETE,
@@ -258,7 +258,7 @@ def test_frames_with_time_indices_are_one_packed_video(monkeypatch):
     model.chat(msgs=asked, temporal_ids=[[0, 3], [7]])
     assert seen[0]["temporal_ids"].tolist() == [[0, 0], [0, 3], [1, 7]]
     assert len(seen[0]["image_bound"]) == 2
-    with pytest.raises(MessageError, match="2 time indices for 3 images"):
+    with pytest.raises(MessageError, match="found 2 time indices for 3 images"):
         model.chat(msgs=asked, temporal_ids=[[0, 3]])
 
 
@@ -267,7 +267,7 @@ def test_a_tokenizer_that_encodes_otherwise_is_not_used(monkeypatch, caplog):
     other = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint_folder("v4") / "tokenizer.json"))
     expected = prompt_of(model, monkeypatch)["input_ids"]
     assert torch.equal(prompt_of(model, monkeypatch, tokenizer=other)["input_ids"], expected)
-    assert "encodes otherwise than the checkpoint's" in caplog.text
+    assert "encodes text differently from the checkpoint's" in caplog.text
 
 
 def test_a_changed_chat_template_is_used(monkeypatch):
@@ -282,7 +282,7 @@ def test_a_changed_chat_template_is_used(monkeypatch):
     ("arguments", "message"),
     [
         ({"msgs": []}, "expected a list with at least one message"),
-        ({"msgs": "no json"}, "a text that is no JSON"),
+        ({"msgs": "no json"}, "the text is not JSON"),
         ({"msgs": [{"role": "user"}]}, r"msgs\[0\]: found .* expected"),
         (
             {"msgs": [{"role": "robot", "content": "x"}]},
@@ -290,17 +290,17 @@ def test_a_changed_chat_template_is_used(monkeypatch):
         ),
         ({"msgs": [{"role": "assistant", "content": "x"}]}, "has role 'assistant', expected 'user'"),
         ({"msgs": [*QUESTION, {"role": "assistant", "content": "x"}]}, "the last message is the assistant's"),
-        ({"msgs": [*QUESTION, {"role": "system", "content": "x"}]}, "expected it first and only once"),
+        ({"msgs": [*QUESTION, {"role": "system", "content": "x"}]}, "expected at most one, in front"),
         (
             {"msgs": [{"role": "user", "content": [3]}]},
-            "found a int in the content, expected texts and PIL images",
+            "found int in the content, expected texts and PIL images",
         ),
         (
             {"msgs": [{"role": "user", "content": [picture(), "x"]}], "image": picture()},
-            "expected one of the two",
+            "image is given and .* holds images too, expected one of the two",
         ),
         ({"msgs": QUESTION, "max_inp_length": 5}, "expected at most max_inp_length = 5"),
-        ({"msgs": [QUESTION, QUESTION], "stream": True}, "several conversations at once"),
+        ({"msgs": [QUESTION, QUESTION], "stream": True}, "holds several conversations, but image or stream"),
     ],
 )
 def test_messages_that_cannot_be_used_are_refused(arguments, message):
@@ -312,9 +312,9 @@ def test_a_text_with_a_control_token_and_a_model_of_no_checkpoint_are_refused(mo
     model = asking("v2_6")
     with pytest.raises(RowError, match="contains '<image>', which the model reads as structure"):
         model.chat(msgs=[{"role": "user", "content": "<image>\nWhat?"}])
-    monkeypatch.setattr(model, "_processing", None)
+    monkeypatch.setattr(model, "processing", None)
     monkeypatch.setattr(model.config, "name_or_path", "")
-    with pytest.raises(MessageError, match="is of no checkpoint folder"):
+    with pytest.raises(MessageError, match="was not loaded from a checkpoint folder"):
         model.chat(msgs=QUESTION)
 
 

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import predict
 from dataset import SupervisedDataset, data_collator
+from minicpm_tune.answering import prediction_rows
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import score
 from minicpm_tune.answering.prediction_callback import PredictionCallback
@@ -132,8 +133,10 @@ def test_a_stopped_run_goes_on_and_no_row_is_answered_twice(data, tmp_path, monk
         run(data, output)
     monkeypatch.setattr(PredictionFile, "append", append)
     answered = []
-    original = predict.answered
-    monkeypatch.setattr(predict, "answered", lambda *a, **k: answered.extend(a[2]) or original(*a, **k))
+    original = prediction_rows.predict
+    monkeypatch.setattr(
+        prediction_rows, "predict", lambda *a, **k: answered.extend(a[2]) or original(*a, **k)
+    )
     assert run(data, output) == expected
     assert answered == [2, 3, 4]
     assert run(data, output) == expected
@@ -181,21 +184,21 @@ def test_an_adapter_thinking_and_a_system_prompt_reach_the_answers(data, tmp_pat
     tuned = run(data, tmp_path / "tuned.jsonl", "--limit", 2, "--adapter", tmp_path / "adapter")
     assert [line["prediction"] for line in tuned] != [line["prediction"] for line in plain]
     rules = load_processing(checkpoint("v4_5"))
-    asked = PredictionRows(data, rules, thinking=True, system_prompt="Be kind.")
-    text = rules.tokenizer.decode(asked[1].sample["input_ids"])
+    asked = PredictionRows(SupervisedDataset(data, rules), thinking=True, system_prompt="Be kind.")
+    text = rules.tokenizer.decode(asked[1].prompt["input_ids"])
     assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>")
     assert not text.endswith("</think>\n\n")
-    assert "Be brief" in rules.tokenizer.decode(asked[4].sample["input_ids"])
+    assert "Be brief" in rules.tokenizer.decode(asked[4].prompt["input_ids"])
 
 
-def test_rows_that_cannot_be_asked_are_named_before_the_model_loads(tmp_path, monkeypatch):
+def test_rows_that_cannot_be_answered_are_named_before_the_model_loads(tmp_path, monkeypatch):
     broken = write_rows(
         tmp_path, [rows()[1], {"id": "x", "image": "gone.png", "conversations": rows()[1]["conversations"]}]
     )
     monkeypatch.setattr(
         "minicpm_tune.answering.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
     )
-    with pytest.raises(DataError, match=r"1 of 2 rows can't be asked:\n.*row 1 .*gone.png"):
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be answered:\n.*row 1 .*gone.png"):
         run(broken, tmp_path / "out.jsonl")
 
 
@@ -228,7 +231,7 @@ def small_trainer(data, folder):
         ),
         eval_dataset=data_rows, data_collator=collate,
     )  # fmt: skip
-    return trainer, PredictionRows(data, rules)
+    return trainer, PredictionRows(data_rows)
 
 
 def test_an_evaluation_answers_rows_and_shows_them_in_tensorboard(tmp_path, monkeypatch):
@@ -272,7 +275,7 @@ def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
         assert callback.indices == [0, 2, 4, 6, 8]
         seen = []
         monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback.answered",
+            "minicpm_tune.answering.prediction_callback.predict",
             lambda _, __, mine, seen=seen, **options: (
                 seen.append((mine, options["synced"])) or [[{"row": r} for r in mine]]
             ),

@@ -16,7 +16,7 @@ import merge_lora
 import plan_memory
 import predict
 import quantize
-from minicpm_tune.answering.chat_messages import MessageError, place_pictures, read_messages
+from minicpm_tune.answering.chat import MessageError, place_pictures, read_messages
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.samples import load_processing

@@ -19,6 +19,7 @@ sys.path.insert(0, str((Path(__file__).parent / "../../finetune").resolve()))
 
 from transformers.integrations import HfDeepSpeedConfig
 
+from dataset import SupervisedDataset
 from minicpm_tune.answering.prediction_callback import PredictionCallback
 from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
@@ -47,7 +48,11 @@ def main() -> None:
         compute_loss_context_manager=nullcontext,
     )
     callback = PredictionCallback(
-        trainer, PredictionRows(str(data), rules), samples=5, batch_size=2, max_new_tokens=6
+        trainer,
+        PredictionRows(SupervisedDataset(str(data), rules)),
+        samples=5,
+        batch_size=2,
+        max_new_tokens=6,
     )
     lines = callback.answers()
     if dist.get_rank() == 0:

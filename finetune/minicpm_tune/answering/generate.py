@@ -7,6 +7,7 @@ longest prompt.
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -31,6 +32,18 @@ RELEASED_SAMPLING = {
 }  # fmt: skip
 RELEASED_BEAMS = {"do_sample": False, "num_beams": 3, "repetition_penalty": 1.2}
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+def generation_options(values: Namespace) -> dict[str, Any]:
+    """The flags of ``command_flags.add_generation_flags`` as transformers' generation options.
+
+    What is unset takes the released chat's values.
+    """
+    options = dict(RELEASED_SAMPLING if values.sampling else GREEDY)
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams"):
+        if getattr(values, name) is not None:
+            options[name] = getattr(values, name)
+    return options | {"max_new_tokens": values.max_new_tokens}
 
 
 def stop_ids(processing: Processing) -> list[int]:

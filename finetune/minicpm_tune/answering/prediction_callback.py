@@ -19,9 +19,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import mean_scores
-from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.answering.prediction_rows import PredictionRows, predict
 from minicpm_tune.processes import gather
-from predict import answered
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class PredictionCallback(TrainerCallback):
             mine = mine[:most]
         lines: dict[int, dict[str, Any]] = {}
         with self._ready_to_answer() as model:
-            for batch in answered(
+            for batch in predict(
                 model, self.rows, mine, batch_size=self.batch_size, options=self.options, synced=synced
             ):
                 lines |= {line["row"]: line for line in batch}

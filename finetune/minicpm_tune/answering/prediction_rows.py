@@ -1,15 +1,17 @@
-"""The rows of a data file as questions to a model: everything in front of the last answer, and that "
-"answer."""
+"""The rows of a data file as questions to a model, and the model's answers to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from tqdm.auto import tqdm
 
-from dataset import DataOptions, SupervisedDataset
+from minicpm_tune import processes
+from minicpm_tune.answering.generate import answer
+from minicpm_tune.answering.metrics import score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_parsing import Conversation, parse_row
@@ -22,59 +24,49 @@ SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One row as a question.
+class Question:
+    """One row as a question: everything in front of its last answer, and that answer.
 
     Attributes:
-        index: Its number in the data.
+        row: Its number in the data.
         row_id: The row's ``id``, or None.
-        question: The last question, as text.
+        text: The last question, as text.
         answer: The row's last answer; None for a row that ends with a question.
-        sample: The prompt.
+        prompt: What the model is given.
     """
 
-    index: int
+    row: int
     row_id: Any
-    question: str
+    text: str
     answer: str | None
-    sample: Sample
+    prompt: Sample
 
 
 class PredictionRows:
-    """The rows of a data file, as questions.
+    """The rows of a data set, as questions.
 
     Args:
-        data_path: What ``--data_path`` takes, see ``data/files/mixtures.py``.
-        processing: The checkpoint's ``Processing``.
-        options: Where images are and how they are opened.
+        rows: A ``SupervisedDataset``.
         thinking: Whether the model is asked to think first.
         system_prompt: Put in front of rows without a system turn; empty for none.
     """
 
-    def __init__(
-        self,
-        data_path: str,
-        processing: Processing,
-        options: DataOptions | None = None,
-        *,
-        thinking: bool = False,
-        system_prompt: str = "",
-    ) -> None:
-        self.data = SupervisedDataset(data_path, processing, options or DataOptions(model_max_length=None))
-        self.processing = processing
+    def __init__(self, rows: Any, *, thinking: bool = False, system_prompt: str = "") -> None:
+        self.rows = rows
+        self.processing: Processing = rows.processing
         self.thinking, self.system_prompt = thinking, system_prompt
 
     def __len__(self) -> int:
-        return self.data.row_count
+        return self.rows.row_count
 
-    def __getitem__(self, index: int) -> Asked:
+    def __getitem__(self, index: int) -> Question:
         try:
-            return self._asked(index)
+            return self._question(index)
         except RowError as error:
-            raise DataError(str(self.data.describe(index, error))) from error
+            raise DataError(str(self.rows.describe(index, error))) from error
 
     def check(self, indices: Sequence[int]) -> None:
-        """See that rows can be asked, before a model is loaded; images are looked for, not decoded.
+        """See that rows can be answered, before a model is loaded; images are looked for, not decoded.
 
         Raises:
             DataError: With the first twenty problems and their number.
@@ -84,35 +76,35 @@ class PredictionRows:
             try:
                 conversation = self._conversation(index)
                 self.processing.check(conversation.turns)
-                images = self.data.sources[self.data.place(index)[0]].images
+                images = self.rows.sources[self.rows.place(index)[0]].images
                 for source in conversation.sources:
                     if source.kind == "image":
                         check_source(source.value, images.folder, allow_remote=images.allow_remote)
             except RowError as error:
-                problems.append(str(self.data.describe(index, error)))
+                problems.append(str(self.rows.describe(index, error)))
         if problems:
             shown = "\n".join(problems[:SHOWN_PROBLEMS])
-            raise DataError(f"{len(problems)} of {len(indices)} rows can't be asked:\n{shown}")
+            raise DataError(f"{len(problems)} of {len(indices)} rows can't be answered:\n{shown}")
 
     def _conversation(self, index: int) -> Conversation:
-        source, row = self.data.place(index)
+        source, row = self.rows.place(index)
         image_end = self.processing.generation.image_end
-        return parse_row(_with_answer(self.data.sources[source].rows[row]), image_end=image_end)
+        return parse_row(_with_answer(self.rows.sources[source].rows[row]), image_end=image_end)
 
-    def _asked(self, index: int) -> Asked:
+    def _question(self, index: int) -> Question:
         conversation = self._conversation(index)
         *turns, last = conversation.turns
         if self.system_prompt and turns[0].role != "system":
             turns.insert(0, Turn("system", (self.system_prompt,)))
         media = [part.index for turn in turns for part in turn.parts if not isinstance(part, str)]
-        pictures = self.data.pictures(index, [conversation.sources[number] for number in media])
-        sample = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
-        return Asked(index, conversation.row_id, turns[-1].text.strip(), last.text or None, sample)
+        pictures = self.rows.pictures(index, [conversation.sources[number] for number in media])
+        prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
+        return Question(index, conversation.row_id, turns[-1].text.strip(), last.text or None, prompt)
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
         sources = self._conversation(index).sources
-        for picture in self.data.pictures(index, sources[:1]):
+        for picture in self.rows.pictures(index, sources[:1]):
             return next(iter(picture.frames()))
         return None
 
@@ -127,3 +119,45 @@ def _with_answer(row: Any) -> Any:
             if messages[-1].get("role", messages[-1].get("from")) in _USER_ROLES:
                 return {**row, key: [*messages, {"role": "assistant", "content": ""}]}
     return row
+
+
+def predict(
+    model: Any,
+    rows: PredictionRows,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    options: dict[str, Any],
+    synced: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answer rows batch by batch.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        indices: Which of them to answer.
+        batch_size: Rows answered at once.
+        options: Generation options.
+        synced: See ``generate.answer``.
+
+    Yields:
+        The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``.
+    """
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    for batch in tqdm(batches, desc="answers", disable=None if processes.rank() == 0 else True):
+        questions = [rows[index] for index in batch]
+        texts = answer(
+            model, rows.processing, [question.prompt for question in questions], synced=synced, **options
+        )
+        yield [_line(question, text) for question, text in zip(questions, texts, strict=True)]
+
+
+def _line(question: Question, prediction: str) -> dict[str, Any]:
+    return {
+        "row": question.row,
+        "id": question.row_id,
+        "question": question.text,
+        "answer": question.answer,
+        "prediction": prediction,
+        "scores": None if question.answer is None else score(prediction, question.answer),
+    }

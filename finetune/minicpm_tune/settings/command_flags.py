@@ -176,14 +176,3 @@ def check_generation_flags(parser: argparse.ArgumentParser, values: argparse.Nam
         parser.error(
             f"--{given[0]} is given, but --sampling is false: set it to true, or leave --{given[0]} out"
         )
-
-
-def generation_options(values: argparse.Namespace) -> dict[str, Any]:
-    """The flags as transformers' generation options; the released chat's values where unset."""
-    from minicpm_tune.answering.generate import GREEDY, RELEASED_SAMPLING
-
-    options = dict(RELEASED_SAMPLING if values.sampling else GREEDY)
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams"):
-        if getattr(values, name) is not None:
-            options[name] = getattr(values, name)
-    return options | {"max_new_tokens": values.max_new_tokens}

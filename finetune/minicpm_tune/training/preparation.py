@@ -191,7 +191,7 @@ def answer_while_training(trainer: CPMTrainer, data: DataArguments, processing: 
     if not training.predict_with_generate:
         return
     assert data.eval_data_path is not None  # check_arguments has seen to it
-    rows = PredictionRows(data.eval_data_path, processing, data.data_options(None))
+    rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing, data.data_options(None)))
     trainer.add_callback(
         PredictionCallback(
             trainer,

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from minicpm_tune.batch import SliceSources
 from minicpm_tune.checkpoints.released_format import SavedAsReleased
 from minicpm_tune.models.attention import SliceLayout, masks_given, packed_mask
-from minicpm_tune.models.chat_interface import ChatMixin, GenerateMixin
+from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
+from minicpm_tune.models.minicpmv.generation import GenerateMixin
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
 from minicpm_tune.models.tower_features import (
