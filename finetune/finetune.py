@@ -35,13 +35,13 @@ def run(argv: list[str], control: ProcessLifecycle) -> None:
     from transformers import set_seed
 
     from minicpm_tune.checkpoints.model_generations import check_llm_type
+    from minicpm_tune.lora.continuing import new_or_continued_adapter
     from minicpm_tune.models.loading import load_model, resolve_model_folder
     from minicpm_tune.models.parameter_parts import freeze
     from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
     from minicpm_tune.settings.arguments import parse_arguments
     from minicpm_tune.training.checkpointing import write_failures_told
     from minicpm_tune.training.preparation import (
-        adapted,
         answer_while_training,
         base_recorder,
         check_resume,
@@ -93,7 +93,9 @@ def run(argv: list[str], control: ProcessLifecycle) -> None:
     set_checkpointing(model, generation, training)
     set_seed(training.seed)  # here: how weights are loaded must not decide what adapters start from
     if training.use_lora:
-        model = adapted(model, generation, training, lora)
+        model = new_or_continued_adapter(
+            model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
+        )
     else:
         freeze(
             model,

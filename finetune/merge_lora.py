@@ -65,7 +65,8 @@ def run(values: argparse.Namespace) -> None:
     from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
     from minicpm_tune.data.samples import load_processing
     from minicpm_tune.files import check_new_folder, checked_size, whole_folder
-    from minicpm_tune.lora.folders import check_base, load_onto
+    from minicpm_tune.lora.adapter_folders import check_base
+    from minicpm_tune.lora.loading import load_adapter
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
 
     size = checked_size(values.max_shard_size)
@@ -77,7 +78,7 @@ def run(values: argparse.Namespace) -> None:
     dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
 
     model = _load_base(values, base, processing.generation, adapter=adapter, dtype=dtype)
-    model = load_onto(model.to(choose_device(values.device)), adapter)
+    model = load_adapter(model.to(choose_device(values.device)), adapter)
     layers = adapter.config.get("layer_replication")
     merged, report = merge(model, processing)
     logger.info("%s", report)
@@ -99,7 +100,7 @@ def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapt
     from minicpm_tune.models.quantization import dequantize
 
     stored = stored_quantization(base)
-    trained_in = adapter.record.quantization if adapter.record else None
+    trained_in = adapter.fingerprint.quantization if adapter.fingerprint else None
     if values.base_precision == "original":
         if stored is not None:
             raise MergeError(

@@ -442,8 +442,7 @@ def test_devices_that_are_not_there_are_refused():
 
 
 def test_an_unreadable_adapter_configuration_is_an_error(tmp_path):
-    from minicpm_tune.lora.build import AdapterError
-    from minicpm_tune.lora.folders import read_adapter_folder
+    from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
 
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="not readable as JSON"):

@@ -6,11 +6,10 @@ import torch
 from dataset import DataOptions, SupervisedDataset, data_collator
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
-from minicpm_tune.lora.base_fingerprint import BaseRecordError
-from minicpm_tune.lora.build import AdapterError
+from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, read_adapter_folder
+from minicpm_tune.lora.base_fingerprint import FingerprintError
 from minicpm_tune.lora.continuing import check_continued
-from minicpm_tune.lora.folders import load_checked, read_adapter_folder
-from minicpm_tune.lora.legacy_format import LEGACY_NAME
+from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
 from support.answer_helpers import checkpoint, edit_json, loaded, saved_adapter
@@ -39,16 +38,16 @@ def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lora_r": 8}, "--lora_r is 8, the adapter was made with 4: leave the flag out"),
-        ({"use_dora": True}, "--use_dora is True, the adapter was made with False"),
-        ({"lora_dropout": 0.5}, "--lora_dropout is 0.5, the adapter was made with 0.0"),
+        ({"lora_r": 8}, "--lora_r is 8, but the adapter has 4: leave the flag out"),
+        ({"use_dora": True}, "--use_dora is True, but the adapter has False"),
+        ({"lora_dropout": 0.5}, "--lora_dropout is 0.5, but the adapter has 0.0"),
         (
             {"lora_target_modules": "all-linear"},
-            "--lora_target_modules is all-linear, the adapter was made with llm",
+            "--lora_target_modules is all-linear, but the adapter has llm",
         ),
         (
             {"lora_layers_to_transform": [1]},
-            r"--lora_layers_to_transform is \[1\], the adapter was made with None",
+            r"--lora_layers_to_transform is \[1\], but the adapter has None",
         ),
         ({"lora_layer_replication": "[[0, 2]]"}, "--lora_layer_replication is"),
         (
@@ -66,26 +65,26 @@ def test_what_contradicts_the_adapter_is_refused(adapter, flags, message):
 
 
 def test_an_adapter_of_another_base_is_refused(adapter):
-    with pytest.raises(AdapterError, match="are not those that this adapter was trained on"):
+    with pytest.raises(AdapterError, match="was not trained on the weights of"):
         check(adapter, base=checkpoint("v2_6", seed=1))
 
 
 def test_folders_that_are_not_whole_or_of_the_early_scripts_are_refused(tmp_path):
     saved_adapter(tmp_path / "a", "v2_6", lora_modules_to_save=["none"])
-    torch.save({}, tmp_path / "a" / LEGACY_NAME)
+    torch.save({}, tmp_path / "a" / LEGACY_FILE)
     with pytest.raises(AdapterError, match=r"Merge it with merge_lora\.py"):
         check(tmp_path / "a", lora_modules_to_save=["none"])
     (tmp_path / "a/adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"but no adapter_model\.safetensors. Copy the whole folder"):
+    with pytest.raises(AdapterError, match=r"found adapter_config\.json but no adapter_model\.safetensors"):
         read_adapter_folder(tmp_path / "a")
     (tmp_path / "a/adapter_model.safetensors").write_bytes(b"")
     edit_json(tmp_path / "a/base_model.json", colour="red")
-    with pytest.raises(BaseRecordError, match="not what a LoRA run writes"):
+    with pytest.raises(FingerprintError, match="expected what a LoRA run writes"):
         read_adapter_folder(tmp_path / "a")
 
 
 def test_the_continued_adapter_trains_from_where_it_was(adapter):
-    wrapped = load_checked(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=True)
+    wrapped = load_adapter(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=True)
     trained = {name for name, value in wrapped.named_parameters() if value.requires_grad}
     assert any("lora_B" in name for name in trained)
     assert any("resampler.modules_to_save" in name for name in trained)
@@ -109,7 +108,7 @@ def test_a_run_goes_on_from_the_adapter(adapter, tmp_path, more):
     [found] = finetune_runs.train(
         tmp_path, *flags, *more, model=checkpoint("v2_6"), data=data, steps=1, batch=2, processes=2
     )
-    model = load_checked(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=False)
+    model = load_adapter(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=False)
     rows = SupervisedDataset(
         str(data), load_processing(checkpoint("v2_6")), DataOptions(model_max_length=2048)
     )

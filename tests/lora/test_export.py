@@ -15,7 +15,8 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Qwe
 
 import merge_lora
 from minicpm_tune.checkpoints.weight_files import SINGLE_FILES
-from minicpm_tune.lora.folders import load_onto, read_adapter_folder
+from minicpm_tune.lora.adapter_folders import read_adapter_folder
+from minicpm_tune.lora.loading import load_adapter
 from support.answer_helpers import ALL, SIX, checkpoint, loaded, merged_checkpoint, saved_adapter
 from support.data_helpers import checkpoint_folder
 from support.golden_models import golden_model
@@ -167,4 +168,4 @@ def test_the_base_of_an_adapter_is_found_by_its_path(tmp_path):
     config = PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (config.base_model_name_or_path, config.task_type) == (str(checkpoint("v2_6")), "CAUSAL_LM")
     base = Path(config.base_model_name_or_path)
-    assert not load_onto(loaded(base, "v2_6"), read_adapter_folder(tmp_path / "adapter")).training
+    assert not load_adapter(loaded(base, "v2_6"), read_adapter_folder(tmp_path / "adapter")).training

@@ -1,5 +1,4 @@
-"""merge_lora.py: the merged checkpoint is the model with its adapter, and no other model's adapter gets "
-"in."""
+"""merge_lora.py: the merged model is the base with its adapter, and other models' adapters are refused."""
 
 import json
 import os
@@ -17,10 +16,9 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.files import OutputError
-from minicpm_tune.lora.base_fingerprint import read_base_record, record_of
-from minicpm_tune.lora.build import AdapterError
-from minicpm_tune.lora.folders import check_base, load_onto, read_adapter_folder
-from minicpm_tune.lora.legacy_format import LEGACY_NAME
+from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, check_base, read_adapter_folder
+from minicpm_tune.lora.base_fingerprint import fingerprint_of, read_fingerprint
+from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.merging import MergeError, check_saved, merge
 from support.answer_helpers import (
     ALL,
@@ -122,7 +120,7 @@ def test_embeddings_that_an_adapter_took_from_the_output_layer_stay_apart(tmp_pa
 
 
 def test_an_adapter_of_a_4_bit_run_goes_into_the_original_weights_unless_told(tmp_path, caplog):
-    saved_adapter(tmp_path / "adapter", "v2_6", quantization="4 bit", lora_modules_to_save=["none"])
+    saved_adapter(tmp_path / "adapter", "v2_6", quant_bits=4, lora_modules_to_save=["none"])
     shared = ("--adapter", tmp_path / "adapter", "--output_dir")
     with caplog.at_level("INFO"):
         run(*shared, tmp_path / "original")
@@ -143,14 +141,16 @@ def test_an_adapter_of_a_4_bit_run_goes_into_the_original_weights_unless_told(tm
 
 def test_the_record_of_a_base_is_in_its_weights_not_in_its_name_or_precision(tmp_path):
     generation = GENERATIONS["v2_6"]
-    record = record_of(checkpoint("v2_6"), generation)
-    assert record.same_weights(record_of(copied(checkpoint("v2_6"), tmp_path / "renamed"), generation))
+    record = fingerprint_of(checkpoint("v2_6"), generation)
+    assert record.has_same_weights(
+        fingerprint_of(copied(checkpoint("v2_6"), tmp_path / "renamed"), generation)
+    )
     loaded(checkpoint("v2_6"), "v2_6", torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    assert record.same_weights(record_of(tmp_path / "bf16", generation))
+    assert record.has_same_weights(fingerprint_of(tmp_path / "bf16", generation))
     loaded(checkpoint("v2_6"), "v2_6", torch.float16, quant_bits=4).save_pretrained(tmp_path / "int4")
-    assert record_of(tmp_path / "int4", generation).linears is None
-    assert record.same_weights(record_of(tmp_path / "int4", generation))
-    assert not record.same_weights(record_of(checkpoint("v2_6", seed=1), generation))
+    assert fingerprint_of(tmp_path / "int4", generation).linears is None
+    assert record.has_same_weights(fingerprint_of(tmp_path / "int4", generation))
+    assert not record.has_same_weights(fingerprint_of(checkpoint("v2_6", seed=1), generation))
 
 
 def test_an_adapter_is_refused_by_another_model_of_the_same_shapes(tmp_path):
@@ -164,7 +164,7 @@ def test_an_adapter_is_refused_by_another_model_of_the_same_shapes(tmp_path):
         "--output_dir",
         tmp_path / "merged",
     )
-    with pytest.raises(AdapterError, match=r"the weights of .* are not those .* trained on"):
+    with pytest.raises(AdapterError, match=r"was not trained on the weights of"):
         run(*words)
     assert not (tmp_path / "merged").exists()
     run(*words, "--allow_other_base", "true")
@@ -179,7 +179,7 @@ def test_an_adapter_is_refused_by_another_generation(tmp_path):
 
 def test_an_adapter_of_another_tool_is_known_by_its_bases_name_or_weights(tmp_path):
     generation = GENERATIONS["v2_6"]
-    saved_adapter(tmp_path / "adapter", "v2_6", record=False)
+    saved_adapter(tmp_path / "adapter", "v2_6", complete=False)
     config = tmp_path / "adapter/adapter_config.json"
 
     def check(name, base=None):
@@ -190,9 +190,9 @@ def test_an_adapter_of_another_tool_is_known_by_its_bases_name_or_weights(tmp_pa
     check(str(copied(checkpoint("v2_6"), tmp_path / "renamed")))
     check(f"/gone/{checkpoint('v2_6').name}")
     check(None)
-    with pytest.raises(AdapterError, match=r"which is not here to compare with"):
+    with pytest.raises(AdapterError, match=r"which is not available to compare with"):
         check("openbmb/MiniCPM-V-2_6")
-    with pytest.raises(AdapterError, match=r"whose weights are not those of"):
+    with pytest.raises(AdapterError, match=r"whose weights differ from those of"):
         check(str(checkpoint("v2_6", seed=1)))
 
 
@@ -203,13 +203,13 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(tmp_path):
     tensors = load_file(file)
     save_file({key.replace("layers.1.", "layers.30."): value for key, value in tensors.items()}, file)
     with pytest.raises(AdapterError, match=r"8 tensors have no place in this model and 8 are missing"):
-        load_onto(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(tmp_path / "adapter"))
+        load_adapter(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(tmp_path / "adapter"))
 
 
 def legacy_folder(folder, changed):
     """An adapter as the early official scripts wrote it; ``changed`` are the tensors of their own file."""
-    model = saved_adapter(folder, "v2_6", record=False, lora_modules_to_save=["none"])
-    torch.save({f"base_model.model.{key}": value for key, value in changed.items()}, folder / LEGACY_NAME)
+    model = saved_adapter(folder, "v2_6", complete=False, lora_modules_to_save=["none"])
+    torch.save({f"base_model.model.{key}": value for key, value in changed.items()}, folder / LEGACY_FILE)
     return model
 
 
@@ -245,22 +245,22 @@ def test_an_early_official_adapter_brings_vision_resampler_and_embeddings_along(
             r"resampler.query, of shape \(3, 3\), is of shape",
         ),
         ({"base_model.model.vpm.blocks.0.norm1.weight": torch.zeros(3)}, "is no parameter of this model"),
-        ({"epoch": 3}, "holds a dict with other things than tensors"),
+        ({"epoch": 3}, "holds a dict with values that are not tensors"),
         (os.system, "can't be read as plain tensors"),
     ],
 )
 def test_a_wrong_early_official_file_is_refused_and_runs_no_code(content, message, tmp_path):
     legacy_folder(tmp_path / "adapter", {})
-    torch.save(content, tmp_path / "adapter" / LEGACY_NAME)
+    torch.save(content, tmp_path / "adapter" / LEGACY_FILE)
     with pytest.raises(AdapterError, match=message):
-        load_onto(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(tmp_path / "adapter"))
+        load_adapter(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(tmp_path / "adapter"))
 
 
 def test_a_used_folder_and_a_missing_adapter_are_refused(tmp_path):
     saved_adapter(tmp_path / "adapter", "v2_6")
     with pytest.raises(OutputError, match="it exists and is not empty"):
         run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=r"no adapter_config\.json there"):
+    with pytest.raises(AdapterError, match=r"found no adapter_config\.json"):
         run("--adapter", tmp_path, "--output_dir", tmp_path / "merged")
     with pytest.raises(InferenceError, match="no model is given"):
         resolve_base(None, None)
@@ -295,7 +295,7 @@ def test_a_merge_that_changes_the_model_is_an_error(monkeypatch):
     model = tuned(loaded(checkpoint("v2_6"), "v2_6"), "v2_6", lora_modules_to_save=["none"])
     layer = model.base_model.model.llm.model.layers[0].self_attn.q_proj
     monkeypatch.setattr(layer, "merge", lambda **_: layer.base_layer.weight.data.mul_(3))
-    with pytest.raises(MergeError, match="merging changed the model"):
+    with pytest.raises(MergeError, match="Merging changed the model"):
         merge(model, load_processing(checkpoint("v2_6")))
 
 
@@ -309,5 +309,5 @@ def test_missing_tensors_in_a_saved_model_are_noticed(tmp_path):
 
 
 def test_an_adapter_without_a_record_has_none(tmp_path):
-    saved_adapter(tmp_path / "adapter", "v2_6", record=False)
-    assert read_base_record(tmp_path / "adapter") is None
+    saved_adapter(tmp_path / "adapter", "v2_6", complete=False)
+    assert read_fingerprint(tmp_path / "adapter") is None

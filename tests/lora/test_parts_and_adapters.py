@@ -5,7 +5,9 @@ import torch
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora import build
-from minicpm_tune.lora.build import AdapterError, adapted_modules, add_adapter, load_adapter
+from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
+from minicpm_tune.lora.build import adapted_modules, add_adapter
+from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.models.parameter_parts import count_parts, freeze, raise_precision_of_trained
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.golden_models import SIX, golden_model
@@ -80,7 +82,7 @@ def test_layer_replication_makes_the_llm_taller():
     ("options", "message"),
     [
         ({"lora_target_modules": r"language\.q_proj"}, "matches no linear layer of MiniCPM-V 2.6"),
-        ({"lora_target_modules": "llm.(q_proj"}, "is no regular expression"),
+        ({"lora_target_modules": "llm.(q_proj"}, "not a regular expression"),
         ({"lora_layers_to_transform": [1, 7]}, r"layers \[7\], expected numbers from 0 to 1"),
         (
             {"lora_layers_to_transform": [1], "lora_layers_pattern": "blocks"},
@@ -110,16 +112,15 @@ def test_an_adapter_continues_where_it_was_saved(tmp_path):
     expected = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
     wrapped.save_pretrained(tmp_path)
     again, _ = golden_model("v2_6")
-    found = load_adapter(again, tmp_path, trainable=True)
+    found = load_adapter(again, read_adapter_folder(tmp_path), trainable=True)
     trained = {name: value for name, value in found.named_parameters() if value.requires_grad}
     assert trained.keys() == expected.keys()
     assert all(torch.equal(trained[name], expected[name]) for name in expected)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    model, _ = golden_model("v2_6")
-    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
-        load_adapter(model, tmp_path, trainable=False)
+    with pytest.raises(AdapterError, match=r"found no adapter_config\.json"):
+        read_adapter_folder(tmp_path)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
@@ -129,7 +130,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     )
     other, _ = golden_model("v2_6")
     with pytest.raises(AdapterError, match="don't fit this model"):
-        load_adapter(other, tmp_path, trainable=False)
+        load_adapter(other, read_adapter_folder(tmp_path))
 
 
 def test_the_untrained_copies_of_an_adapter_are_not_counted_twice():

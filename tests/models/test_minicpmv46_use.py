@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.lora.build import AdapterError, add_adapter, default_modules_to_save, target_modules
+from minicpm_tune.lora.adapter_folders import AdapterError
+from minicpm_tune.lora.build import add_adapter, default_modules_to_save, target_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.minicpmv46_cases import (
     NATIVE,

@@ -14,7 +14,9 @@ from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
-from minicpm_tune.lora.build import add_adapter, load_adapter, target_modules
+from minicpm_tune.lora.adapter_folders import read_adapter_folder
+from minicpm_tune.lora.build import add_adapter, target_modules
+from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.quantization import quantized_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
@@ -209,7 +211,7 @@ def test_an_adapters_names_open_in_the_released_code(name, tmp_path):
     }
     assert found == expected
     base = load_model(checkpoint(name), GENERATIONS[name], dtype=torch.float32)
-    again = load_adapter(base, tmp_path, trainable=True)
+    again = load_adapter(base, read_adapter_folder(tmp_path), trainable=True)
     assert {key for key, value in again.named_parameters() if value.requires_grad} == trained
 
 

@@ -16,9 +16,9 @@ import merge_lora
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
-from minicpm_tune.lora.base_fingerprint import write_base_record
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.merging import probe_logits
+from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.paths import IMAGES
@@ -58,13 +58,13 @@ def tuned(model, name, *, vision=False, **lora):
     return wrapped.eval()
 
 
-def saved_adapter(folder, name, *, base=None, record=True, quantization=None, **options):
+def saved_adapter(folder, name, *, base=None, complete=True, quant_bits=None, **options):
     """A trained adapter on disk, and the model with it."""
     base = base or checkpoint(name)
     wrapped = tuned(loaded(base, name), name, **options)
     wrapped.save_pretrained(folder)
-    if record:
-        write_base_record(folder, base, GENERATIONS[name], quantization=quantization)
+    if complete:
+        complete_adapter_folder(folder, base=base, generation=GENERATIONS[name], quant_bits=quant_bits)
     return wrapped
 
 

@@ -14,7 +14,7 @@ import torch
 from minicpm_tune.checkpoints.released_format import storage_dtype
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
-from minicpm_tune.lora.folders import AdapterFolder, check_base, load_onto, read_adapter_folder
+from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
 from minicpm_tune.models.loading import load_model, resolve_model_folder
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.hardware import best_precision
@@ -155,7 +155,11 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )
     if adapter is not None:
-        model = load_onto(model, adapter)
+        from minicpm_tune.lora.loading import (
+            load_adapter,  # peft takes seconds that most calls need not wait for
+        )
+
+        model = load_adapter(model, adapter)
         logger.info("Adapter: %s", adapter.path)
     logger.info("%s on %s in %s", generation.title, device, str(model.dtype).removeprefix("torch."))
     return model.eval(), found.processing

@@ -90,6 +90,8 @@ class Generation:
         image_end: What follows an image that no placeholder mentions.
         lora_targets: What the launchers' default of ``--lora_target_modules`` stands for; empty: itself.
         adapter_parts: Parts that train in full beside an adapter, as far as they are tuned.
+        saved_name_parts: Parts of a module's name that an adapter's ``modules_to_save`` needs. 4.6 and 4.7
+            need two: ``merger`` alone would also match the vit_merger inside the vision tower.
         exact: Linear layers inside the LLM that are never quantised and get no adapter, by last name.
     """
 
@@ -117,6 +119,7 @@ class Generation:
     image_end: str = "\n"
     lora_targets: str = ""
     adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
+    saved_name_parts: int = 1
     exact: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
@@ -186,11 +189,11 @@ GENERATIONS: dict[str, Generation] = {
         ),
         Generation(
             "v4_6", "MiniCPM-V 4.6", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES, layout="native",
+            thinking=True, modules=_NATIVE_MODULES, layout="native", saved_name_parts=2,
         ),
         Generation(
             "v4_7", "MiniCPM-V 4.7", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES, layout="native",
+            thinking=True, modules=_NATIVE_MODULES, layout="native", saved_name_parts=2,
         ),
         _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", layout="square"),
         _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", layout="square"),

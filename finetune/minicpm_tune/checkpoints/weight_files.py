@@ -113,15 +113,20 @@ def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
         WeightFileError: As ``weight_files``.
     """
     for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    values = file.get_slice(name)
-                    yield StoredTensor(name, tuple(values.get_shape()), values)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name, tensor in content.items():
-                yield StoredTensor(name, tuple(tensor.shape), tensor)
+        yield from tensors_in_file(path)
+
+
+def tensors_in_file(path: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a safetensors file, or of a .bin file that holds nothing but tensors."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                values = file.get_slice(name)
+                yield StoredTensor(name, tuple(values.get_shape()), values)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in content.items():
+            yield StoredTensor(name, tuple(tensor.shape), tensor)
 
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:

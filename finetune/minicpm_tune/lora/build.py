@@ -1,4 +1,4 @@
-"""LoRA adapters: which modules they go on, and what is trained and saved beside them."""
+"""New LoRA adapters: which modules get one, and what is trained in full and saved beside it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,41 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.errors import UserError
-from minicpm_tune.lora.pissa import remember_start
+from minicpm_tune.lora.adapter_folders import AdapterError
 from minicpm_tune.models.loss import LMHead
-from minicpm_tune.safe_loading import reading
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
-
-
-class AdapterError(UserError):
-    """An adapter that can't be built or doesn't fit; the message says what to change."""
+_STARTS_FROM_WEIGHTS = ("pissa", "olora")
 
 
 def add_adapter(
     model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
 ) -> PeftModel:
-    """Wrap a model with a new LoRA adapter.
+    """Put a new LoRA adapter on a model.
 
     Args:
-        model: The base model, all of it loaded.
+        model: The base model.
         generation: Its generation.
         lora: The adapter's arguments.
-        vision: ``--tune_vision``: the vision tower trains in full and is saved with the adapter.
-        resampler: ``--tune_resampler``, likewise.
+        vision: ``--tune_vision``: train the vision tower in full and save it with the adapter.
+        resampler: ``--tune_resampler``: likewise for the resampler.
 
     Returns:
         The wrapped model; only the adapter and its ``modules_to_save`` train.
 
     Raises:
-        AdapterError: When a pattern matches nothing, or layers are named that the model does not have.
+        AdapterError: When a pattern matches nothing, or names layers that the model does not have.
     """
     _check_layers(model, generation, lora)
     targets = target_modules(model, generation, lora)
@@ -69,62 +63,32 @@ def add_adapter(
         init_lora_weights=cast(Any, True if lora.init_lora_weights == "true" else lora.init_lora_weights),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
-        # Where the output layer is the embeddings' transpose, both have to be what is trained.
+        # Where output layer and embeddings share a weight, both must get the trained one.
         ensure_weight_tying=tied and bool(saved),
     )
-    _freeze_base(model)
-    with _layers_reachable(model):
+    model.requires_grad_(False)  # PEFT freezes all but names with "lora_", which a partial LoRA has (0.21)
+    with layers_reachable(model):
         wrapped = get_peft_model(model, config)
-    _restore_output_layer(wrapped)
-    remember_start(wrapped)
+    restore_output_layer(wrapped)
+    _remember_start(wrapped)
     logger.info("LoRA on %d modules: %s", len(adapted_modules(wrapped)), _summary(adapted_modules(wrapped)))
     return wrapped
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
-    """Put a saved adapter on its base model.
-
-    Args:
-        model: The base model.
-        folder: What a LoRA run saved (``adapter_config.json`` and its weights).
-        trainable: True to go on training it.
-
-    Raises:
-        AdapterError: When the folder holds no adapter or its shapes are another model's.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder}: no adapter_config.json. Expected the folder that a LoRA run wrote.")
-    _freeze_base(model)
-    try:
-        with _layers_reachable(model), reading(folder):
-            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except RuntimeError as error:
-        raise AdapterError(
-            f"{folder}: the adapter's weights don't fit this model ({error}). Give the base model it was trained on."
-        ) from error
-    _restore_output_layer(wrapped)
-    return wrapped
-
-
-def _freeze_base(model: PreTrainedModel) -> None:
-    """Freeze all weights; PEFT freezes only those without "lora_" in their names, and so no partial LoRA (0.21)."""
-    model.requires_grad_(False)
-
-
 def _check_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> None:
-    """See that every layer that is named is there; PEFT passes over the others in silence."""
+    """Refuse layers that the model does not have; PEFT ignores them silently."""
     count = int(model.config.get_text_config().num_hidden_layers)
     wrong = [number for number in lora.lora_layers_to_transform or [] if not 0 <= number < count]
     if wrong:
         raise AdapterError(
-            f"--lora_layers_to_transform: layers {wrong}, expected numbers from 0 to {count - 1}, as "
-            f"{generation.title} has them here. Leave them out."
+            f"--lora_layers_to_transform: layers {wrong}, expected numbers from 0 to {count - 1}, the layers of this "
+            f"{generation.title}. Leave the others out."
         )
     ranges = lora.layer_replication or []
     if ranges and getattr(model, "llm", None) is None:
         raise AdapterError(
-            f"--lora_layer_replication: {generation.title} can't be made taller, expected V-2 to V-4.5, whose layers "
-            "are all of one kind. Leave it out."
+            f"--lora_layer_replication: the layers of {generation.title} can't be replicated, expected V-2 to V-4.5, "
+            "whose layers are all of one kind. Leave the flag out."
         )
     if not all(0 <= start < end <= count for start, end in ranges):
         raise AdapterError(
@@ -133,12 +97,22 @@ def _check_layers(model: PreTrainedModel, generation: Generation, lora: LoraArgu
         )
 
 
-def _restore_output_layer(wrapped: PeftModel) -> None:
-    """Give copies of the output layer their loss-making forward back; PEFT ties plain layers (0.21)."""
+def restore_output_layer(wrapped: PeftModel) -> None:
+    """Make copies of the output layer ``LMHead`` again; PEFT ties them as plain linear layers (0.21)."""
     for module in wrapped.modules():
         if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, LMHead):
             for copy in module.modules_to_save.values():
                 copy.__class__ = LMHead
+
+
+def _remember_start(model: PeftModel) -> None:
+    """Keep a copy of an adapter whose start changed the base weights; see ``saving.fit_to_original_base``."""
+    config: Any = model.peft_config["default"]
+    if str(config.init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        start = {key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key}
+        wrapped: Any = model
+        wrapped.initial_lora = start
 
 
 def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:
@@ -148,21 +122,20 @@ def default_modules_to_save(generation: Generation, *, vision: bool, resampler: 
     """
     tuned = {"embeddings": True, "resampler": resampler, "vision": vision}
     parts = [part for part in generation.adapter_parts if tuned[part]]
-    # The last part of the name: it is what the official adapters say, and PEFT matches by suffix. "merger"
-    # alone would also match the vit_merger inside 4.6's and 4.7's vision tower, so those keep two parts.
-    kept = 2 if generation.native else 1
+    # As short as the official adapters have it: PEFT matches by suffix.
+    kept = generation.saved_name_parts
     return [".".join(module.split(".")[-kept:]) for part in parts for module in generation.modules[part]]
 
 
 def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
     """Turn ``--lora_target_modules`` and the layer choice into what PEFT is given.
 
-    Patterns are written for the released names (``llm...``); a generation whose LLM has another name
-    gets them translated. ``all-linear`` means the LLM's linear layers, not vision or output layer.
+    Patterns are written for the released names (``llm...``) and translated for a generation whose LLM has
+    another name. ``all-linear`` means the LLM's linear layers without the output layer.
 
     Returns:
-        A regular expression over whole module names; or the names themselves where the pattern alone
-        would not do, because PEFT refuses a pattern together with layer numbers.
+        A regular expression over whole module names. Or the names themselves, where PEFT would not accept
+        the pattern: it refuses one beside layer numbers, and one that also matches other modules.
 
     Raises:
         AdapterError: When no linear layer matches.
@@ -172,14 +145,12 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
         compiled = re.compile(pattern)
     except re.error as error:
         raise AdapterError(
-            f"--lora_target_modules {lora.lora_target_modules!r} is no regular expression: {error}."
+            f"--lora_target_modules {lora.lora_target_modules!r}: not a regular expression ({error}). Correct it, or "
+            f"give {ALL_LINEAR}."
         ) from error
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if compiled.fullmatch(name)]
-    # Given the pattern, PEFT would also try, and refuse, what matches without being a linear layer.
-    as_names = lora.lora_layers_to_transform is not None or len(matched) < len(
-        [name for name, _ in model.named_modules() if compiled.fullmatch(name)]
-    )
+    matches_others = len(matched) < sum(bool(compiled.fullmatch(name)) for name, _ in model.named_modules())
     if lora.lora_layers_to_transform is not None:
         layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
         numbers = set(lora.lora_layers_to_transform)
@@ -189,13 +160,13 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
         raise AdapterError(
             f"--lora_target_modules {lora.lora_target_modules!r}"
             + (f" with layers {lora.lora_layers_to_transform}" if lora.lora_layers_to_transform else "")
-            + f" matches no linear layer of {generation.title}. Its layers are named like {examples}."
+            + f" matches no linear layer of {generation.title}, expected names like {examples}. Correct the pattern."
         )
-    return matched if as_names else pattern
+    return matched if matches_others or lora.lora_layers_to_transform is not None else pattern
 
 
 def translated_pattern(pattern: str, generation: Generation) -> str:
-    """Write a pattern over released names for a generation's own.
+    """Rewrite a pattern over released module names for a generation's own names.
 
     Example:
         >>> from minicpm_tune.checkpoints.model_generations import GENERATIONS
@@ -208,14 +179,14 @@ def translated_pattern(pattern: str, generation: Generation) -> str:
         return rf"{llm}\.(model\.)?layers\.\d+\." + (rf"(?!.*({inner})).+" if inner else ".+")
     if pattern == OFFICIAL_LORA_TARGETS and generation.lora_targets:
         return generation.lora_targets
-    if generation.native:
-        translated = re.sub(r"^llm\\?\.", lambda _: rf"{llm}\.", pattern)
-        return re.sub(r"^vpm\\?\.", lambda _: rf"{re.escape(generation.modules['vision'][0])}\.", translated)
+    for released, own in (("llm", llm), ("vpm", re.escape(generation.modules["vision"][0]))):
+        if own != released:
+            pattern = re.sub(rf"^{released}\\?\.", lambda _, own=own: rf"{own}\.", pattern)
     return pattern
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that carry LoRA weights."""
+    """Names of the modules that have LoRA weights."""
     return [
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
@@ -236,8 +207,8 @@ def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
     for name in names:
         if not _is_module(model, name):
             raise AdapterError(
-                f"--lora_modules_to_save {name}: the model has no module of that name. Names are like resampler, "
-                "embed_tokens, vpm, lm_head; none for a plain adapter."
+                f"--lora_modules_to_save {name}: the model has no module of that name, expected a name such as "
+                "resampler, embed_tokens, vpm or lm_head. Correct it, or give none for a plain adapter."
             )
 
 
@@ -246,7 +217,7 @@ def _is_module(model: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def _layers_reachable(model: nn.Module) -> Iterator[None]:
+def layers_reachable(model: nn.Module) -> Iterator[None]:
     """Let PEFT find the LLM's layers for layer replication, which it looks for under ``.model``."""
     inner = getattr(getattr(model, "llm", None), "model", None)
     if inner is None or hasattr(model, "model"):
@@ -261,5 +232,5 @@ def _layers_reachable(model: nn.Module) -> Iterator[None]:
     llm: Any = model.llm
     config, layers = llm.config, inner.layers
     if len(getattr(config, "layer_types", layers)) != len(layers):
-        # PEFT counts the replicated layers, and leaves the list of their kinds short (0.21).
+        # PEFT updates the number of replicated layers, but not the list of their kinds (0.21).
         config.layer_types = [layer.self_attn.layer_type for layer in layers]

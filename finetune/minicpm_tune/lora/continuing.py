@@ -1,4 +1,8 @@
-"""Going on with an adapter: it must be one of this model, and no flag may ask for another shape than it has."""
+"""The adapter of a run: a new one, or one that it continues.
+
+A continued adapter must have been trained on this model. Its rank, targets and other properties are fixed;
+a flag that asks for different ones is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.lora.build import AdapterError, default_modules_to_save, translated_pattern
-from minicpm_tune.lora.folders import AdapterFolder, check_base, read_adapter_folder
+from minicpm_tune.lora.adapter_folders import AdapterError, AdapterFolder, check_base, read_adapter_folder
+from minicpm_tune.lora.build import add_adapter, default_modules_to_save, translated_pattern
+from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.settings.argument_groups import LoraArguments
 
 logger = logging.getLogger(__name__)
 
-# Flag -> what adapter_config.json calls it. The shape of an adapter is settled when it is made.
-_SHAPE = {
+# Flag -> its name in adapter_config.json.
+_PROPERTIES = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -30,33 +38,57 @@ _SHAPE = {
 }
 
 
+def new_or_continued_adapter(
+    model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
+) -> PeftModel:
+    """Put the run's adapter on its base model.
+
+    Args:
+        model: The base model.
+        generation: Its generation.
+        lora: The adapter's arguments; ``lora_weight_path`` names one to continue.
+        vision: ``--tune_vision``.
+        resampler: ``--tune_resampler``.
+
+    Raises:
+        AdapterError: As ``build.add_adapter`` and ``loading.load_adapter``.
+    """
+    if lora.lora_weight_path:
+        return load_adapter(
+            model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
+        )
+    return add_adapter(model, generation, lora, vision=vision, resampler=resampler)
+
+
 def check_continued(
     lora: LoraArguments, base: Path, generation: Generation, *, vision: bool, resampler: bool
 ) -> None:
-    """Refuse to go on with an adapter that the model or the flags don't fit; call before weights are loaded.
+    """Refuse an adapter that can't be continued on this model with these flags; call before loading weights.
 
     Args:
-        lora: The adapter's arguments; ``lora_weight_path`` names it.
+        lora: The adapter's arguments. Without ``lora_weight_path`` there is nothing to check.
         base: The base model's folder.
         generation: Its generation.
         vision: ``--tune_vision``.
         resampler: ``--tune_resampler``.
 
     Raises:
-        AdapterError: With all that contradicts.
+        AdapterError: With every contradiction.
     """
+    if not lora.lora_weight_path:
+        return
     adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
     if adapter.is_legacy:
         raise AdapterError(
-            f"--lora_weight_path {adapter.path}: an adapter of the early official scripts, whose vision tower, "
-            "resampler and embeddings stand in a file of their own. Merge it with merge_lora.py, and train a new "
-            "adapter on the result."
+            f"--lora_weight_path {adapter.path}: found an adapter of the early official scripts, which keep vision "
+            "tower, resampler and embeddings in a separate file. Merge it with merge_lora.py, and train a new adapter "
+            "on the result."
         )
     check_base(adapter, base, generation, allow_other_base=lora.allow_other_base)
-    problems = [*_shapes(adapter, lora, generation)]
-    problems += _whole_modules(
-        adapter, lora, default_modules_to_save(generation, vision=vision, resampler=resampler)
-    )
+    saved = lora.modules_to_save
+    if saved is None:
+        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
+    problems = [*_other_properties(adapter, lora, generation), *_other_saved_modules(adapter, saved)]
     if problems:
         raise AdapterError(f"--lora_weight_path {adapter.path}: " + " ".join(problems))
     logger.info(
@@ -66,30 +98,29 @@ def check_continued(
     )  # fmt: skip
 
 
-def _shapes(adapter: AdapterFolder, lora: LoraArguments, generation: Generation) -> Iterator[str]:
-    """A flag that is left at its default asks for nothing; any other must say what the adapter is."""
+def _other_properties(adapter: AdapterFolder, lora: LoraArguments, generation: Generation) -> Iterator[str]:
+    """Compare each flag that was changed from its default with what the adapter has."""
     defaults = {one.name: one.default for one in fields(LoraArguments)}
-    for flag, name in _SHAPE.items():
-        wish: Any = getattr(lora, flag)
-        if wish == defaults[flag]:
+    for flag, name in _PROPERTIES.items():
+        wanted: Any = getattr(lora, flag)
+        if wanted == defaults[flag]:
             continue
         if flag == "lora_target_modules":
-            wish = translated_pattern(wish, generation)
+            wanted = translated_pattern(wanted, generation)
         if flag == "lora_layer_replication":
-            wish = [list(pair) for pair in lora.layer_replication or []]
+            wanted = [list(pair) for pair in lora.layer_replication or []]
         found = adapter.config.get(name)
-        if found != wish:
-            yield f"--{flag} is {getattr(lora, flag)}, the adapter was made with {found}: leave the flag out."
+        if found != wanted:
+            yield f"--{flag} is {getattr(lora, flag)}, but the adapter has {found}: leave the flag out."
 
 
-def _whole_modules(adapter: AdapterFolder, lora: LoraArguments, default: list[str]) -> Iterator[str]:
-    asked = default if lora.modules_to_save is None else lora.modules_to_save
+def _other_saved_modules(adapter: AdapterFolder, wanted: list[str]) -> Iterator[str]:
     found = _saved(adapter)
-    if set(asked) != set(found):
+    if set(wanted) != set(found):
         yield (
-            f"it trains {', '.join(found) or 'no module'} in full, these flags ask for {', '.join(asked) or 'none'}. "
-            f"Give --lora_modules_to_save {','.join(found) or 'none'}, or the --tune_vision and --tune_resampler "
-            "that it was trained with."
+            f"it trains {', '.join(found) or 'no module'} in full, these flags ask for "
+            f"{', '.join(wanted) or 'none'}. Give --lora_modules_to_save {','.join(found) or 'none'}, or the "
+            "--tune_vision and --tune_resampler that it was trained with."
         )
 
 

@@ -1,4 +1,4 @@
-"""An adapter's weights added into those of its base model, and the proof that nothing else changed.
+"""Merging: an adapter's weights added to those of its base model, with a check that nothing else changed.
 
 Letters: T tokens of the probe prompt, V vocabulary.
 """
@@ -29,25 +29,25 @@ from minicpm_tune.errors import UserError
 
 PROBE_QUESTION = "\nWhat is in the image?"
 PROBE_SIZE = (640, 400)  # in pixels; every generation cuts it into slices
-# A merge that moves logits by more of their largest value than this went wrong; bf16 rounding of an
-# 8B model's weights moves them by about 1 %.
+# A merge that changes logits by more than this share of the largest one went wrong; rounding an 8B model's
+# weights to bf16 changes them by about 1 %.
 LARGEST_CHANGE = 0.1
 
 
 class MergeError(UserError):
-    """An adapter that can't be merged; the message says what to do."""
+    """An adapter that can't be merged."""
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What an adapter and its merge did to the logits of the probe prompt.
+    """How an adapter, and merging it, change the logits of the probe prompt.
 
     Attributes:
         tokens: T.
-        largest: Largest logit, by its absolute value, with the adapter.
+        largest: Largest absolute logit with the adapter.
         adapter_change: Largest change from the base model to the adapter.
-        merge_change: Largest change from the adapter to the merged model; rounding.
-        same_top: At how many of the T positions the most likely token stayed the same in the merge.
+        merge_change: Largest change from the adapter to the merged model, by rounding.
+        same_top: Positions, of T, at which merging leaves the most likely token the same.
     """
 
     tokens: int
@@ -65,7 +65,7 @@ class ProbeReport:
 
 
 def probe_logits(model: Any, processing: Processing) -> Tensor:
-    """Logits of a fixed prompt with a picture that is cut into slices, [T, V] fp32 on the CPU."""
+    """Logits of a fixed prompt with an image that is cut into slices, [T, V] fp32 on the CPU."""
     wide, high = PROBE_SIZE
     across, down = np.meshgrid(np.linspace(0, 255, wide), np.linspace(0, 255, high))
     picture = Image.fromarray(np.stack([across, down, (across + down) / 2], axis=-1).astype(np.uint8))
@@ -85,23 +85,23 @@ def probe_logits(model: Any, processing: Processing) -> Tensor:
 def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, ProbeReport]:
     """Merge a model's adapter, and compare the probe's logits before and after.
 
-    Every layer is merged in fp32 and rounded once to the precision that it is held in.
+    Every layer is merged in fp32, and rounded once to its own precision.
 
     Args:
         model: The base model with its adapter.
         processing: The checkpoint's ``Processing``.
 
     Returns:
-        The base model with the adapter in its weights, and what the probe said.
+        The base model with the adapter in its weights, and the probe's report.
 
     Raises:
-        MergeError: When the logits changed by more than rounding can.
+        MergeError: When the logits change by more than rounding explains.
     """
     with model.disable_adapter():
         base = probe_logits(model, processing)
     before = probe_logits(model, processing)
     if model.active_peft_config.layer_replication:
-        _give_layers_their_own_weights(_llm_layers(model.get_base_model()))
+        _unshare_weights(_llm_layers(model.get_base_model()))
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         with _in_fp32(layer.get_base_layer()):
             layer.merge(safe_merge=True)
@@ -109,7 +109,7 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         merged = model.merge_and_unload()
     merged.requires_grad_(False)
-    _settle_configuration(merged)
+    _update_config(merged)
     after = probe_logits(merged, processing)
     report = ProbeReport(
         tokens=len(after),
@@ -120,8 +120,8 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
     )
     if not report.merge_change <= LARGEST_CHANGE * report.largest:
         raise MergeError(
-            f"merging changed the model: {report} Expected at most {LARGEST_CHANGE:.0%} of the largest "
-            "logit. Merge in a higher precision with --dtype fp32."
+            f"Merging changed the model: {report} Expected a change of at most {LARGEST_CHANGE:.0%} of the largest "
+            "logit. Merge in higher precision, with --dtype fp32."
         )
     return merged, report
 
@@ -138,10 +138,10 @@ def _in_fp32(layer: nn.Module) -> Iterator[None]:
             value.data = value.data.to(held[name])
 
 
-def _give_layers_their_own_weights(layers: nn.ModuleList) -> None:
-    """Undo the sharing of layer replication, or a shared weight would get the adapters of all its copies.
+def _unshare_weights(layers: nn.ModuleList) -> None:
+    """Give every replicated layer its own weights; a shared weight would get the adapters of all its copies.
 
-    PEFT means to refuse that case, and looks in the wrong place (0.21).
+    PEFT means to refuse that case, but looks in the wrong place (0.21).
     """
     seen: set[int] = set()
     for module in layers.modules():
@@ -155,8 +155,8 @@ def _llm_layers(model: Any) -> nn.ModuleList:
     return getattr(model, "llm", model).model.layers
 
 
-def _settle_configuration(model: PreTrainedModel) -> None:
-    """Let the configuration say what the merge made: a taller LLM, an output layer of its own."""
+def _update_config(model: PreTrainedModel) -> None:
+    """Write into the configuration what the merge changed: more layers, a separate output layer."""
     inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     text = model.config.get_text_config()
     untied = bool(text.tie_word_embeddings or model.config.tie_word_embeddings) and inner is not outer
@@ -173,7 +173,7 @@ def _settle_configuration(model: PreTrainedModel) -> None:
 
 
 def check_saved(saved: Path, base: Path, *, taller: bool) -> None:
-    """See that the files hold the same tensors as the base's, by name.
+    """Check that the files hold the base model's tensors, by name.
 
     Args:
         saved: The merged model's folder.
@@ -181,24 +181,23 @@ def check_saved(saved: Path, base: Path, *, taller: bool) -> None:
         taller: Whether layer replication added layers.
 
     Raises:
-        MergeError: When tensors are missing or new.
+        MergeError: When tensors are missing, or unknown to the base model.
     """
     found, expected = tensor_names(saved), tensor_names(base)
     missing = sorted(expected - found)
     new = sorted(name for name in found - expected if not taller and "lm_head" not in name)
     if missing or new:
         raise MergeError(
-            f"{saved}: {len(missing)} tensors of the base model are missing and {len(new)} are new (the "
-            f"first is {[*missing, *new][0]}), expected the same names. Please report this with the "
-            "adapter's configuration."
+            f"{saved}: {len(missing)} tensors of the base model are missing and {len(new)} are new (the first is "
+            f"{[*missing, *new][0]}), expected the same names. Please report this with the adapter_config.json."
         )
 
 
 def to_bin_files(folder: Path) -> None:
-    """Turn a saved model's safetensors files into ``pytorch_model*.bin``, one file at a time.
+    """Convert a saved model's safetensors files to ``pytorch_model*.bin``, one file at a time.
 
     Args:
-        folder: What ``save_pretrained`` wrote; its index, if there is one, is rewritten too.
+        folder: What ``save_pretrained`` wrote; an index is rewritten too.
     """
     for path in sorted(folder.glob("model*.safetensors")):
         torch.save(load_file(path), folder / _bin_name(path.name))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dataset import SupervisedDataset, data_collator, padding_sample
@@ -23,11 +22,8 @@ from minicpm_tune.checkpoints.quantized_files import check_training, stored_quan
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, check_tower_is_frozen, open_cache
-from minicpm_tune.lora.base_fingerprint import write_base_record
-from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.continuing import check_continued
-from minicpm_tune.lora.folders import load_checked, read_adapter_folder
-from minicpm_tune.lora.pissa import convert_saved_adapter
+from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.models.parameter_parts import count_parts, parts_table, raise_precision_of_trained
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments
 from minicpm_tune.settings.arguments import TrainingArguments
@@ -59,19 +55,8 @@ def check_start(
     parts = {"vision": training.tune_vision, "resampler": training.tune_resampler}
     quant_bits = lora.quant_bits if lora.q_lora else None
     check_training(stored_quantization(folder), generation, quant_bits=quant_bits, **parts)
-    if training.use_lora and lora.lora_weight_path:
+    if training.use_lora:
         check_continued(lora, folder, generation, **parts)
-
-
-def adapted(
-    model: PreTrainedModel, generation: Generation, training: TrainingArguments, lora: LoraArguments
-) -> PeftModel:
-    """The model with its adapter: a new one, or the one to go on with."""
-    if lora.lora_weight_path:
-        return load_checked(model, read_adapter_folder(lora.lora_weight_path), trainable=True)
-    return add_adapter(
-        model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
-    )
 
 
 def load_datasets(
@@ -209,8 +194,7 @@ def base_recorder(
     """What keeps beside every saved adapter which base it was trained on; None where no adapter is saved."""
     if not training.use_lora:
         return None
-    held = None if quant_bits is None else f"{quant_bits} bit"
-    return partial(write_base_record, base=folder, generation=generation, quantization=held)
+    return partial(complete_adapter_folder, base=folder, generation=generation, quant_bits=quant_bits)
 
 
 def check_resume(training: TrainingArguments, train_rows: SupervisedDataset | None) -> None:
@@ -237,7 +221,6 @@ def say_how_to_continue(trainer: CPMTrainer, argv: list[str]) -> None:
 
 
 def finish_adapter(trainer: CPMTrainer) -> None:
-    """Convert a saved adapter that started from the weights (PiSSA, OLoRA); see ``initial_adapter``."""
-    initial = getattr(trainer.model, "initial_lora", None)
-    if initial is not None and trainer.args.should_save:
-        convert_saved_adapter(Path(trainer.args.output_dir), initial)
+    """Make a saved adapter fit the original base weights."""
+    if trainer.args.should_save:
+        fit_to_original_base(trainer.model, Path(trainer.args.output_dir))
