@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from finetune import build_trainer, choose_what_trains, read_data
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.modeling import MiniCPMV
-from minicpm_tune.models.parameter_parts import count_parts, freeze
-from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
+from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.training.peer_monitor import PeerMonitor
-from minicpm_tune.training.preparation import (
-    load_data_rules,
-    load_datasets,
-    load_dtype,
-    log_what_trains,
-    make_trainer,
-    settle_training_arguments,
-)
+from minicpm_tune.training.resilient_trainer import RunContext
 from phase_clock import PhaseClock
 from step_flops import Trains, Work, needed_flops, shape_of
 from support.real_configs import REAL_CONFIGS
@@ -47,34 +40,28 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     folder = Path(wish["folder"])
     checkpoint = write_checkpoint(folder / wish["model"], wish["model"], small=wish["small"])
     on_gpu = torch.cuda.is_available()
-    model_args, data_args, training, lora = parse_arguments(_argv(wish, checkpoint, on_gpu=on_gpu))
-    processing = load_data_rules(data_args, training, checkpoint)
-    rows, _ = load_datasets(data_args, training, processing)
-    settle_training_arguments(training)
+    arguments = parse_arguments(_argv(wish, checkpoint, on_gpu=on_gpu))
+    model_args, data_args, training, lora = arguments
+    processing = load_processing(
+        checkpoint, max_slice_nums=training.max_slice_nums, **data_args.processing_options()
+    )
+    datasets = read_data(arguments, processing)
     set_seed(training.seed)
     generation = processing.generation
     device = "cuda" if on_gpu else "cpu"
-    bits = lora.quant_bits if lora.q_lora else None
+    bits = lora.held_bits
     model = random_model(
-        checkpoint, load_dtype(training), device, bits=bits, attention=model_args.attn_implementation
+        checkpoint, training.weight_dtype, device, bits=bits, attention=model_args.attn_implementation
     )
     shape = shape_of(model) if bits is None else None
-    apply_liger(model, training)
-    set_checkpointing(model, generation, training)
-    parts = {"vision": training.tune_vision, "resampler": training.tune_resampler}
-    if training.use_lora:
-        model = add_adapter(model, generation, lora, **parts)
-    else:
-        freeze(model, generation, **parts, llm=training.tune_llm)
-    log_what_trains(model, generation, training)
+    model = choose_what_trains(arguments, model, generation)
     counts = count_parts(model, generation)
-    trainer = make_trainer(
-        model, training, processing, train_rows=rows, eval_rows=None,
-        watch=PeerMonitor(limit=training.ddp_timeout), moves=True, after_save=None, feature_writer=None,
-    )  # fmt: skip
+    context = RunContext(watch=PeerMonitor(limit=training.ddp_timeout), moves=True)
+    trainer = build_trainer(arguments, model, checkpoint, processing, datasets, context)
     bench = Bench(trainer, wish, on_gpu=on_gpu)
     trainer.train()
-    trains = Trains(**parts, llm=training.tune_llm, lora=counts["lora"].total if "lora" in counts else 0)
+    lora_size = counts["lora"].total if "lora" in counts else 0
+    trains = Trains(**training.tuned_around_llm, llm=training.tune_llm, lora=lora_size)
     shape = shape or _shape_unquantised(checkpoint)
     return bench.result(lambda work: sum(needed_flops(shape, work, trains).values()))
 

@@ -1,140 +1,249 @@
-"""Fine-tune a MiniCPM-V model: arguments -> model folder -> data -> model -> trainer -> save.
+"""A fine-tuning run: arguments -> model folder -> data -> model -> trainer -> save.
 
-Started by ``finetune_ds.sh`` and ``finetune_lora.sh`` through torchrun, or by itself on one device:
+The launchers finetune_lora.sh and finetune_ds.sh start it on all GPUs; by itself it trains on one device:
 
-    python finetune.py --model_name_or_path ... --data_path ... --output_dir ...
+    python finetune.py --model_name_or_path MODEL --data_path ROWS --output_dir FOLDER
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from minicpm_tune.logs import silence
 from minicpm_tune.settings.help_page import show_help_when_asked
 
-if TYPE_CHECKING:
-    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
+if __name__ == "__main__":
+    # Before the imports below: torch and transformers take seconds that --help need not wait for.
+    show_help_when_asked(sys.argv[1:])
+    silence()
+
+from transformers import PreTrainedModel, set_seed
+
+from dataset import SupervisedDataset, data_collator, padding_sample
+from minicpm_tune.answering.prediction_callback import PredictionCallback
+from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.checkpoints.model_generations import Generation, check_llm_type
+from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
+from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
+from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
+from minicpm_tune.lora.continuing import check_continued, new_or_continued_adapter
+from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
+from minicpm_tune.models.loading import load_model, resolve_model_folder
+from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
+from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
+from minicpm_tune.settings.arguments import Arguments, parse_arguments
+from minicpm_tune.training.checkpointing import check_continues, run_shape, write_failures_told
+from minicpm_tune.training.learning_rates import check_rates
+from minicpm_tune.training.loss_curve import LossCurve
+from minicpm_tune.training.process_lifecycle import ProcessLifecycle, StepLog
+from minicpm_tune.training.resilient_trainer import RunContext
+from minicpm_tune.training.run_folder import RunFolder
+from minicpm_tune.training.run_record import start_record
+from minicpm_tune.training.stop_signals import log_how_to_continue
+from trainer import CPMTrainer
+
+logger = logging.getLogger("minicpm_tune.finetune")
+
+Datasets = tuple[SupervisedDataset | None, SupervisedDataset | None]
 
 
 def main(argv: list[str]) -> int:
-    """Run one fine-tuning, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    show_help_when_asked(argv)
-    silence()
-    # Imported here: torch and transformers take seconds that --help need not wait for.
-    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
-
-    control = ProcessLifecycle()
-    with control.user_errors_as_messages():
-        run(argv, control)
-    return control.end()
+    """Run one fine-tuning. Returns the exit code: 0, or 1 after one message for a user's mistake."""
+    process = ProcessLifecycle()
+    with process.user_errors_as_messages():
+        run(argv, process)
+    return process.end()
 
 
-def run(argv: list[str], control: ProcessLifecycle) -> None:
-    """The steps of a fine-tuning, in their order."""
-    from transformers import set_seed
+def run(argv: list[str], process: ProcessLifecycle) -> None:
+    """The phases of a run, in their order."""
+    arguments = parse_arguments(argv)
+    output = RunFolder(arguments.training)
+    output.take()
+    watch = process.begin(arguments.training)
+    output.prepare()
+    record = start_record(argv, *arguments)
 
-    from minicpm_tune.checkpoints.model_generations import check_llm_type
-    from minicpm_tune.lora.continuing import new_or_continued_adapter
-    from minicpm_tune.models.loading import load_model, resolve_model_folder
-    from minicpm_tune.models.parameter_parts import freeze
-    from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
-    from minicpm_tune.settings.arguments import parse_arguments
-    from minicpm_tune.training.checkpointing import write_failures_told
-    from minicpm_tune.training.preparation import (
-        answer_while_training,
-        base_recorder,
-        check_resume,
-        check_start,
-        finish_adapter,
-        load_data_rules,
-        load_datasets,
-        load_dtype,
-        log_what_trains,
-        make_trainer,
-        say_bad_rows,
-        say_how_to_continue,
-        settle_training_arguments,
-        use_vision_cache,
+    folder, processing = read_model_folder(arguments)
+    datasets = read_data(arguments, processing)
+    record.add_rows(*datasets)
+    model = read_model(arguments, folder, processing.generation)
+    model = choose_what_trains(arguments, model, processing.generation)
+    context = RunContext(
+        watch=watch, moves=output.moves, files=datasets[0].source_names if datasets[0] else []
     )
-    from minicpm_tune.training.run_folder import RunFolder
-    from minicpm_tune.training.run_record import start_record
+    trainer = build_trainer(arguments, model, folder, processing, datasets, context)
 
-    model_args, data_args, training, lora = parse_arguments(argv)
-    run_folder = RunFolder(training)
-    run_folder.take()
-    watch = control.begin(training)
-    run_folder.prepare()
-    record = start_record(argv, model_args, data_args, training, lora)
+    outcome = train_and_save(trainer, argv)
+    if outcome == "finished":
+        log_bad_rows(datasets)
+        output.close()
+    record.end(outcome, step=trainer.state.global_step)
 
-    with training.main_process_first(desc="checkpoint files"):
-        folder = resolve_model_folder(model_args.model_name_or_path, cache_dir=training.cache_dir)
-    processing = load_data_rules(data_args, training, folder)
+
+def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
+    """Find or download the model folder, and check that it can be trained as asked.
+
+    Returns:
+        The folder, and how it turns conversations, images and videos into tokens and patches.
+    """
+    model, data, training, lora = arguments
+    with training.main_process_first(desc="model files"):
+        folder = resolve_model_folder(model.model_name_or_path, cache_dir=training.cache_dir)
+    processing = load_processing(folder, max_slice_nums=training.max_slice_nums, **data.processing_options())
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
-    quant_bits = lora.quant_bits if lora.q_lora else None
-    check_start(folder, generation, training, lora)
-    train_rows, eval_rows = load_datasets(data_args, training, processing)
-    settle_training_arguments(training)
-    check_resume(training, train_rows)
-    record.add_rows(train_rows, eval_rows)
+    quantization = stored_quantization(folder)
+    check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
+    if training.use_lora:
+        check_continued(lora, folder, generation, **training.tuned_around_llm)
+    return folder, processing
 
-    set_seed(
-        training.seed
-    )  # reading data has drawn random numbers; a new adapter must not depend on how many
-    model: Any = load_model(
+
+def read_data(arguments: Arguments, processing: Processing) -> Datasets:
+    """Read the training and evaluation rows and check all of them, before any weights are loaded.
+
+    Returns:
+        The training and the evaluation rows; None for what is not asked for.
+    """
+    _, data, training, _ = arguments
+
+    def read(path: str | None) -> SupervisedDataset:
+        assert path is not None  # check_arguments has seen to it
+        with training.main_process_first(desc="index of the data files"):
+            rows = SupervisedDataset(path, processing, data.data_options(training.model_max_length))
+        rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
+        rows.check_rows()
+        return rows
+
+    evaluates = training.do_eval or training.eval_strategy != "no"
+    train_rows = read(data.data_path) if training.do_train else None
+    eval_rows = read(data.eval_data_path) if evaluates else None
+    if train_rows is not None and training.resume_from_checkpoint:
+        checkpoint, shape = Path(training.resume_from_checkpoint), run_shape(training, len(train_rows))
+        check_continues(checkpoint, shape, skips_data=training.ignore_data_skip)
+    return train_rows, eval_rows
+
+
+def read_model(arguments: Arguments, folder: Path, generation: Generation) -> PreTrainedModel:
+    """Load the weights."""
+    set_seed(arguments.training.seed)  # reading data has drawn random numbers; how many must not matter
+    return load_model(
         folder,
         generation,
-        dtype=load_dtype(training),
-        attention=model_args.attn_implementation,
-        quant_bits=quant_bits,
+        dtype=arguments.training.weight_dtype,
+        attention=arguments.model.attn_implementation,
+        quant_bits=arguments.lora.held_bits,
     )
+
+
+def choose_what_trains(arguments: Arguments, model: Any, generation: Generation) -> PreTrainedModel:
+    """Add or continue an adapter, or freeze parts of the model, and log what trains."""
+    _, _, training, lora = arguments
     apply_liger(model, training)
     set_checkpointing(model, generation, training)
-    set_seed(training.seed)  # here: how weights are loaded must not decide what adapters start from
+    set_seed(training.seed)  # how weights are loaded must not decide what a new adapter starts from
     if training.use_lora:
-        model = new_or_continued_adapter(
-            model, generation, lora, vision=training.tune_vision, resampler=training.tune_resampler
-        )
+        model = new_or_continued_adapter(model, generation, lora, **training.tuned_around_llm)
     else:
-        freeze(
-            model,
-            generation,
-            vision=training.tune_vision,
-            resampler=training.tune_resampler,
-            llm=training.tune_llm,
-        )
-    log_what_trains(model, generation, training)
+        freeze(model, generation, **training.tuned_around_llm, llm=training.tune_llm)
+    if not training.deepspeed:
+        raise_precision_of_trained(model)
+    counts = count_parts(model, generation)
+    check_rates(training.learning_rates, counts)
+    log_parts(counts, generation)
+    return model
 
-    trainer = make_trainer(
-        model,
-        training,
-        processing,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
-        watch=watch,
-        moves=run_folder.moves,
-        feature_writer=use_vision_cache(model, training, folder, train_rows, eval_rows),
-        after_save=base_recorder(folder, generation, training, quant_bits=quant_bits),
+
+def build_trainer(
+    arguments: Arguments,
+    model: PreTrainedModel,
+    folder: Path,
+    processing: Processing,
+    datasets: Datasets,
+    context: RunContext,
+) -> CPMTrainer:
+    """Put model, rows and arguments together."""
+    _, data, training, lora = arguments
+    generation = processing.generation
+    train_rows, eval_rows = datasets
+    needs_lengths = training.packing or training.train_sampling_strategy == "group_by_length"
+    features: FeatureWriter | None = None
+    if training.cache_vision_features is not None:
+        given = [rows for rows in datasets if rows is not None]
+        features = use_cache(
+            training.cache_vision_features, folder, model, given, precision=training.computes_in
+        )
+    padding = padding_sample(processing)
+    trainer = CPMTrainer(
+        model=model,
+        args=training,
+        generation=generation,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=partial(
+            data_collator,
+            pad_token_id=int(padding["input_ids"][0]),
+            packing=training.packing,
+            cpu_copies=generation.native,
+        ),
+        padding_sample=padding,
+        lengths=train_rows.lengths() if train_rows is not None and needs_lengths else None,
+        run_context=context,
+        feature_writer=features,
+        after_save=partial(
+            complete_adapter_folder, base=folder, generation=generation, quant_bits=lora.held_bits
+        )
+        if training.use_lora
+        else None,
+        callbacks=[StepLog(), LossCurve()],
     )
-    answer_while_training(trainer, data_args, processing)
+    if training.predict_with_generate:
+        rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing, data.data_options(None)))
+        trainer.add_callback(
+            PredictionCallback(
+                trainer,
+                rows,
+                samples=training.generation_samples,
+                batch_size=training.per_device_eval_batch_size,
+                max_new_tokens=training.generation_max_new_tokens,
+            )
+        )
+    return trainer
+
+
+def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:
+    """Train, save the model or adapter, and evaluate.
+
+    Returns:
+        How the run ended: finished, or stopped by a signal.
+    """
+    training: Any = trainer.args
     if training.do_train:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         if trainer.was_stopped:
-            say_how_to_continue(trainer, argv)
-            record.end("stopped", step=trainer.state.global_step)
-            return
-        with write_failures_told(run_folder.path):
+            log_how_to_continue(argv, step=trainer.state.global_step, steps=trainer.state.max_steps)
+            return "stopped"
+        with write_failures_told(Path(training.output_dir)):
             trainer.save_state()
             trainer.save_model()  # on every process: under ZeRO-3 it gathers
-            finish_adapter(trainer)
+            if training.should_save:
+                fit_to_original_base(trainer.model, Path(training.output_dir))
     if training.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    say_bad_rows(train_rows, eval_rows)
-    record.end("finished", step=trainer.state.global_step)
-    run_folder.close()
+    return "finished"
+
+
+def log_bad_rows(datasets: Datasets) -> None:
+    """Log how many rows were left out, and why; both data sets write to one list."""
+    logger.info("%s", next(rows.bad_rows.summary() for rows in datasets if rows is not None))
 
 
 if __name__ == "__main__":

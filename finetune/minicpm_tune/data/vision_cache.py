@@ -20,7 +20,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,33 @@ def open_cache(
         ) from error
     merges = generation.native and config.get("downsample_mode", "16x") != "4x"
     return VisionCache(own, 4 if merges else 1, generation.positions == "one_row")
+
+
+def use_cache(
+    root: str, checkpoint: Path, model: nn.Module, datasets: Sequence[Any], *, precision: str
+) -> FeatureWriter:
+    """Let data sets look the features of their images up.
+
+    Args:
+        root: ``--cache_vision_features``.
+        checkpoint: The checkpoint's folder.
+        model: Its model, with what trains settled.
+        datasets: The ``SupervisedDataset`` of each data file.
+        precision: What the tower computes in.
+
+    Returns:
+        What keeps the features that are not there yet.
+
+    Raises:
+        VisionCacheError: When the tower does not stay what the checkpoint's files say.
+    """
+    generation = datasets[0].processing.generation
+    check_tower_is_frozen(model, generation)
+    cache = open_cache(root, checkpoint, generation, precision=precision)
+    for rows in datasets:
+        rows.processing = replace(rows.processing, vision_cache=cache)
+    logger.info("Vision features are kept in %s", cache.folder)
+    return FeatureWriter(cache)
 
 
 def check_tower_is_frozen(model: nn.Module, generation: Generation) -> None:

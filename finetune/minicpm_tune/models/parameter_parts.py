@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from minicpm_tune.checkpoints.model_generations import Generation
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("vision", "resampler", "embeddings", "llm", "lora")
 
@@ -82,6 +85,15 @@ def parameter_count(parameter: Any) -> int:
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     return parameter.numel()
+
+
+def log_parts(counts: dict[str, PartCount], generation: Generation) -> None:
+    """Log the table of parts, and the totals as the official script prints them."""
+    total = sum(count.total for count in counts.values())
+    trainable = sum(count.trainable for count in counts.values())
+    logger.info("%s", parts_table(counts))
+    logger.info("%s", {"Total": total, "Trainable": trainable})
+    logger.info("llm_type=%s", generation.llm_type)
 
 
 def parts_table(counts: dict[str, PartCount]) -> str:

@@ -162,6 +162,11 @@ class TuningOptions:
         metadata={"help": "Train LoRA adapters instead of the language model's own weights."},
     )
 
+    @property
+    def tuned_around_llm(self) -> dict[str, bool]:
+        """Whether the parts before the language model train, as keyword arguments of what asks for both."""
+        return {"vision": self.tune_vision, "resampler": self.tune_resampler}
+
 
 @dataclass
 class RunOptions:
@@ -321,6 +326,11 @@ class LoraArguments:
         default=None,
         metadata={"help": "Name of the module list that --lora_layers_to_transform counts in (layers)."},
     )
+
+    @property
+    def held_bits(self) -> int | None:
+        """Bits per weight of the language model while it is tuned; None for full precision."""
+        return self.quant_bits if self.q_lora else None
 
     @property
     def modules_to_save(self) -> list[str] | None:

@@ -8,8 +8,9 @@ import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import torch
 import transformers
 from transformers import HfArgumentParser
 
@@ -73,6 +74,12 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if isinstance(self.deepspeed, str):
             self._read_deepspeed(self.deepspeed)
+        if self.ddp_find_unused_parameters is None:
+            # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
+            self.ddp_find_unused_parameters = False
+        # Trainer's filter hides losses that are not finite, and waits for the device after every batch to do so;
+        # ResilientTrainer looks once per step, and does not apply such a step.
+        self.logging_nan_inf_filter = False
         super().__post_init__()
         # What was asked for; speed_options takes it over from Trainer and clears the flag.
         self.checkpoints_llm = bool(self.gradient_checkpointing)
@@ -83,6 +90,18 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
                 "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., "
                 "or the launchers finetune_ds.sh and finetune_lora.sh."
             )
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What weights are loaded in: the asked-for precision."""
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def computes_in(self) -> str:
+        """The precision of the vision tower's output, for the key of kept features."""
+        return f"{self.weight_dtype}, {'DeepSpeed' if self.deepspeed else 'autocast'}"
 
     @property
     def learning_rates(self) -> LearningRates:
@@ -118,7 +137,13 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             start_on_cpu()
 
 
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]
+class Arguments(NamedTuple):
+    """The four groups of a command line."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
 
 
 class _Parser(HfArgumentParser):
@@ -158,7 +183,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         _note(note)
     if values.do_train is None:
         values.do_train = bool(data.data_path)
-    return model, data, _pick(TrainingArguments, values), lora
+    return Arguments(model, data, _pick(TrainingArguments, values), lora)
 
 
 def _note(text: str | None) -> None:

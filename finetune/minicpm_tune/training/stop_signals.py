@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -9,6 +10,8 @@ import sys
 import time
 from types import FrameType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on what the whole group already got; only later ones mean "at once".
@@ -51,6 +54,14 @@ class StopSignals:
                 os.write(2, f"\n{name}: {NOTE}\n".encode())
         elif time.monotonic() - self._since > _SAME_REQUEST:
             os._exit(128 + number)
+
+
+def log_how_to_continue(argv: list[str], *, step: int, steps: int) -> None:
+    """After a signal, log what was saved and the command that continues from it."""
+    logger.info(
+        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue, in %s:\n\n    %s\n",
+        step, steps, step, os.getcwd(), command_to_continue(argv, script=sys.argv[0]),
+    )  # fmt: skip
 
 
 def command_to_continue(argv: list[str], *, script: str) -> str:
