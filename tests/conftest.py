@@ -1,16 +1,10 @@
-"""Shared by all tests: the product's modules are importable as they are under torchrun."""
-
-import sys
-from pathlib import Path
+"""What holds for all tests."""
 
 import pytest
 import torch
 from hypothesis import settings
 
-TESTS = Path(__file__).resolve().parent
-# The product as under torchrun, the demo, the benchmarks, and the tests' own ``support``.
-for folder in (TESTS.parent / "finetune", TESTS.parent / "demo", TESTS.parent / "benchmarks", TESTS):
-    sys.path.insert(0, str(folder))
+from support.processes import end_what_runs
 
 # More threads than idle cores wait for each other by spinning, ten times slower.
 torch.set_num_threads(1)
@@ -18,6 +12,14 @@ torch.set_num_threads(1)
 # A busy machine is no failure: no example has a time limit of its own.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """End what a test has started, also when it failed; a test that passed has ended everything itself."""
+    yield
+    left = end_what_runs()
+    assert not left, f"left running:\n{left}"
 
 
 def pytest_collection_modifyitems(items):

@@ -1,20 +1,18 @@
 """The house's rules: a room imports only from rooms below it, and no folder grows past what a reader can hold."""
 
-import subprocess
 import sys
 from collections import Counter
 
+from support import processes
 from support.paths import FINETUNE, ROOT
 
 MOST_MODULES = 16  # in one folder
 
 
 def test_a_room_imports_only_from_rooms_below_it():
-    done = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-        cwd=ROOT, env={"PYTHONPATH": str(FINETUNE), "PATH": ""}, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    environment = {"PYTHONPATH": str(FINETUNE), "PATH": ""}
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT, env=environment, limit=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,7 +1,6 @@
 """Answering: prompt ids, the key/value cache, batches, streaming, chat in the released form, chat.py."""
 
 import json
-import subprocess
 import sys
 from functools import cache
 
@@ -25,6 +24,7 @@ from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.command_flags import run_command
+from support import processes
 from support.answer_helpers import ALL, IMAGES, checkpoint, edit_json, loaded, picture, saved_adapter
 from support.data_helpers import WITH_GOLDENS, checkpoint_folder, processing
 from support.golden_models import golden_weight
@@ -341,11 +341,8 @@ def test_the_official_interface_answers_base64_and_json(tmp_path):
         asked.chat({"image": "not base64!", "question": json.dumps(QUESTION)})
 
 
-def run_chat(*words, stdin=None):
-    return subprocess.run(
-        [sys.executable, chat.__file__, *map(str, words)],
-        input=stdin, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+def run_chat(*words, stdin=""):
+    return processes.run([sys.executable, chat.__file__, *words], stdin=stdin, limit=120)
 
 
 def test_the_command_answers_with_an_adapter_as_the_library_does(tmp_path):

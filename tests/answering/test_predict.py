@@ -1,9 +1,6 @@
 """predict.py and answers during training: the right rows, once each, whatever stops the run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +19,7 @@ from minicpm_tune.answering.prediction_file import PredictionFile, PredictionFil
 from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
+from support import processes
 from support.answer_helpers import IMAGES, checkpoint, loaded, picture, saved_adapter
 from support.data_helpers import write_rows
 from support.paths import SUPPORT
@@ -151,12 +149,7 @@ def test_several_processes_write_the_lines_of_one(data, tmp_path):
     (tmp_path / "two.jsonl.rank0").write_text('{"row": 0')
     settings = json.loads((tmp_path / "one.jsonl.summary.json").read_text())["settings"]
     (tmp_path / "two.jsonl.summary.json").write_text(json.dumps({"settings": settings}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", predict.__file__]  # fmt: skip
-    done = subprocess.run(
-        [*launcher, *map(str, words(data, output))],
-        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = processes.run([*processes.torchrun(2, predict.__file__), *words(data, output)], limit=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert read(output) == expected
     assert "1 of 5 rows are answered already" in done.stderr
@@ -303,14 +296,7 @@ def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
 @pytest.mark.parametrize("name", ["v2_6", "v4_7"])
 def test_answers_under_zero_3_are_those_of_one_process(name, data, tmp_path):
     worker = SUPPORT / "predict_worker.py"
-    given = [str(path) for path in (worker, checkpoint(name), data, tmp_path / "out")]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-            "--rdzv_endpoint", "localhost:0", *given,
-        ],
-        capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    given = (checkpoint(name), data, tmp_path / "out")
+    done = processes.run([*processes.torchrun(2, worker), *given], limit=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "out").read_text()) == expected_predictions(name)

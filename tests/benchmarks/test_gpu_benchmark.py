@@ -1,7 +1,6 @@
 """benchmarks/gpu.py without a GPU: what it counts, what it reads off the clock, and that it runs."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
 from step_flops import Trains, Work, needed_flops, shape_of, shape_of_folder
-from support import finetune_runs
+from support import processes
 from support.paths import BENCHMARKS
 from support.real_configs import write_config
 
@@ -123,9 +122,7 @@ def test_it_runs_with_small_models_on_the_cpu(tmp_path, model, method):
         "--lengths", "512", "--batch_sizes", "1", "--packing", "true", "--steps", "2", "--warmup", "1",
         "--json", str(report),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, env=finetune_runs.environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+    done = processes.run(command, limit=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (row,) = json.loads(report.read_text())
     assert row["tokens_per_second"] > 0

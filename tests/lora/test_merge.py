@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, check_b
 from minicpm_tune.lora.base_fingerprint import fingerprint_of, read_fingerprint
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.merging import MergeError, check_saved, merge
+from support import processes
 from support.answer_helpers import (
     ALL,
     checkpoint,
@@ -60,12 +60,12 @@ def test_tensors_that_the_model_does_not_use_survive_byte_for_byte():
 def test_the_command_writes_bin_files_in_shards(tmp_path):
     expected = logits(saved_adapter(tmp_path / "adapter", "v2_6"), "v2_6")
     script = Path(merge_lora.__file__)
-    done = subprocess.run(
+    done = processes.run(
         [
             sys.executable, script, "--model_name_or_path", checkpoint("v2_6"), "--adapter", "adapter",
             "--output_dir", "merged", "--max_shard_size", "400KB", "--safe_serialization", "false",
         ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, limit=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "merging it by up to" in done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import SpeedOptionError, apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.settings.checks import UsageError, optimizer_problems
-from support import finetune_runs
+from support import finetune_runs, processes
 from support.golden_models import full_batch, golden_model
 from support.paths import SUPPORT
 
@@ -147,10 +146,7 @@ def test_every_optimizer_of_the_requirements_learns(tmp_path):
         ]
         for name in names
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "several_runs.py"), json.dumps(commands)],
-        env=finetune_runs.environment(), capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
+    done = processes.run([sys.executable, SUPPORT / "several_runs.py", json.dumps(commands)], limit=250)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
         lines = [line["loss"] for line in finetune_runs.losses(tmp_path / name)]

@@ -1,7 +1,6 @@
 """inspect_data.py: what it reports, writes and shows."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +12,7 @@ from inspect_data import parse_flags
 from minicpm_tune.errors import DataError
 from minicpm_tune.planning.data_facts import padding_shares, pixel_hashes
 from minicpm_tune.planning.inspection import contact_sheet, inspect, open_data, slice_images, survey
+from support import processes
 from support.data_helpers import chat, checkpoint_folder, processing, write_rows
 from support.paths import FINETUNE, IMAGES
 
@@ -156,13 +156,7 @@ def test_a_misspelt_flag_is_named_and_flags_of_training_are_known(tmp_path, caps
 
 
 def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-    )
+    return processes.run([sys.executable, SCRIPT, *arguments], limit=120, cwd=cwd)
 
 
 def test_the_command_gives_an_exit_code_and_ignores_flags_of_training(tmp_path):

@@ -1,7 +1,6 @@
 """Plans of memory against what real runs allocate, and against published numbers."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from minicpm_tune.planning import memory_plan
 from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, PlanError, Training, host_bytes, plan
 from minicpm_tune.planning.meta_model import build_on_meta, largest_batch
 from minicpm_tune.settings.argument_groups import LoraArguments
-from support import finetune_runs
+from support import processes
 from support.paths import GOLDENS, ROOT
 from support.quantized_cases import load, save_golden
 from support.real_configs import REAL_CONFIGS, write_config
@@ -249,10 +248,7 @@ def test_what_can_not_be_planned_says_why(options, message):
 def test_the_command_prints_parts_that_add_up(tmp_path):
     (tmp_path / "config.json").write_text((GOLDENS / "v2_6" / "config.json").read_text())
     arguments = ["--model_name_or_path", tmp_path, "--method", "qlora", "--zero", "3", "--offload", "all"]
-    finished = subprocess.run(
-        [sys.executable, ROOT / "finetune" / "plan_memory.py", *arguments],
-        env=finetune_runs.environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    finished = processes.run([sys.executable, ROOT / "finetune" / "plan_memory.py", *arguments], limit=120)
     assert finished.returncode == 0, finished.stderr
     first, *lines = finished.stdout.splitlines()
     assert first == "MiniCPM-V 2.6, qlora, bf16: GiB per GPU (GPUs: 1)"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,8 @@ from PIL import Image
 
 from draw_pictures import draw_data_set
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from support.finetune_runs import ROOT, environment
+from support import processes
+from support.finetune_runs import ROOT
 
 TIME_LIMIT = 280  # seconds, for one start
 PICTURES = {"train": 40, "eval": 8, "held_out": 48}
@@ -18,15 +18,12 @@ QUESTIONS = ("What colour is the shape?", "What colour is the background?", "Des
 
 
 def demo(folder, *flags, steps=2):
-    return subprocess.run(
-        ["bash", str(ROOT / "demo.sh"), "--output", str(folder), "--steps", str(steps), *flags],
+    return processes.run(
+        ["bash", ROOT / "demo.sh", "--output", folder, "--steps", steps, *flags],
         # The environment of the tests holds what the demo would install.
-        env={**environment(), "VENV": sys.prefix},
+        env={**processes.environment(), "VENV": sys.prefix},
         cwd=os.sep,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-        check=False,
+        limit=TIME_LIMIT,
     )
 
 

@@ -5,14 +5,13 @@ processes, which saves the time that imports take.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from support import finetune_runs, live_runs
 from support.live_runs import FIRST_NORM_TOLERANCE, LORA, LOSS_TOLERANCE, NORM_TOLERANCE, STAGES
+from support.processes import Started, environment
 
 EVERY = tuple(GENERATIONS)
 TIME_LIMIT = 400  # seconds, for all generations of one kind; 20 to 40 alone
@@ -53,17 +52,10 @@ class Place:
             )
             for name, more in own.items()
         ]  # fmt: skip
-        start = [sys.executable]
-        if processes > 1:
-            start += [live_runs.START, "--nproc_per_node", processes, "--rdzv_backend", "c10d"]
-            start += ["--rdzv_endpoint", "localhost:0"]
+        start = live_runs.start_words(live_runs.WORKER, processes if processes > 1 else 0)
         faults = {"several": True, "count_gradients": str(report)}
-        return subprocess.Popen(
-            [str(word) for word in [*start, live_runs.WORKER, json.dumps(commands)]],
-            env={**finetune_runs.environment(), "FAULTS": json.dumps(faults)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        return Started(
+            [*start, json.dumps(commands)], env={**environment(), "FAULTS": json.dumps(faults)}, merged=True
         )
 
     def run(self, tag, generations, *flags, **kwargs):
@@ -80,12 +72,8 @@ class Place:
 
 
 def finish(process):
-    try:
-        printed, _ = process.communicate(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, printed[-6000:]
+    done = process.end(limit=TIME_LIMIT)
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.fixture(scope="module")

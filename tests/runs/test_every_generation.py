@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors import safe_open
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from support import finetune_runs
+from support import finetune_runs, processes
 from support.paths import SUPPORT
 
 TIME_LIMIT = 400  # seconds, for all runs of one kind
@@ -45,18 +44,10 @@ def outputs(checkpoints, tmp_path_factory):
             for name in GENERATIONS
         ]  # fmt: skip
         worker = SUPPORT / "several_runs.py"
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(worker), json.dumps(commands)],
-                env=finetune_runs.environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        started.append(processes.Started([sys.executable, worker, json.dumps(commands)], merged=True))
     for process in started:
-        printed, _ = process.communicate(timeout=TIME_LIMIT)
-        assert process.returncode == 0, printed[-5000:]
+        done = process.end(limit=TIME_LIMIT)
+        assert done.returncode == 0, done.stdout[-5000:]
     return folder
 
 

@@ -5,13 +5,13 @@ import re
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from minicpm_tune.settings.arguments import parse_arguments
+from support import processes
 from support.launcher_stage import Stage
 from support.paths import FINETUNE, ROOT
 
@@ -255,17 +255,13 @@ def test_the_hardware_answer_has_five_words_and_a_free_port():
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, FINETUNE / "minicpm_tune" / "settings" / "hardware.py", str(port)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-    device, processes, precision, cores, free = done.stdout.split()
+        question = [sys.executable, FINETUNE / "minicpm_tune" / "settings" / "hardware.py", port]
+        done = processes.run(question, env=os.environ, limit=60)
+    assert done.returncode == 0, done.stderr
+    device, count, precision, cores, free = done.stdout.split()
     assert device in ("cpu", "gpu")
     assert precision in ("fp32", "fp16", "bf16")
-    assert int(processes) >= 1
+    assert int(count) >= 1
     assert int(cores) >= 1
     assert int(free) != port
 
@@ -284,8 +280,7 @@ SCRIPTS = (
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_script_is_readable_by_every_shell(script, shell):
-    command = [*shell.split(), "-n", str(ROOT / script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    done = processes.run([*shell.split(), "-n", ROOT / script], limit=20)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -311,7 +306,8 @@ def own_copy(tmp_path):
 def run_tests(root, *words, shell="bash", script="run_tests.sh"):
     env = {**os.environ, "VENV": str(root / "venv")}
     env.pop("HF_HUB_OFFLINE", None)
-    subprocess.run([*shell.split(), str(root / script), *words], env=env, check=True, timeout=60, cwd="/")
+    done = processes.run([*shell.split(), root / script, *words], env=env, limit=60, cwd="/")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -343,10 +339,9 @@ def test_a_port_taken_between_the_look_and_the_start_is_replaced(tmp_path):
         other_run.listen()
         port = str(other_run.getsockname()[1])
         options = "--nproc_per_node 1 --nnodes 1 --node_rank 0 --master_addr localhost --master_port".split()
-        done = subprocess.run(
-            [sys.executable, FINETUNE / "start_processes.py", *options, port, script],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        done = processes.run(
+            [sys.executable, FINETUNE / "start_processes.py", *options, port, script], limit=60
+        )
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()[1]
     assert found != port

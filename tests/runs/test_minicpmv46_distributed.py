@@ -1,12 +1,9 @@
 """4.6 and 4.7 on two processes whose batches differ: one has text alone, the other images; packed or not."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from support import processes
 from support.minicpmv46_cases import loss_and_gradients, our_model, worst_gradient_error
 from support.minicpmv46_worker import LEARNING_RATE, steps, supervised
 from support.paths import SUPPORT
@@ -20,15 +17,9 @@ MOVE_TOLERANCE = 1e-2  # 1.5e-3: what is left of a small move when it is added t
 def run_two(kind, name, mode, folder):
     """What the first of two processes reports."""
     our_model(name).save_pretrained(folder / "checkpoint")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    finished = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-            "--rdzv_endpoint", "localhost:0", str(SUPPORT / "minicpmv46_worker.py"),
-            kind, name, mode, str(folder / "checkpoint"), str(folder / "report.pt"),
-        ],
-        env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
-    )  # fmt: skip
+    start = processes.torchrun(2, SUPPORT / "minicpmv46_worker.py")
+    given = (kind, name, mode, folder / "checkpoint", folder / "report.pt")
+    finished = processes.run([*start, *given], limit=TIME_LIMIT)
     assert finished.returncode == 0, finished.stderr[-6000:]
     return torch.load(folder / "report.pt", weights_only=True)
 

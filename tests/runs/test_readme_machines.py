@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 
-from support import finetune_runs, live_runs
+from support import finetune_runs, live_runs, processes
 from support.launcher_stage import Stage
 from support.live_runs import LOSS_TOLERANCE, NORM_TOLERANCE, LiveRun
 
@@ -48,10 +47,8 @@ def run_as_written(stage, command):
     env = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")
     }
-    done = subprocess.run(
-        ["bash", "-c", command], env={**env, "PATH": f"{stage.bin}:{env['PATH']}"}, cwd=finetune_runs.ROOT,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    variables = {**env, "PATH": f"{stage.bin}:{env['PATH']}"}
+    done = processes.run(["bash", "-c", command], env=variables, cwd=finetune_runs.ROOT, limit=120)
     assert done.returncode == 0, done.stderr
     return stage.call()
 

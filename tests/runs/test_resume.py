@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from minicpm_tune import output_folder
 from minicpm_tune.training.stop_signals import _SAME_REQUEST, command_to_continue
-from support import finetune_runs, live_runs
+from support import finetune_runs, live_runs, processes
 from support.live_runs import LORA, STAGES, LiveRun, finish
 
 STEPS = 8
@@ -185,7 +184,7 @@ def test_signals_to_single_processes(small, tmp_path, processes, number):
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(small, tmp_path):
     run = LiveRun(arguments(small, tmp_path / "out"), faults={"slow": live_runs.LIMIT})
-    run.wait_for((tmp_path / "out" / "slow").exists)
+    run.wait_for((tmp_path / "out" / "slow").exists, limit=live_runs.LIMIT)
     run.process.send_signal(signal.SIGTERM)
     time.sleep(2 * _SAME_REQUEST)
     run.process.send_signal(signal.SIGTERM)
@@ -214,8 +213,7 @@ def test_killed_inside_a_step_goes_on(small, tmp_path, stage):
     output = tmp_path / "out"
     run = LiveRun(arguments(small, output, *flags), processes=2, faults={"slow": 2})
     run.wait_for_step(3)
-    os.killpg(run.process.pid, signal.SIGKILL)
-    run.process.communicate()
+    run.kill()
     left = output_folder.find_earlier_run(output)
     assert not left.finished
     assert left.last_checkpoint.name in ("checkpoint-2", "checkpoint-4")  # 4 on a busy machine
@@ -287,10 +285,8 @@ def test_the_command_that_continues_leaves_out_what_contradicts_it(monkeypatch):
 
 
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_model_loads(small):
-    process = subprocess.run(
-        [sys.executable, finetune_runs.FINETUNE, *arguments(small, "/proc/1/nowhere")],
-        env=finetune_runs.environment(), capture_output=True, text=True, timeout=live_runs.LIMIT, check=False,
-    )  # fmt: skip
+    words = [sys.executable, finetune_runs.FINETUNE, *arguments(small, "/proc/1/nowhere")]
+    process = processes.run(words, limit=live_runs.LIMIT)
     assert process.returncode == 1
     assert "error: --output_dir '/proc/1/nowhere' can't be written to on " in process.stderr
     assert "Loading weights" not in process.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from minicpm_tune import output_folder
 from minicpm_tune.safe_loading import allow_deepspeed_states, refuse_pickles
-from support import finetune_runs, live_runs
+from support import finetune_runs, live_runs, processes
 from support.hostile import ODD, Bomb
 from support.live_runs import LORA, STAGES, finish
 
@@ -128,14 +127,14 @@ def test_odd_names_and_links_go_through_the_launcher_and_no_code_of_a_model_runs
     (place / "model").symlink_to(shutil.copytree(model, tmp_path / "copied"))
     (tmp_path / "copied" / "modeling_minicpmv.py").write_text(f"open({str(mark)!r}, 'w')\n")
     (place / "rows").symlink_to(shutil.copytree(data.parent, tmp_path / "rows"))
-    done = subprocess.run(
+    done = processes.run(
         ["sh", finetune_runs.FINETUNE.with_name("finetune_lora.sh"), "--lora_r", "4", "--logging_steps", "1"],
         env={
-            **finetune_runs.environment(), "MODEL": str(place / "model"), "DATA": str(place / "rows" / data.name),
+            **processes.environment(), "MODEL": str(place / "model"), "DATA": str(place / "rows" / data.name),
             "OUTPUT_DIR": str(place / "out $(touch mark)"), "GPUS_PER_NODE": "1", "MAX_STEPS": "2", "DEEPSPEED": "",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         },
-        cwd=place, capture_output=True, text=True, timeout=live_runs.LIMIT, check=False,
+        cwd=place, limit=live_runs.LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     output = place / "out $(touch mark)"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -23,7 +22,7 @@ from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.settings.legacy_flags import translate
-from support import finetune_runs
+from support import finetune_runs, processes
 from support.answer_helpers import checkpoint
 from support.xcomposer2_cases import THREE
 
@@ -197,7 +196,7 @@ def test_a_4_bit_copy_loads_with_its_partial_lora(tmp_path):
 
 def launched(launcher, name, data, output, *flags, limit=TIME_LIMIT, **variables):
     """Start a launcher as a user does; give the losses it logged."""
-    environment = finetune_runs.environment() | {
+    environment = processes.environment() | {
         "MODEL": str(checkpoint(name)), "DATA": str(data), "OUTPUT_DIR": str(output), "PRECISION": "fp32",
         "MAX_STEPS": "2", "MASTER_PORT": "0", **variables,
     }  # fmt: skip
@@ -206,13 +205,7 @@ def launched(launcher, name, data, output, *flags, limit=TIME_LIMIT, **variables
         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--save_strategy", "no",
         "--report_to", "none", "--logging_steps", "1", "--learning_rate", "1e-3", *flags,
     ]  # fmt: skip
-    done = subprocess.run(
-        ["bash", str(FINETUNE / launcher), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=limit,
-    )
+    done = processes.run(["bash", FINETUNE / launcher, *words], env=environment, limit=limit)
     assert done.returncode == 0, done.stderr[-6000:]
     return [line["loss"] for line in finetune_runs.losses(output)]
 

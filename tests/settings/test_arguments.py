@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from minicpm_tune.settings.deepspeed_setup import (
     read_deepspeed_config,
 )
 from minicpm_tune.settings.legacy_flags import DROPPED, RENAMED, REWRITTEN, LegacyFlagError, translate
+from support import processes
 from support.paths import ROOT
 
 FINETUNE = ROOT / "finetune"
@@ -322,10 +322,9 @@ def test_help_is_complete_and_needs_no_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "sys.stdout.write(page)"
     )
-    page = subprocess.run(
-        [sys.executable, "-c", code], cwd=FINETUNE, capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    shown = set(re.findall(r"^  --(\w+)$", page, flags=re.MULTILINE))
+    done = processes.run([sys.executable, "-c", code], cwd=FINETUNE, limit=60)
+    assert done.returncode == 0, done.stderr
+    shown = set(re.findall(r"^  --(\w+)$", done.stdout, flags=re.MULTILINE))
     fields = {
         item.name
         for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments)

@@ -1,7 +1,6 @@
 """What the small commands share: flags that are checked, places that are written to, and a quiet screen."""
 
 import logging
-import subprocess
 import sys
 
 import pytest
@@ -14,8 +13,9 @@ import predict
 import quantize
 from minicpm_tune.files import OutputError, check_new_folder, checked_size, whole_folder
 from minicpm_tune.logs import silence
+from support import processes
 from support.answer_helpers import IMAGES, checkpoint, saved_adapter
-from support.finetune_runs import ROOT, environment
+from support.paths import FINETUNE
 
 NEEDED = {
     chat: ["--question", "x"],
@@ -120,11 +120,8 @@ def test_libraries_lines_that_help_nobody_are_left_out(monkeypatch):
 
 def said_by(script, *words):
     """What a command writes, without its progress bars."""
-    variables = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "finetune" / script, *map(str, words)],
-        env=variables, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    variables = {name: value for name, value in processes.environment().items() if name != "DS_ACCELERATOR"}
+    done = processes.run([sys.executable, FINETUNE / script, *words], env=variables, limit=120)
     assert done.returncode == 0, done.stderr
     lines = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
     return [line for line in lines if line.strip() and "it/s]" not in line and "?it/s" not in line]

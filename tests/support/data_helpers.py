@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from tempfile import mkdtemp
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing
 from support.paths import GOLDENS, IMAGES, ROOT
+from support.processes import Started, environment
 
 ALL = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5", "v4_6", "v4_7")
 WITH_GOLDENS = ALL[1:]
@@ -120,14 +119,5 @@ def on_two_ranks(path, on_bad_row):
         on_bad_row,
     ]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            words, env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [json.loads(process.communicate(timeout=120)[0]) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    both = [Started(words, env={**environment(), **shared, "RANK": str(rank)}) for rank in range(2)]
+    return [json.loads(process.end(limit=120).stdout) for process in both]

@@ -1,9 +1,7 @@
 """Real runs of finetune.py for the tests: small checkpoints, small data, torchrun, a time limit."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from support.paths import ROOT
+from support.processes import environment, torchrun
+from support.processes import run as run_process
 
 FINETUNE = ROOT / "finetune" / "finetune.py"
 TIME_LIMIT = 240  # seconds, for one run
@@ -25,16 +25,6 @@ ANSWERS = (
     "Yes.",
     "Left",
 )
-
-
-def environment():
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cpu",
-    }
-    return {**os.environ, **quiet, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_data(folder, *, name="train.json", rows=8, text_only=(3,), sliced=(1,)):
@@ -62,20 +52,8 @@ def write_data(folder, *, name="train.json", rows=8, text_only=(3,), sliced=(1,)
 
 def run(arguments, *, processes=1, limit=TIME_LIMIT, launcher=True, env=None):
     """Run finetune.py; give the finished process with its output as text."""
-    start = [sys.executable, str(FINETUNE)]
-    if launcher:
-        start = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(FINETUNE),
-        ]  # fmt: skip
-    return subprocess.run(
-        [*start, *map(str, arguments)],
-        env={**environment(), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=limit,
-        check=False,
-    )
+    start = torchrun(processes, FINETUNE) if launcher else [sys.executable, FINETUNE]
+    return run_process([*start, *arguments], limit=limit, env={**environment(), **(env or {})})
 
 
 def train(folder, *flags, model, data, processes=1, batch=4, accumulation=1, steps=3, **kwargs):

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+from support import processes
 from support.paths import FINETUNE
 
 VARIABLES = (
@@ -45,14 +45,8 @@ class Stage:
     def start(self, launcher, *words, shell="bash", cwd=None, script=None, **variables):
         env = {key: value for key, value in os.environ.items() if key not in VARIABLES}
         env["PATH"] = f"{self.bin}:{env['PATH']}"
-        done = subprocess.run(
-            [*shell.split(), str(script or FINETUNE / launcher), *words],
-            cwd=cwd or self.folder,
-            env={**env, **variables},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        command = [*shell.split(), script or FINETUNE / launcher, *words]
+        done = processes.run(command, cwd=cwd or self.folder, env={**env, **variables}, limit=60)
         return done, None if done.returncode else self.call()
 
     def call(self):

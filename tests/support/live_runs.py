@@ -1,11 +1,7 @@
 """Runs that tests watch while they go on: started, waited for, signalled; with faults planted in them."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +10,7 @@ from PIL import Image
 from make_checkpoint import make_checkpoint
 from support import finetune_runs
 from support.paths import SUPPORT
+from support.processes import TOGETHER, Started, environment
 
 START = finetune_runs.FINETUNE.with_name("start_processes.py")
 WORKER = SUPPORT / "probe_worker.py"
@@ -72,52 +69,37 @@ def flags(model, data, output, *more, steps=4, batch=1):
     ]  # fmt: skip
 
 
-class LiveRun:
+def start_words(program, processes):
+    """The words that start a program: in so many processes, or with 0 by itself."""
+    if not processes:
+        return [sys.executable, program]
+    return [sys.executable, START, *TOGETHER, "--nproc_per_node", processes, program]
+
+
+class LiveRun(Started):
     """A started run.
 
     Args:
         arguments: The flags of finetune.py.
         processes: How many; 0 starts finetune.py itself.
         faults: What ``support/probe_worker.py`` plants, as its docstring says; None runs finetune.py.
-        env: Variables besides ``runs.environment()``.
+        env: Variables besides ``environment()``.
     """
 
     def __init__(self, arguments, *, processes=0, faults=None, env=None, start=None):
         program = finetune_runs.FINETUNE if faults is None else WORKER
-        started = [sys.executable]
-        if processes:
-            started += [
-                START,
-                "--nproc_per_node",
-                processes,
-                "--rdzv_backend",
-                "c10d",
-                "--rdzv_endpoint",
-                "localhost:0",
-            ]
         planted = {} if faults is None else {"FAULTS": json.dumps(faults)}
         self.output = Path(arguments[arguments.index("--output_dir") + 1])
-        self.process = subprocess.Popen(
-            [str(word) for word in [*(start or [*started, program]), *arguments]],
-            env={**finetune_runs.environment(), **planted, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+        super().__init__(
+            [*(start or start_words(program, processes)), *arguments],
+            env={**environment(), **planted, **(env or {})},
+            merged=True,
         )
-
-    def wait_for(self, condition, *, limit=LIMIT):
-        """Wait until a condition holds; fails when the run ends before."""
-        until = time.monotonic() + limit
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0][-5000:]
-            assert time.monotonic() < until, "waited too long"
-            time.sleep(0.05)
 
     def wait_for_step(self, step):
         """Wait until rank 0's log has the line of a step."""
         log = self.output / "logs" / "rank0.log"
-        self.wait_for(lambda: log.is_file() and f"step {step}: {{'loss'" in log.read_text())
+        self.wait_for(lambda: log.is_file() and f"step {step}: {{'loss'" in log.read_text(), limit=LIMIT)
 
     def workers(self):
         """Process ids of the run's processes, by rank."""
@@ -134,13 +116,8 @@ class LiveRun:
 
     def end(self, *, limit=LIMIT):
         """Wait for the end; give the exit code and all that was printed."""
-        try:
-            printed, _ = self.process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            printed, _ = self.process.communicate()
-            raise AssertionError(f"the run did not end in {limit} s:\n{printed[-5000:]}") from None
-        return self.process.returncode, printed
+        done = super().end(limit=limit)
+        return done.returncode, done.stdout
 
 
 def finish(*args, expected=0, limit=LIMIT, **kwargs):
