@@ -1,9 +1,10 @@
-"""Merge a LoRA adapter into its base model, and write a checkpoint in the released format.
+"""Merge a LoRA adapter into its base model, and write the result in the released format.
 
     python merge_lora.py --model_name_or_path BASE --adapter ADAPTER --output_dir OUT
 
-The result is what inference servers and the released code load: weights, configuration, tokenizer, processor
-and *.py files. It is compared with the adapter on a probe prompt before it is written.
+The new folder holds everything that inference servers and the released code load: weights, configuration,
+tokenizer, processor and *.py files. Before it is written, the merged model is compared with the adapter on a
+probe prompt.
 """
 
 from __future__ import annotations
@@ -23,46 +24,60 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(prog="merge_lora.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--model_name_or_path", help="The base model: a folder or hub id. Unset: the one the adapter names."
+        "--model_name_or_path",
+        help="The base model: a folder or a hub id. Default: the one that the adapter names.",
     )
     parser.add_argument(
-        "--adapter", required=True, help="Folder of the adapter, also of the early official scripts."
+        "--adapter",
+        required=True,
+        help="Folder of the adapter; those of the early official scripts work too.",
     )
     parser.add_argument(
-        "--output_dir", required=True, help="Where the merged model is written; a new folder."
+        "--output_dir", required=True, help="Folder for the merged model; it must be new or empty."
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="Precision written. auto: the base model's."
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="Precision of the merged weights. auto: that of the base model.",
     )
     parser.add_argument(
         "--base_precision", default="original", choices=["original", "quantized"],
-        help="What an adapter trained on a 4- or 8-bit model is merged into: the full-precision weights, "
-        "or the values that the quantised weights stand for, which are what it was trained on.",
+        help="For an adapter trained on a 4- or 8-bit model. original: merge into the full-precision weights. "
+        "quantized: merge into the values of the quantized weights, on which it was trained.",
     )  # fmt: skip
     parser.add_argument(
         "--quant_bits", type=int, choices=[4, 8],
-        help="With --base_precision quantized and a full-precision base: the bits it was trained in. "
-        "Unset: as the adapter was trained, or 4.",
+        help="With --base_precision quantized and a full-precision base: bits to quantize it to. "
+        "Default: those that the adapter was trained on, or 4.",
     )  # fmt: skip
-    parser.add_argument("--max_shard_size", default="5GB", help="Largest weight file.")
+    parser.add_argument("--max_shard_size", default="5GB", help="Size of the largest weight file.")
     add_switch(
         parser, "--safe_serialization", default=True,
-        help="Write model*.safetensors; false: pytorch_model*.bin, for tools that read nothing else.",
+        help="true: write model*.safetensors. false: write pytorch_model*.bin, for tools that read nothing else.",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="Where the merge is computed: cpu, cuda or cuda:N.")
-    add_switch(parser, "--allow_other_base", default=False, help="Merge into a model it was not trained on.")
-    parser.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
+    parser.add_argument(
+        "--device", default="cpu", help="Device that computes the merge: cpu, cuda or cuda:N."
+    )
+    add_switch(
+        parser,
+        "--allow_other_base",
+        default=False,
+        help="Accept another base model than the one trained on.",
+    )
+    parser.add_argument("--cache_dir", help="Folder for downloads from the hub.")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Run one merge, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
+    """Run one merge, and return the exit code: 0, or 1 with one message for a mistake of the user's."""
     return run_command(run, parse_flags(argv), interrupted="Interrupted; no merged model was written.")
 
 
 def run(values: argparse.Namespace) -> None:
-    """The steps of a merge, in their order."""
-    from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base, stored_dtype
+    """The steps of a merge, in order."""
+    from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base
+    from minicpm_tune.checkpoints.model_folder import stored_dtype
     from minicpm_tune.data.samples import load_processing
     from minicpm_tune.files import check_new_folder, checked_size, whole_folder
     from minicpm_tune.lora.adapter_folders import check_base
@@ -93,7 +108,7 @@ def run(values: argparse.Namespace) -> None:
 
 
 def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapter: Any, dtype: Any) -> Any:
-    """Load the weights that the adapter is merged into, and say which these are."""
+    """Load the weights that the adapter is merged into, and log which they are."""
     from minicpm_tune.checkpoints.quantized_files import stored_quantization
     from minicpm_tune.lora.merging import MergeError
     from minicpm_tune.models.loading import load_model
@@ -104,17 +119,14 @@ def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapt
     if values.base_precision == "original":
         if stored is not None:
             raise MergeError(
-                f"{base}: the weights are stored in {stored.bits} bit, expected full precision. Give the "
-                "full-precision checkpoint of the same model, or add --base_precision quantized."
+                f"{base}: found weights stored in {stored.bits} bit, expected full precision. Give the full-precision "
+                "version of the same model, or add --base_precision quantized."
             )
         if trained_in:
-            logger.info(
-                "The adapter was trained on %s weights; it is merged into the full-precision ones.",
-                trained_in,
-            )
+            logger.info("The adapter was trained on %s weights; merging into full precision.", trained_in)
         return load_model(base, generation, dtype=dtype)
     bits = stored.bits if stored else values.quant_bits or int((trained_in or "4").split()[0])
-    logger.info("Merging into the values that the %d-bit weights stand for.", bits)
+    logger.info("Merging into the values of the %d-bit weights.", bits)
     return dequantize(load_model(base, generation, dtype=dtype, quant_bits=bits), dtype)
 
 

@@ -1,11 +1,11 @@
-"""Write a 4-bit or 8-bit copy of a checkpoint, in the form of the released int4 ones (bitsandbytes).
+"""Write a 4-bit or 8-bit copy of a model, in the format of the released int4 ones (bitsandbytes).
 
     python finetune/quantize.py --model_name_or_path openbmb/MiniCPM-V-2_6 --output_dir MiniCPM-V-2_6-int4
 
-The copy loads wherever the released int4 checkpoints do, needs a quarter of the disk and of the loading
-time, and trains with ``finetune.py --use_lora true --q_lora true``. The LLM's linear layers are
-quantised, everything else is copied exactly; vision can therefore be tuned on it, which the released
-int4 checkpoints do not allow.
+The copy loads wherever the released int4 models do, takes a quarter of the disk space and loading time, and
+trains with ``finetune.py --use_lora true --q_lora true``. Only the LLM's linear layers are quantized;
+everything else is copied exactly, so that vision can be tuned on it, which the released int4 models do not
+allow.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _GIBIBYTE = 2**30
 
 
 def main(argv: list[str]) -> int:
-    """Quantise one checkpoint, and give the exit code."""
-    return run_command(run, parse_flags(argv), interrupted="Interrupted; no checkpoint was written.")
+    """Quantize one model, and return the exit code."""
+    return run_command(run, parse_flags(argv), interrupted="Interrupted; no model was written.")
 
 
 def run(values: Namespace) -> None:
-    """Find the checkpoint of the command line and quantise it."""
+    """Find the model that the command line names, and quantize it."""
     from minicpm_tune.files import checked_size
     from minicpm_tune.models.loading import resolve_model_folder
 
@@ -41,30 +41,29 @@ def parse_flags(argv: list[str]) -> Namespace:
     """Read the command line."""
     parser = CommandParser(prog="quantize.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Checkpoint in full precision: a folder or a hub id.")
-    add("--output_dir", required=True, help="Folder of the copy; a new one.")
+    add("--model_name_or_path", required=True, help="Model in full precision: a folder or a hub id.")
+    add("--output_dir", required=True, help="Folder for the copy; it must be new or empty.")
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight.")
-    add("--max_shard_size", default="5GB", help="Largest weight file.")
-    add("--cache_dir", help="Where downloads are kept.")
+    add("--max_shard_size", default="5GB", help="Size of the largest weight file.")
+    add("--cache_dir", help="Folder for downloads from the hub.")
     return parser.parse_args(argv)
 
 
 def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_size: str = "5GB") -> None:
-    """Load a checkpoint quantised, and save it with its configuration, tokenizer and *.py files.
+    """Quantize a model while loading it, and save it with its configuration, tokenizer and *.py files.
 
     Args:
-        folder: A checkpoint in full precision.
-        output: Where the copy goes.
-        bits: 4 (NormalFloat, double quantisation) or 8.
-        max_shard_size: As transformers writes sizes, ``5GB``.
+        folder: A model in full precision.
+        output: Folder for the copy.
+        bits: 4 (NormalFloat, double quantization) or 8.
+        max_shard_size: Size of the largest file, such as ``5GB``.
 
     Raises:
-        QuantizationError: When the checkpoint is quantised already.
+        QuantizationError: When the model is quantized already.
         OutputError: When ``output`` can't be written.
     """
-    from minicpm_tune.checkpoints.model_folder import read_config, read_generation
+    from minicpm_tune.checkpoints.model_folder import read_generation, stored_dtype
     from minicpm_tune.checkpoints.quantized_files import QuantizationError, stored_quantization
-    from minicpm_tune.checkpoints.released_format import storage_dtype
     from minicpm_tune.files import check_new_folder, whole_folder
     from minicpm_tune.models.loading import load_model
     from minicpm_tune.models.quantization import quantized_modules
@@ -72,14 +71,10 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
     output = check_new_folder(str(output))
     if stored_quantization(folder) is not None:
         raise QuantizationError(
-            f"{folder}: the weights are quantised already, expected full precision. Give the original "
-            "checkpoint."
+            f"{folder}: found quantized weights, expected full precision. Give the original model."
         )
-    config = read_config(folder)
-    generation = read_generation(folder)
-    dtype = storage_dtype(config.get("torch_dtype") or config.get("dtype"))
-    model = load_model(folder, generation, dtype=dtype, quant_bits=bits)
-    # With it, save_pretrained leaves out tensors it is handed (o-2.6's speech parts; transformers 5.23).
+    model = load_model(folder, read_generation(folder), dtype=stored_dtype(folder), quant_bits=bits)
+    # As long as it is there, save_pretrained omits o-2.6's speech parts (transformers 5.23).
     del model.hf_quantizer
     with whole_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)

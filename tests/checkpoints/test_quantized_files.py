@@ -87,9 +87,9 @@ def test_adapters_train_on_it(int4_checkpoint):
     [
         (
             {"quant_bits": None},
-            "stored in 4 bit, and such weights can't be trained.*--q_lora true --quant_bits 4",
+            "stored in 4 bit, which can't be trained.*--q_lora true --quant_bits 4",
         ),
-        ({"quant_bits": 8}, "--quant_bits 8: this checkpoint is stored in 4 bit"),
+        ({"quant_bits": 8}, "--quant_bits 8: the model is stored in 4 bit"),
         (
             {"vision": True},
             "--tune_vision true: 10 layers of that part are stored in 4 bit.*--tune_vision false",
@@ -111,7 +111,7 @@ def test_other_bits_can_not_be_loaded(int4_checkpoint):
 def test_other_methods_are_refused_with_what_to_use(int4_checkpoint, tmp_path, method):
     folder = copy_of(int4_checkpoint, tmp_path, lambda _: {"quant_method": method, "bits": 4})
     with pytest.raises(
-        QuantizationError, match=rf"\({method.upper()}\).*full-precision checkpoint.*--q_lora true"
+        QuantizationError, match=rf"\({method.upper()}\).*full-precision version.*--q_lora true"
     ):
         load(folder)
 

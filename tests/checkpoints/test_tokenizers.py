@@ -61,7 +61,7 @@ def test_a_missing_tokenizer_is_named(name, file, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint_folder(name), folder)
     (folder / file).unlink()
-    with pytest.raises(ModelFolderError, match=f"found no {file}, expected the checkpoint's own tokenizer"):
+    with pytest.raises(ModelFolderError, match=f"found no {file}, expected the model's own tokenizer"):
         load_tokenizer(folder, GENERATIONS[name])
 
 
@@ -69,7 +69,7 @@ def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(ModelFolderError, match=r"found no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ModelFolderError, match="Is this an adapter folder"):
+    with pytest.raises(ModelFolderError, match="If this is an adapter folder, give"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelFolderError, match="not readable as JSON"):

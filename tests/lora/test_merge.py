@@ -124,7 +124,7 @@ def test_an_adapter_of_a_4_bit_run_goes_into_the_original_weights_unless_told(tm
     shared = ("--adapter", tmp_path / "adapter", "--output_dir")
     with caplog.at_level("INFO"):
         run(*shared, tmp_path / "original")
-    assert "trained on 4 bit weights; it is merged into the full-precision ones" in caplog.text
+    assert "trained on 4 bit weights; merging into full precision" in caplog.text
     run(*shared, tmp_path / "quantized", "--base_precision", "quantized")
     base, original, quantized = (
         load_file(folder / "model.safetensors")

@@ -87,7 +87,7 @@ def test_missing_weights_are_refused(checkpoint):
     ):
         load_model(checkpoint, ROW, dtype=torch.float32)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(WeightFileError, match="no weights found"):
+    with pytest.raises(WeightFileError, match="found no weights"):
         load_model(checkpoint, ROW, dtype=torch.float32)
 
 
@@ -95,7 +95,7 @@ def test_a_missing_shard_is_named(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightFileError, match="2 of 2 shards are missing, the first is model-00001"):
+    with pytest.raises(WeightFileError, match=r"2 of 2 shards are missing \(the first is model-00001"):
         weight_files(checkpoint)
 
 

@@ -72,7 +72,7 @@ class TestQuantizeCommand:
         )
 
     def test_a_quantised_checkpoint_is_refused(self, written, tmp_path):
-        with pytest.raises(QuantizationError, match="quantised already, expected full precision"):
+        with pytest.raises(QuantizationError, match="found quantized weights, expected full precision"):
             quantize.quantize_checkpoint(written[1], tmp_path)
 
     def test_a_folder_with_a_model_is_left_alone(self, written):
@@ -123,5 +123,5 @@ class TestRuns:
             launcher=False,
         )
         assert finished.returncode == 1
-        assert "error: This MiniCPM-V 2.6 checkpoint is stored in 4 bit" in finished.stderr
+        assert "error: --model_name_or_path: found MiniCPM-V 2.6 weights stored in 4 bit" in finished.stderr
         assert "Traceback" not in finished.stderr

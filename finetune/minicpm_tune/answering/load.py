@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minicpm_tune.checkpoints.released_format import storage_dtype
+from minicpm_tune.checkpoints.model_folder import stored_dtype
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
@@ -201,9 +200,3 @@ def choose_dtype(wish: str, folder: Path, device: torch.device) -> torch.dtype:
         return DTYPE_NAMES[best_precision()]
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     return torch.float32 if size < _SMALL_CHECKPOINT else torch.bfloat16
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision that a checkpoint's config.json names."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return storage_dtype(config.get("torch_dtype") or config.get("dtype"))

@@ -1,9 +1,10 @@
-"""Reading a checkpoint folder: its config.json and its tokenizer.
+"""A model folder's small files: its config.json and its tokenizer.
 
-Nothing here runs code from the checkpoint. The tokenizers are loaded as plain fast tokenizers from
-``tokenizer.json``, because the released remote classes lose their pre-tokenizer (2.6 and later) or
-rebuild their normaliser (Llama-based ones) on transformers 5. MiniCPM-V 2.0 and InternLM-XComposer2 have no
-``tokenizer.json``; ``checkpoints/sentencepiece_tokenizer.py`` builds their tokenizers from ``tokenizer.model``.
+Nothing here runs code from the folder. Tokenizers are loaded as plain fast tokenizers from
+``tokenizer.json``, because on transformers 5 the released classes lose their pre-tokenizer (2.6 and later)
+or rebuild their normalizer (Llama-based ones). MiniCPM-V 2.0 and InternLM-XComposer2 have no
+``tokenizer.json``; ``checkpoints/sentencepiece_tokenizer.py`` builds their tokenizers from
+``tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
@@ -19,44 +21,37 @@ from minicpm_tune.checkpoints.sentencepiece_tokenizer import build_tokenizer
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.errors import UserError
 
-# What tokenizer_config.json holds for the classes of the checkpoint itself and a plain tokenizer must not
-# get.
+# Keys of tokenizer_config.json that are for the released classes, not for a plain tokenizer.
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
 
 
 class ModelFolderError(UserError):
-    """A checkpoint folder that lacks something, or holds something that can't be used."""
+    """A model folder that lacks something, or holds something that can't be used."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
-
-    Args:
-        folder: The checkpoint folder.
-
-    Returns:
-        The parsed JSON object.
+    """Read a model folder's config.json.
 
     Raises:
-        ModelFolderError: If there is no config.json, or it is not a JSON object.
+        ModelFolderError: If there is none, or it is not the configuration of a model.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelFolderError(
-            f"{folder}: found no config.json, expected a checkpoint. "
-            "Give --model_name_or_path the folder that holds config.json, or a hub id."
+            f"{folder}: found no config.json, expected a model folder. Give --model_name_or_path the folder that "
+            "holds config.json, or a hub id."
         )
     config = _read_json(path)
     if "model_type" not in config:
         raise ModelFolderError(
-            f"{path}: found no model_type, expected the config of a checkpoint. "
-            "Is this an adapter folder? Then give --model_name_or_path the base model's folder."
+            f"{path}: found no model_type, expected the configuration of a model. If this is an adapter folder, give "
+            "--model_name_or_path the base model's folder."
         )
     return config
 
 
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
-    """Read one of a checkpoint's smaller JSON files; empty when there is none."""
+    """Read one of a model folder's small JSON files; empty when there is none."""
     path = Path(folder) / name
     return _read_json(path) if path.is_file() else {}
 
@@ -68,23 +63,23 @@ def added_tokens(folder: str | Path) -> list[str]:
 
 
 def read_generation(folder: str | Path) -> Generation:
-    """Tell the generation of a checkpoint folder from its files; see ``generations.detect_generation``."""
+    """Tell a model folder's generation from its files; see ``model_generations.detect_generation``."""
     config = read_config(folder)
-    # 4khd is known by its weights as well; no other generation needs them read for this.
+    # Only InternLM-XComposer2's generations are told apart by their tensors.
     by_weights = config["model_type"] == "internlm" and has_weights(Path(folder))
     tensors = tensor_names(Path(folder)) if by_weights else ()
     return detect_generation(config, added_tokens(folder), tensors)
 
 
 def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
-    """Load a checkpoint's tokenizer as a plain fast tokenizer.
+    """Load a model folder's tokenizer as a plain fast tokenizer.
 
     Args:
-        folder: The checkpoint folder.
-        generation: The checkpoint's generation; it says whether there is a ``tokenizer.json``.
+        folder: The model folder.
+        generation: Its generation, which says whether there is a ``tokenizer.json``.
 
     Returns:
-        The tokenizer, with the checkpoint's special tokens and chat template (V-2 has none).
+        The tokenizer, with the folder's special tokens and chat template (V-2 has none).
 
     Raises:
         ModelFolderError: If the tokenizer's files are missing.
@@ -108,11 +103,17 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
     if missing:
         raise ModelFolderError(
-            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which "
-            "tokenizer_config.json lists, expected both to hold the same tokens. Download the tokenizer "
-            "files again."
+            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which tokenizer_config.json lists, "
+            "expected both to hold the same tokens. Download the tokenizer files again."
         )
     return tokenizer
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The precision that a model folder's config.json names; float32 when it names none."""
+    config = read_config(folder)
+    name = config.get("torch_dtype") or config.get("dtype")
+    return getattr(torch, name) if name else torch.float32
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
@@ -125,8 +126,8 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ModelFolderError(
-            f"{path.parent}: found no {path.name}, expected the checkpoint's own tokenizer. "
-            "Copy the tokenizer files into the folder, or download the checkpoint again."
+            f"{path.parent}: found no {path.name}, expected the model's own tokenizer. Copy the tokenizer files into "
+            "the folder, or download the model again."
         )
     return path
 

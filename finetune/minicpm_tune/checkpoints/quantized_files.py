@@ -1,8 +1,7 @@
-"""Checkpoints whose files hold quantised weights: what they hold, and what can be trained on them."""
+"""Model folders whose files hold quantized weights: what they hold, and what can be trained on them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,28 +11,29 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from minicpm_tune.checkpoints.model_folder import read_config
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.errors import UserError
 
 BITSANDBYTES = "bitsandbytes"
-# Tensors that bitsandbytes stores beside a weight: the scales of a 4-bit and of an 8-bit one.
+# Names of the scales that bitsandbytes stores beside a 4-bit and an 8-bit weight.
 _SCALES = (".weight.absmax", ".SCB")
 
 
 class QuantizationError(UserError):
-    """A quantised checkpoint, or a wish for one, that can't be served; the message says what to do."""
+    """A quantized model that can't be used as asked."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model's weights are to be quantised, or are in its files.
+    """How a model's weights are quantized, in its files or while loading.
 
     Attributes:
         bits: 4 or 8.
-        settings: What bitsandbytes is told.
-        modules: Names of the modules that are quantised in the files; empty for a checkpoint in full
-            precision, which is quantised while loading.
+        settings: The settings of bitsandbytes.
+        modules: Names of the modules that are quantized in the files; empty for a model in full precision,
+            which is quantized while loading.
     """
 
     bits: int
@@ -42,25 +42,25 @@ class Quantization:
 
     @property
     def stored(self) -> bool:
-        """True when the files hold quantised weights."""
+        """Whether the files hold quantized weights."""
         return bool(self.modules)
 
 
 def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.float32) -> Quantization | None:
-    """Tell how a checkpoint's weights are quantised in its files; None for full precision.
+    """Read how a model's weights are quantized in its files; None for full precision.
 
-    config.json says the method and its settings. Which modules are quantised is read off the tensors
+    config.json names the method and its settings. Which modules are quantized is read off the tensors
     themselves, because ``llm_int8_skip_modules`` may be missing, or mean other modules in another
     version of transformers.
 
     Args:
-        folder: The checkpoint.
-        compute_dtype: What the run computes in; replaces the stored one.
+        folder: The model folder.
+        compute_dtype: The run's precision, which replaces the stored one.
 
     Raises:
         QuantizationError: When the method can't be loaded here (GPTQ, AWQ and others).
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if stored is None:
         if (folder / "quantize_config.json").is_file():  # early GPTQ tools wrote only this
@@ -72,8 +72,8 @@ def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.floa
         raise _foreign_method(str(method), folder)
     if bits is None:
         raise QuantizationError(
-            f"{folder / 'config.json'}: quantization_config has neither load_in_4bit nor load_in_8bit, "
-            "expected one of them to be true. Download the checkpoint again."
+            f"{folder / 'config.json'}: quantization_config has neither load_in_4bit nor load_in_8bit, expected one "
+            "of them to be true. Download the model again."
         )
     names = tensor_names(folder)
     modules = frozenset(
@@ -99,20 +99,20 @@ def _bits_of(stored: dict[str, Any]) -> int | None:
 
 def _foreign_method(method: str, folder: Path) -> QuantizationError:
     return QuantizationError(
-        f"{folder}: the weights are quantised ({method.upper()}), expected full precision or bitsandbytes. "
-        "Neither they nor adapters on them can be trained here. Use the full-precision checkpoint of the "
-        "same model: with --use_lora true --tune_llm false --q_lora true it is quantised while it is loaded."
+        f"{folder}: found quantized weights ({method.upper()}), expected full precision or bitsandbytes. Use the "
+        "full-precision version of the same model: --use_lora true --tune_llm false --q_lora true quantizes it while "
+        "loading."
     )
 
 
-def _exact_patterns(names: Collection[str], quantised: Collection[str]) -> list[str]:
-    """Patterns that match every module whose weight is stored exactly, and no quantised one.
+def _exact_patterns(names: Collection[str], quantized: Collection[str]) -> list[str]:
+    """Patterns that match every module whose weight is stored exactly, and no quantized one.
 
-    Layer numbers are folded, because transformers tries every pattern on every module and Python caches
-    no more than 512 of them.
+    Layer numbers are folded: transformers tries every pattern on every module, and Python caches only 512
+    patterns.
     """
-    exact = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - set(quantised)
-    folded = {_fold(name) for name in quantised}
+    exact = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - set(quantized)
+    folded = {_fold(name) for name in quantized}
     patterns = {re.escape(name) if _fold(name) in folded else _fold(name) for name in exact}
     # A tied output layer has no tensor of its own in the files.
     return sorted(patterns | {"lm_head"})
@@ -130,11 +130,11 @@ def check_training(
     vision: bool,
     resampler: bool,
 ) -> None:
-    """Refuse a way of training that the stored weights don't allow; call before they are loaded.
+    """Refuse a way of training that the stored weights don't allow; call before loading them.
 
     Args:
-        stored: What the checkpoint's files hold; None: full precision, everything is allowed.
-        generation: The checkpoint's generation.
+        stored: What the model's files hold; None for full precision, which allows everything.
+        generation: The model's generation.
         quant_bits: ``--quant_bits`` with ``--q_lora true``, else None.
         vision: Whether the vision tower trains in full.
         resampler: Whether the resampler trains in full.
@@ -147,21 +147,20 @@ def check_training(
     bits = stored.bits
     if quant_bits is None:
         raise QuantizationError(
-            f"This {generation.title} checkpoint is stored in {bits} bit, and such weights can't be trained: "
-            "an optimizer's steps are smaller than the gaps between the values they can take. Train adapters "
-            f"on it with --use_lora true --tune_llm false --q_lora true --quant_bits {bits}, or give the "
-            "full-precision checkpoint."
+            f"--model_name_or_path: found {generation.title} weights stored in {bits} bit, which can't be trained: an "
+            "optimizer's steps are smaller than the gaps between their values. Train an adapter on them with "
+            f"--use_lora true --tune_llm false --q_lora true --quant_bits {bits}, or give the full-precision model."
         )
     if quant_bits != bits:
         raise QuantizationError(
-            f"--quant_bits {quant_bits}: this checkpoint is stored in {bits} bit. Give --quant_bits {bits}, "
-            "or the full-precision checkpoint, which is quantised while it is loaded."
+            f"--quant_bits {quant_bits}: the model is stored in {bits} bit. Give --quant_bits {bits}, or the "
+            "full-precision model, which is quantized while loading."
         )
     for part, trains in (("vision", vision), ("resampler", resampler)):
-        quantised = sorted(name for name in stored.modules if generation.part_of(f"{name}.weight") == part)
-        if trains and quantised:
+        quantized = sorted(name for name in stored.modules if generation.part_of(f"{name}.weight") == part)
+        if trains and quantized:
             raise QuantizationError(
-                f"--tune_{part} true: {len(quantised)} layers of that part are stored in {bits} bit in this "
-                f"checkpoint (the first is {quantised[0]}) and can't be trained. Give --tune_{part} false, "
-                "or the full-precision checkpoint with --q_lora true, which keeps that part exact."
+                f"--tune_{part} true: {len(quantized)} layers of that part are stored in {bits} bit (the first is "
+                f"{quantized[0]}) and can't be trained. Give --tune_{part} false, or the full-precision model with "
+                "--q_lora true, which does not quantize that part."
             )

@@ -1,6 +1,6 @@
-"""Checkpoints in their released form: config.json kept word for word, and every file that an export carries along.
+"""Saving models in their released form: the same keys in config.json, the same tensors, the same files beside them.
 
-Shared by the families whose classes are our own; MiniCPM-V 4.6 and 4.7 are saved by transformers.
+For the families whose classes are our own; MiniCPM-V 4.6 and 4.7 are saved by transformers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from minicpm_tune.checkpoints.model_folder import read_config
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_carried_files, untouched_tensors
 
 
 class ReleasedConfig(PreTrainedConfig):
-    """A configuration that writes back the dictionary that was read.
+    """A configuration that is saved with the keys of the config.json it was read from.
 
     Attributes:
         released: The config.json as read.
-        text_config: What transformers' parts of the LLM need; made by the subclass.
+        text_config: The LLM's configuration for transformers' classes; made by the subclass.
     """
 
     def __init__(self, released: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -37,13 +37,13 @@ class ReleasedConfig(PreTrainedConfig):
 
     @property
     def generation(self) -> Generation:
-        """The checkpoint's row of ``generations``."""
+        """The model's row of ``model_generations``."""
         raise NotImplementedError
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Any:
         """Read ``folder``/config.json."""
-        config = cls(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        config = cls(read_config(folder))
         config.name_or_path = str(folder)
         return config
 
@@ -51,7 +51,7 @@ class ReleasedConfig(PreTrainedConfig):
         return getattr(self, "text_config", self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The released keys, with ``torch_dtype`` and ``quantization_config`` saying what is stored now."""
+        """The released keys, with the ``torch_dtype`` and ``quantization_config`` of the weights as they are."""
         content = copy.deepcopy(self.released)
         quantization = getattr(self, "quantization_config", None)
         if quantization is None:
@@ -73,9 +73,9 @@ class ReleasedConfig(PreTrainedConfig):
 
 
 class SavedAsReleased:
-    """Saving for a model class; stands before ``PreTrainedModel`` in the order of bases."""
+    """Saves a model in the released form; comes before ``PreTrainedModel`` among a class's bases."""
 
-    config: Any  # the model class brings it
+    config: Any  # provided by the model class, like state_dict
     state_dict: Any
 
     def save_pretrained(
@@ -85,10 +85,10 @@ class SavedAsReleased:
         state_dict: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save in the released format, with everything of the source checkpoint that is not ours.
+        """Save the model with everything else of the folder it was loaded from.
 
-        Tensors that this class does not use (o-2.6's speech parts) are copied from the checkpoint
-        the model was loaded from, as are its tokenizer, processor, generation and *.py files.
+        Tensors that the class does not use (o-2.6's speech parts) are copied from there, as are tokenizer,
+        processor, generation settings and *.py files.
         """
         source = Path(self.config.name_or_path) if self.config.name_or_path else None
         if is_main_process:
@@ -101,10 +101,5 @@ class SavedAsReleased:
             copy_carried_files(source, Path(save_directory))
 
     def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of the model's own tensors belongs into the files: all of them, unless a class says otherwise."""
+        """Choose which of the model's tensors are written: all of them, unless a class overrides this."""
         return tensors
-
-
-def storage_dtype(name: str | None) -> torch.dtype:
-    """The dtype that a config.json's ``torch_dtype`` names; float32 when it names none."""
-    return getattr(torch, name) if name else torch.float32

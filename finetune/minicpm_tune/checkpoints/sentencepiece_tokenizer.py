@@ -1,14 +1,14 @@
 """Fast tokenizers built from a SentencePiece ``tokenizer.model``: MiniCPM-V 2.0, InternLM-XComposer2.
 
-The released tokenizer is a LlamaTokenizer in legacy mode: the text is split at the special tokens
-of tokenizer_config.json, and SentencePiece encodes each stretch between them, with a space put in front.
-transformers 5 has no such mode; its own conversion turns SentencePiece's *user-defined* pieces
-(``<用户>``, ``<AI>``, ``"\\n"``) into added tokens, so that the text after each of them wrongly gets a
-space in front. Here they stay inside the stretch: the normaliser replaces each by one private character,
-which no merge rule knows, and the vocabulary gives that character the piece's id.
+The released tokenizer of MiniCPM-V 2.0 is a LlamaTokenizer in legacy mode: the text is split at the special
+tokens of tokenizer_config.json, and SentencePiece encodes each stretch between them with a space in front.
+transformers 5 has no such mode. Its conversion turns SentencePiece's *user-defined* pieces (``<用户>``,
+``<AI>``, ``"\\n"``) into added tokens, so that the text after each of them wrongly gets a space in front.
+Here they stay inside the stretch: the normalizer replaces each by one private character, which no merge rule
+knows, and the vocabulary gives that character the piece's id.
 
-InternLM-XComposer2's model says that no space is put in front; its turn marks are user-defined pieces, and
-are made special tokens, so that they can be asked for by name.
+InternLM-XComposer2's model puts no space in front. Its turn marks are user-defined pieces, which are made
+special tokens here so that prompts can name them.
 """
 
 from __future__ import annotations
@@ -37,25 +37,22 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
     """Build a fast tokenizer that gives the ids of SentencePiece in LlamaTokenizer's legacy mode.
 
     Source: SentencePiece's byte-pair encoding (merge the adjacent pair whose piece has the best score)
-    and LlamaTokenizer of transformers 4. Held by ``tests/test_tokenizers.py``.
+    and LlamaTokenizer of transformers 4. Checked by ``tests/checkpoints/test_tokenizers.py``.
 
     Args:
         path: The ``tokenizer.model`` file.
-        special_tokens: Texts that split the input before SentencePiece sees it.
-        add_bos: Whether ``<s>`` is put in front of every encoded text.
-
-    Returns:
-        The tokenizer.
+        special_tokens: Texts at which the input is split before SentencePiece sees it.
+        add_bos: Whether every encoded text starts with ``<s>``.
 
     Raises:
-        TokenizerError: If the file holds no byte-pair model.
+        TokenizerError: If the file holds another kind of model.
     """
     model = import_protobuf().ModelProto()
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != _BPE_MODEL:
         raise TokenizerError(
-            f"{path}: SentencePiece model type {model.trainer_spec.model_type}, expected {_BPE_MODEL} "
-            "(byte-pair encoding). Use the tokenizer.model of the checkpoint."
+            f"{path}: found SentencePiece model type {model.trainer_spec.model_type}, expected {_BPE_MODEL} "
+            "(byte-pair encoding). Use the tokenizer.model of the released model."
         )
     hidden = _private_characters(model.pieces, special_tokens)
     names = [hidden.get(piece.piece, piece.piece) for piece in model.pieces]

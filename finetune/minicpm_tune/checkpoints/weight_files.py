@@ -1,4 +1,4 @@
-"""The files of a checkpoint besides its configuration: which weights there are, what an export carries along."""
+"""A model folder's large files: which weights it holds, and which other files an export carries along."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from minicpm_tune.errors import UserError
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 GENERATION_FILE = "generation_config.json"
-# An LFS pointer is a text of about 130 bytes that starts so.
+# How a Git LFS pointer begins, a text of about 130 bytes.
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
-# What an export carries from its source; weights and their index it writes itself.
-
+# What an export takes from its source folder; it writes weights and their index itself.
 _CARRIED = (".py", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 
 
@@ -29,11 +28,10 @@ class WeightFileError(UserError):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Every weight file of a checkpoint, safetensors before .bin, a single file or the index's shards.
+    """Every weight file of a model folder: a single file or the index's shards, safetensors before .bin.
 
     Raises:
-        WeightFileError: When there are none, when a shard of the index is missing, or when a file
-            is a Git LFS pointer; the message names the file and says what to do.
+        WeightFileError: When there are none, a shard is missing, or a file is a Git LFS pointer.
     """
     for name in (SINGLE_FILES[0], INDEX_FILES[0], SINGLE_FILES[1], INDEX_FILES[1]):
         path = folder / name
@@ -44,8 +42,8 @@ def weight_files(folder: Path) -> list[Path]:
             _check_not_pointer(file)
         return files
     raise WeightFileError(
-        f"{folder}: no weights found, expected one of {', '.join(SINGLE_FILES + INDEX_FILES)}. "
-        "Is the download complete?"
+        f"{folder}: found no weights, expected one of {', '.join(SINGLE_FILES + INDEX_FILES)}. Check the path, or "
+        "download the model again."
     )
 
 
@@ -54,8 +52,8 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise WeightFileError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}. "
-            "Download the checkpoint again."
+            f"{index}: {len(missing)} of {len(names)} shards are missing (the first is {missing[0]}). Download the "
+            "model again."
         )
     return [index.parent / name for name in names]
 
@@ -68,13 +66,13 @@ def _check_not_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS_MARK)) == LFS_MARK:
             raise WeightFileError(
-                f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, expected the weights themselves. "
-                "Run `git lfs pull` in that folder, or download the checkpoint with `hf download`."
+                f"{path}: found a Git LFS pointer of {path.stat().st_size} bytes, expected the weights. Run "
+                "`git lfs pull` in that folder, or download the model with `hf download`."
             )
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has all its weight files; an index whose shards were not downloaded is none."""
+    """Whether a folder has all its weight files; an index without its shards does not count."""
     if any((folder / name).is_file() for name in SINGLE_FILES):
         return True
     return any(
@@ -140,14 +138,14 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[str, Tensor]:
-    """Tensors of the source checkpoint that the model has no place for, to be saved unchanged.
+    """Tensors of the source folder that the model has no place for, to be saved unchanged.
 
     Args:
-        source: Folder the model was loaded from; None (or a folder without weights) gives nothing.
-        known: Keys that the model saves itself.
+        source: Folder the model was loaded from; None, or a folder without weights, gives nothing.
+        known: Names that the model saves itself.
 
     Returns:
-        Key -> tensor on the CPU (o-2.6's ``apm.*``, ``audio_projection_layer.*``, ``tts.*``).
+        Name -> tensor on the CPU (o-2.6's ``apm.*``, ``audio_projection_layer.*``, ``tts.*``).
     """
     if source is None or not any((source / name).is_file() for name in SINGLE_FILES + INDEX_FILES):
         return {}
@@ -158,20 +156,20 @@ def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[st
     }
 
 
-def _is_own(key: str) -> bool:
-    """True for keys under the parts that the model saves itself (quantisation states, tied copies)."""
-    return key.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
+def _is_own(name: str) -> bool:
+    """Whether a tensor is of a part that the model saves itself: quantization states, tied copies."""
+    return name.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
 
 
 def copy_carried_files(source: Path | None, target: Path) -> None:
-    """Copy tokenizer, processor, generation and *.py files along; never overwrite what is there.
+    """Copy tokenizer, processor, generation and *.py files; never overwrite what is there.
 
-    generation_config.json alone is made the source's again: transformers writes one into every folder, and
-    servers take their sampling from it.
+    Except generation_config.json, which must stay as released: transformers writes one into every folder, and
+    servers read their sampling settings from it.
 
     Args:
         source: Folder the model was loaded from, or None.
-        target: Folder the export was written to; it keeps its own config.json and index.
+        target: Folder the export was written to.
     """
     if source is None or not source.is_dir() or source.resolve() == target.resolve():
         return
