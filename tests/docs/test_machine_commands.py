@@ -1,7 +1,6 @@
-"""The commands of the README's "Several GPUs, several nodes", as they stand there, with a recorded torchrun."""
+"""The commands of docs/several-machines.md, as they stand there, with a recorded torchrun."""
 
 import os
-import re
 import sys
 
 import pytest
@@ -9,17 +8,16 @@ import pytest
 from support import finetune_runs, live_runs, processes
 from support.launcher_stage import Stage
 from support.live_runs import LOSS_TOLERANCE, NORM_TOLERANCE, LiveRun
+from support.pages import indented
+from support.paths import ROOT
 
 MACHINES = 4  # of the SLURM command
 
 
-def commands():
-    """The indented commands of the section, by the comment above each."""
-    text = (finetune_runs.ROOT / "README.md").read_text()
-    section = text[text.index("## Several GPUs, several nodes") :].partition("\n### ")[0]
-    lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
+def written():
+    """The commands of the page, by the beginning of the comment above each."""
     found = {}
-    for block in re.split(r"\n\n+", "\n".join(lines).strip()):
+    for block in indented(ROOT / "docs" / "several-machines.md"):
         comment, _, command = block.partition("\n")
         if comment.startswith("# "):
             found[comment[2:].split(":")[0]] = command
@@ -48,13 +46,13 @@ def run_as_written(stage, command):
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")
     }
     variables = {**env, "PATH": f"{stage.bin}:{env['PATH']}"}
-    done = processes.run(["bash", "-c", command], env=variables, cwd=finetune_runs.ROOT, limit=120)
+    done = processes.run(["bash", "-c", command], env=variables, cwd=ROOT, limit=120)
     assert done.returncode == 0, done.stderr
     return stage.call()
 
 
 def test_two_machines(stage):
-    call = run_as_written(stage, commands()["two machines"])
+    call = run_as_written(stage, written()["two machines"])
     assert [call.value(f"--{name}") for name in ("nnodes", "node_rank", "master_addr")] == [
         "2",
         "0",
@@ -63,19 +61,19 @@ def test_two_machines(stage):
 
 
 def test_machines_that_meet_at_an_address(stage):
-    call = run_as_written(stage, commands()["or without numbering them"])
+    call = run_as_written(stage, written()["or without numbering them"])
     assert [call.value(f"--rdzv_{name}") for name in ("backend", "endpoint")] == ["c10d", "10.0.0.1:29400"]
     assert call.value("--nnodes") == "2"
 
 
 def test_slurm(stage):
-    call = run_as_written(stage, commands()["SLURM"])
+    call = run_as_written(stage, written()["SLURM"])
     values = [call.value(f"--{name}") for name in ("nnodes", "node_rank", "master_addr", "master_port")]
     assert values == [str(MACHINES), str(MACHINES - 1), "node07", "23456"]
 
 
 def test_the_recipe_for_three_rtx_3090(stage):
-    call = run_as_written(stage, commands()["MiniCPM-V 2.0 on three RTX 3090"])
+    call = run_as_written(stage, written()["MiniCPM-V 2.0 on three RTX 3090"])
     flags = ("--nproc_per_node", "--deepspeed", "--model_name_or_path", "--tune_llm")
     assert [call.value(flag) for flag in flags] == [
         "3",
