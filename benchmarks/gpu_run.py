@@ -127,7 +127,7 @@ def _quantise(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
 
 
 def _shape_unquantised(folder: Path) -> Any:
-    from minicpm_tune.planning.meta_model import build_on_meta
+    from minicpm_tune.planning.weightless_model import build_on_meta
 
     return shape_of(build_on_meta(folder, GENERATIONS[folder.name]))
 

@@ -1,15 +1,14 @@
-"""Say how much memory a training needs on each GPU, before there is a GPU.
+"""Estimate how much memory a training needs on each GPU, before there is a GPU.
 
     python finetune/plan_memory.py --model_name_or_path openbmb/MiniCPM-V-2_6 --method lora --gpus 2 --zero 2
 
-Only the checkpoint's config.json is read. The training step is run on torch's meta device, where
-tensors have no contents: a plan of an 8B model takes about ten seconds and a gigabyte on the CPU.
+Only the checkpoint's config.json is read. The training step runs on torch's meta device, where tensors have no
+contents: a plan of an 8B model takes about ten seconds and a gigabyte of RAM, on the CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from argparse import Namespace
 
@@ -17,13 +16,12 @@ from minicpm_tune.settings.command_flags import CommandParser, add_switch, count
 
 
 def main(argv: list[str]) -> int:
-    """Plan one training, print the table, and give the exit code."""
+    """Plan one training, print the table, and return the exit code."""
     return run_command(run, parse_flags(argv), interrupted="Interrupted.")
 
 
 def run(values: Namespace) -> None:
-    """Plan the training of the command line."""
-    logging.getLogger("minicpm_tune.lora.build").setLevel(logging.WARNING)  # what it adapts is no news here
+    """Plan the training that the command line describes."""
     sys.stdout.write(render(values))
 
 
@@ -53,40 +51,52 @@ def render(values: Namespace) -> str:
     lines.append(f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}")
     host = host_bytes(folder, training)
     if host:
-        lines.append(f"  and in the CPUs' memory, all GPUs together: {host / 2**30:.2f} GiB")
+        lines.append(f"  RAM of the machine, for all GPUs together: {host / 2**30:.2f} GiB")
     source = "fitted to the official table" if training.zero == 3 else "assumed"
-    lines.append(f"  The surcharge (CUDA, NCCL, what the allocator holds besides) is {source}, not measured.")
+    lines.append(
+        f"  The surcharge (CUDA, NCCL, unused memory that the allocator holds) is {source}, not measured."
+    )
     return "\n".join([*lines, ""])
 
 
 def parse_flags(argv: list[str]) -> Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS
 
     parser = CommandParser(prog="plan_memory.py", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="A folder with a checkpoint's config.json, or a hub id.")
-    add("--cache_dir", help="Where downloads are kept.")
-    add("--method", choices=["lora", "qlora", "full"], default="lora", help="What is trained of the LLM.")
+    add("--model_name_or_path", required=True, help="A folder with a checkpoint's config.json, or a Hub id.")
+    add("--cache_dir", help="Where downloads from the Hub are kept.")
+    add("--method", choices=["lora", "qlora", "full"], default="lora", help="How the LLM trains.")
     add("--gpus", type=count, default=1, help="Number of GPUs.")
-    add("--zero", type=int, choices=[0, 2, 3], default=2, help="DeepSpeed's ZeRO stage; 0: no DeepSpeed.")
+    add(
+        "--zero",
+        type=int,
+        choices=[0, 2, 3],
+        default=2,
+        help="ZeRO stage of DeepSpeed; 0 is without DeepSpeed.",
+    )
     add(
         "--offload", choices=["none", "optimizer", "all"], default="none",
-        help="What lies in the CPU's memory: optimizer and gradients, or with ZeRO-3 the weights too.",
+        help="What is kept in RAM: optimizer and gradients, or (all, with ZeRO-3) the weights too.",
     )  # fmt: skip
-    add("--model_max_length", type=count, default=2048, help="Tokens of a row.")
-    add("--batch_size", type=count, default=1, help="Rows per GPU and micro-batch.")
-    add("--max_slice_nums", type=count, default=9, help="Most slices of a row's image.")
+    add("--model_max_length", type=count, default=2048, help="Length of a row, in tokens.")
+    add("--batch_size", type=count, default=1, help="Rows per GPU in each forward.")
+    add("--max_slice_nums", type=count, default=9, help="Most slices a row's image is cut into.")
     add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
-    add_switch(parser, "--gradient_checkpointing", default=True, help="Compute activations twice.")
-    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the run.")
+    add_switch(
+        parser,
+        "--gradient_checkpointing",
+        default=True,
+        help="Whether the backward computes activations again, to save memory.",
+    )
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the training.")
     add("--optim", choices=["adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch", help="The optimizer.")
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
-    add("--lora_r", type=count, default=64, help="Rank of the adapters.")
+    add("--lora_r", type=count, default=64, help="Rank of the adapter.")
     add("--lora_target_modules", default=OFFICIAL_LORA_TARGETS, help="As in finetune.py.")
-    add("--lora_modules_to_save", nargs="+", help="As in finetune.py; none for a plain adapter.")
-    add_switch(parser, "--official", default=False, help="Plan the official script's step instead of ours.")
+    add("--lora_modules_to_save", nargs="+", help="As in finetune.py; none plans a plain adapter.")
     return parser.parse_args(argv)
 
 

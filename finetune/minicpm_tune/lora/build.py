@@ -71,8 +71,13 @@ def add_adapter(
         wrapped = get_peft_model(model, config)
     restore_output_layer(wrapped)
     _remember_start(wrapped)
-    logger.info("LoRA on %d modules: %s", len(adapted_modules(wrapped)), _summary(adapted_modules(wrapped)))
     return wrapped
+
+
+def log_adapted_modules(model: PeftModel) -> None:
+    """Log which modules have an adapter, the numbers of their layers folded."""
+    names = adapted_modules(model)
+    logger.info("LoRA on %d modules: %s", len(names), _summary(names))
 
 
 def _check_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> None:

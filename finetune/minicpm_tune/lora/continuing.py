@@ -17,7 +17,12 @@ from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.lora.adapter_folders import AdapterError, AdapterFolder, check_base, read_adapter_folder
-from minicpm_tune.lora.build import add_adapter, default_modules_to_save, translated_pattern
+from minicpm_tune.lora.build import (
+    add_adapter,
+    default_modules_to_save,
+    log_adapted_modules,
+    translated_pattern,
+)
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.settings.argument_groups import LoraArguments
 
@@ -57,7 +62,9 @@ def new_or_continued_adapter(
         return load_adapter(
             model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
         )
-    return add_adapter(model, generation, lora, vision=vision, resampler=resampler)
+    wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler)
+    log_adapted_modules(wrapped)
+    return wrapped
 
 
 def check_continued(

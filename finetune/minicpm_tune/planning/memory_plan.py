@@ -1,15 +1,16 @@
 """How much memory a training needs on each GPU, from config.json alone.
 
-What is held all the time (weights, gradients, optimizer) is counted from the model's parameters and
-the rules of ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-arXiv:1910.02054; buffers as deepspeed 0.19 allocates them). What comes and goes in a step is found by
-running the step on the meta device, see ``planning/step_memory.py``. What neither of them sees (the CUDA
-context, NCCL, memory that the allocator holds but can't use) is a surcharge.
+What a run holds throughout (weights, gradients, optimizer) is counted from the model's parameters and the rules of
+ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054; buffers as
+deepspeed 0.19 allocates them). What comes and goes in a step is found by running the step on the meta device, see
+``planning/step_memory.py``. What neither sees (the CUDA context, NCCL, memory that the allocator holds but can't
+use) is a surcharge.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,19 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.models.parameter_parts import freeze
-from minicpm_tune.planning.meta_model import QuantisedShape, build_on_meta, largest_batch, quantise_shapes
-from minicpm_tune.planning.official_step import official_attention, official_loss
-from minicpm_tune.planning.step_memory import LABELS, fused_attention, measure_step
+from minicpm_tune.planning.step_memory import (
+    LABELS,
+    Attention,
+    checkpointing_options,
+    fused_attention,
+    measure_step,
+)
+from minicpm_tune.planning.weightless_model import (
+    QuantizedShape,
+    build_on_meta,
+    largest_batch,
+    quantize_shapes,
+)
 from minicpm_tune.settings.argument_groups import LoraArguments
 from minicpm_tune.settings.deepspeed_setup import read_deepspeed_config
 
@@ -34,39 +45,38 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes of optimizer state per trained weight, its fp32 copy not included.
 OPTIMIZERS = {"adamw_torch": 8, "adamw_8bit": 2, "sgd": 0}
 _GIBIBYTE = 2**30
-# The surcharge. CUDA's context and cuBLAS, and besides NCCL where there are several GPUs: assumed. What the
-# caching allocator holds beside live tensors, as a share of what comes and goes, by ZeRO stage: assumed for
-# 0 and 2; for 3, which makes and frees every layer's weights, fitted to the official table.
+# The surcharge: CUDA's context with cuBLAS, NCCL where there are several GPUs, and what the caching allocator holds
+# beside live tensors, as a share of what comes and goes, by ZeRO stage. All are assumed, but for stage 3, which
+# makes and frees every layer's weights: its share is fitted to the official table.
 CUDA_BYTES = 3 * _GIBIBYTE // 4
 NCCL_BYTES = 3 * _GIBIBYTE // 4
 FRAGMENTATION = {0: 0.1, 2: 0.1, 3: 0.8}
 
 
 class PlanError(UserError):
-    """A training that can't be planned; the message says what to change."""
+    """A training that can't be planned."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is to be trained, and how; the names are those of the flags.
+    """What trains, and how; the names are those of the flags.
 
     Attributes:
         method: ``lora``, ``qlora`` or ``full``.
-        gpus: Number of GPUs; one row of the batch is on one GPU.
+        gpus: Number of GPUs.
         zero: ZeRO stage: 0 (no DeepSpeed), 2 or 3.
-        offload: What lies in the CPU's memory: ``none``, ``optimizer`` (with gradients) or ``all`` (weights
+        offload: What is kept in the CPU's memory: ``none``, ``optimizer`` (with gradients) or ``all`` (the weights
             too, ZeRO-3).
         model_max_length: Tokens of a row.
         batch_size: Rows per GPU.
         max_slice_nums: Most slices of a row's image, the overview not counted.
         tune_vision: Whether the vision tower trains.
         tune_resampler: Whether the resampler trains.
-        gradient_checkpointing: Whether activations are computed again in the backward.
+        gradient_checkpointing: Whether the backward computes activations again.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         quant_bits: 4 or 8, with ``qlora``.
         optim: A key of ``OPTIMIZERS``.
         lora: The adapter's arguments.
-        official: Plan the official script's step instead of this project's.
     """
 
     method: str = "lora"
@@ -83,29 +93,46 @@ class Training:
     quant_bits: int = 4
     optim: str = "adamw_torch"
     lora: LoraArguments = field(default_factory=LoraArguments)
-    official: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what can't be combined.
+        """Refuse flags that can't be combined.
 
         Raises:
             PlanError: With the flag to change.
         """
         if self.offload != "none" and self.zero == 0:
-            raise PlanError(f"--offload {self.offload} needs DeepSpeed. Give --zero 2 or --zero 3.")
+            raise PlanError(
+                f"--offload {self.offload} needs DeepSpeed, but --zero is 0. Set --zero to 2 or 3."
+            )
         if self.offload == "all" and self.zero != 3:
-            raise PlanError("--offload all moves the weights too, which only ZeRO-3 can. Give --zero 3.")
+            raise PlanError(
+                f"--offload all moves the weights too, which needs ZeRO-3, but --zero is {self.zero}. Set --zero "
+                "to 3, or --offload to optimizer."
+            )
         for name in ("gpus", "model_max_length", "batch_size", "max_slice_nums"):
             if getattr(self, name) < 1:
-                raise PlanError(f"--{name} is {getattr(self, name)}, expected at least 1.")
+                raise PlanError(f"--{name} is {getattr(self, name)}, expected at least 1. Raise it.")
 
 
-def plan(folder: Path, training: Training) -> dict[str, int]:
+def training_loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    """The loss of one step, as the trainer computes it."""
+    return model(**batch).loss
+
+
+def plan(
+    folder: Path,
+    training: Training,
+    *,
+    loss: Callable[[Any, dict[str, Any]], Tensor] = training_loss,
+    attention: Attention = fused_attention,
+) -> dict[str, int]:
     """Plan a training.
 
     Args:
-        folder: A folder with a checkpoint's config.json (weights are not needed).
-        training: What is to be trained.
+        folder: A folder with a checkpoint's config.json; weights are not needed.
+        training: What trains, and how.
+        loss: The forward of the step.
+        attention: How the step holds attention; the default as fused kernels do.
 
     Returns:
         Part -> bytes per GPU at the peak, in the order in which they are shown. They add up to the total.
@@ -113,7 +140,7 @@ def plan(folder: Path, training: Training) -> dict[str, int]:
     config, generation = read_config(folder), read_generation(folder)
     model = _prepared(folder, generation, training)
     held = _held(model, training, hidden=_hidden_size(config))
-    peak = _forward_backward(model, generation, training)
+    peak = _forward_backward(model, generation, training, loss=loss, attention=attention)
     passing = peak.total() + held["gathered weights"]
     step = _optimizer_step(model, training)
     if step > peak.total():
@@ -126,7 +153,7 @@ def plan(folder: Path, training: Training) -> dict[str, int]:
 
 
 def host_bytes(folder: Path, training: Training) -> int:
-    """Bytes that ``--offload`` puts into the CPUs' memory, all GPUs together."""
+    """Bytes that ``--offload`` keeps in the CPU's memory, for all GPUs together."""
     if training.offload == "none":
         return 0
     model = _prepared(folder, read_generation(folder), training)
@@ -140,9 +167,8 @@ def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Mo
     """The model on the meta device, with what trains marked."""
     model: Any = build_on_meta(folder, generation)
     model = model.to(DTYPES[training.precision])
-    base = model
     if training.method == "qlora":
-        quantise_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])
+        quantize_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])
     if training.method == "full":
         freeze(model, generation, vision=training.tune_vision, resampler=training.tune_resampler, llm=True)
     else:
@@ -157,8 +183,6 @@ def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Mo
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[training.precision])
-    if training.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -167,10 +191,10 @@ def _hidden_size(config: dict[str, Any]) -> int:
 
 
 def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int]:
-    """What is held all the time, part -> bytes."""
+    """What the run holds throughout, part -> bytes."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    # bitsandbytes' scales are no parameters, so no stage of ZeRO divides them.
-    scales = sum(module.scales.nbytes for module in model.modules() if isinstance(module, QuantisedShape))
+    # bitsandbytes' scales are not parameters, so no stage of ZeRO divides them.
+    scales = sum(module.scales.nbytes for module in model.modules() if isinstance(module, QuantizedShape))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     state = OPTIMIZERS[training.optim] * count
@@ -185,7 +209,7 @@ def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int
     settings = _zero_settings(training)
     largest = 0
     if training.zero == 2:
-        # With offloaded gradients one buffer of the largest stays on the GPU.
+        # With offloaded gradients one buffer, as large as the largest gradient, stays on the GPU.
         largest = max(parameter.nbytes for parameter in trained) * (share == 0)
         bucket = settings["reduce_bucket_size"] * (2 if settings["overlap_comm"] else 1)
         gathered = 0
@@ -204,7 +228,7 @@ def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int
 
 
 def _held_without_deepspeed(model: nn.Module, training: Training) -> dict[str, int]:
-    """Trained weights are held in fp32; autocast keeps 16-bit copies of their matrices in the forward."""
+    """Trained weights are held in fp32; autocast keeps 16-bit copies of their matrices during the forward."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     # Embeddings are looked up as they are, unless the output layer shares them.
@@ -226,7 +250,7 @@ def _zero_settings(training: Training) -> dict[str, Any]:
 
 
 def _optimizer_step(model: nn.Module, training: Training) -> int:
-    """What AdamW makes while it steps: fp32 gradients (DeepSpeed) and the denominators of all weights."""
+    """What AdamW makes during its step: fp32 gradients (DeepSpeed) and the denominators of all weights."""
     if training.offload != "none":
         return 0
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -238,25 +262,28 @@ def _optimizer_step(model: nn.Module, training: Training) -> int:
     return 8 * count
 
 
-def _forward_backward(model: Any, generation: Generation, training: Training) -> Counter[str]:
+def _forward_backward(
+    model: Any,
+    generation: Generation,
+    training: Training,
+    *,
+    loss: Callable[[Any, dict[str, Any]], Tensor],
+    attention: Attention,
+) -> Counter[str]:
+    base = model if training.method == "full" else model.get_base_model()
+    if training.gradient_checkpointing:
+        base.activation_checkpointing_enable(checkpointing_options(attention))
     batch = largest_batch(
-        model if training.method == "full" else model.get_base_model(),
+        base,
         generation,
         rows=training.batch_size,
         length=training.model_max_length,
         slices=training.max_slice_nums + 1,
     )
-    loss = partial(_loss, model, batch)
-    attention = fused_attention
-    if training.official:
-        loss, attention = partial(official_loss, model, batch), official_attention(model)
-    # ZeRO-3 puts a gradient into one piece with others before it sends their parts.
+    # ZeRO-3 joins a gradient with others in one buffer before it sends their shares.
     copy = torch.empty_like if training.zero == 3 else _nothing
-    return measure_step(model, generation, loss, attention=attention, after_gradient=copy)
-
-
-def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return model(**batch).loss
+    step = partial(loss, model, batch)
+    return measure_step(model, generation, step, attention=attention, after_gradient=copy)
 
 
 def _nothing(_: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The memory of one training step, found by running the step on torch's meta device.
 
-On the meta device tensors have shapes and no contents, so that a step of an 8B model runs in seconds on
-any machine and needs no weights. Every storage that the step makes is counted from its making to its
-end; the highest sum is the peak. What is run is the training code itself, checkpointing and chunked
-loss included, so nothing here has to follow changes of the model.
+Tensors on the meta device have shapes and no contents, so a step of an 8B model runs in seconds on any machine
+and needs no weights. Every storage that the step makes is counted from its creation to its end; the highest sum is
+the peak. The step that runs is the training code itself, checkpointing and chunked loss included, so nothing here
+has to follow changes of the model.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import masking_utils
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.models.loss import LMHead
+
+Attention = Callable[..., Tensor]
 
 LABELS = ("vision", "activations", "logits")
 # Operators that need the values of an index on the CPU to know the shape of their output.
@@ -108,30 +109,29 @@ class _LinearMemoryAttention(torch.autograd.Function):
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Stand in for ``F.scaled_dot_product_attention``, which on the meta device makes all scores."""
+    """Stands in for ``F.scaled_dot_product_attention``, which makes all scores on the meta device."""
     return _LinearMemoryAttention.apply(query, key, value)
 
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Attention written out, softmax in fp32, as the vision towers of the released code compute it."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+class AttentionInstead(TorchFunctionMode):
+    """Calls ``attention`` wherever torch's own scaled-dot-product attention is called while it is entered.
+
+    torch suspends it during the backward; what checkpointing computes again enters its own, see
+    ``checkpointing_options``.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = self.attention if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _stand_ins(attention: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace what the meta device lacks: fused attention, autocast, the values of positions."""
-    autocast = torch.autocast
-
-    def no_autocast_on_meta(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-
-    with (
-        mock.patch.object(torch, "autocast", no_autocast_on_meta),
-        mock.patch.object(F, "scaled_dot_product_attention", attention),
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
-    ):
-        yield
+def checkpointing_options(attention: Attention) -> dict[str, Any]:
+    """Options of activation checkpointing under which the backward calls the same attention as the forward."""
+    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AttentionInstead(attention))}
 
 
 def measure_step(
@@ -139,19 +139,19 @@ def measure_step(
     generation: Generation,
     loss: Callable[[], Tensor],
     *,
-    attention: Callable[..., Tensor] = fused_attention,
+    attention: Attention = fused_attention,
     after_gradient: Callable[[Tensor], object] = lambda gradient: None,
 ) -> Counter[str]:
-    """Run forward and backward on the meta device and give the peak of what they make.
+    """Run forward and backward on the meta device and measure the peak of what they make.
 
-    Gradients of parameters are dropped when they are complete, as ZeRO and the arithmetic of the
-    caller treat them; the one being made counts.
+    A parameter's gradient is dropped as soon as it is complete, because the caller counts complete gradients by
+    the rules of ZeRO; the one being made counts here.
 
     Args:
         model: On the meta device, in training mode, possibly with an adapter.
         generation: Its generation.
         loss: Runs the forward.
-        attention: Stand-in for ``F.scaled_dot_product_attention``.
+        attention: Called instead of ``F.scaled_dot_product_attention``.
         after_gradient: Called with every complete gradient; what it makes counts.
 
     Returns:
@@ -161,7 +161,7 @@ def measure_step(
     meter.leave_out(model)
     handles = [*_label_parts(model, generation, meter), *_drop_gradients(model, after_gradient)]
     try:
-        with _stand_ins(attention), meter:
+        with AttentionInstead(attention), meter:
             value = loss()
             meter.label = "logits"
             value.backward()

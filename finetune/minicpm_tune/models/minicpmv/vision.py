@@ -181,7 +181,7 @@ class TimmTower(nn.Module):
         hidden = self.patch_embed["proj"](patches) + self._resized_table(layout)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                hidden = torch.utils.checkpoint.checkpoint(block, hidden, layout, use_reentrant=False)
+                hidden = self._gradient_checkpointing_func(block, hidden, layout)  # from transformers
             else:
                 hidden = block(hidden, layout)
         return self.norm(hidden)

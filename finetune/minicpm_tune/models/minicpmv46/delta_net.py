@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.utils.generic import maybe_autocast
 
 from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
 
@@ -92,7 +93,7 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
             )
             log_decay = log_decay.flatten(0, 1).index_copy(0, samples.resets, resets).view_as(log_decay)
         # Autocast would round the products that solve for the state to 16 bit; the kernels keep fp32.
-        with torch.autocast(mixed.device.type, enabled=False):
+        with maybe_autocast(mixed.device.type, enabled=False):
             # Between samples the strength is 0: empty tokens write nothing into the state.
             found, _ = _torch_rule(
                 query, key, value, g=log_decay, beta=samples.spread(strength), use_qk_l2norm_in_kernel=True

@@ -1,18 +1,17 @@
 """The step of the official finetune.py, as far as its memory differs from this project's.
 
-Only ``plan_memory.py`` runs it, on the meta device: to check its arithmetic against the only published
-measurements, which are of that script.
+The only published measurements of memory are of that script; the plan's arithmetic is checked against them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicpm_tune.planning.step_memory import eager_attention, fused_attention
+from minicpm_tune.planning.step_memory import Attention, fused_attention
 
 
 def official_loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -25,13 +24,15 @@ def official_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def official_attention(model: nn.Module) -> Callable[..., Tensor]:
-    """The released vision tower writes its attention out; the LLM's is fused."""
+def official_attention(model: nn.Module) -> Attention:
+    """The released vision tower materializes its attention scores, with the softmax in fp32; the LLM's is fused."""
     vision = next(module for name, module in model.named_modules() if name.endswith("vpm"))
     widths = {module.head_dim for module in vision.modules() if hasattr(module, "head_dim")}
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        written_out = query.shape[-1] in widths
-        return (eager_attention if written_out else fused_attention)(query, key, value, **kwargs)
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if query.shape[-1] not in widths:
+            return fused_attention(query, key, value, **options)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
     return attend

@@ -1,4 +1,4 @@
-"""A model and a batch on torch's meta device: the shapes of a run, without its numbers."""
+"""A model and a batch on torch's meta device: the shapes of a run without its numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
 _TAG_TOKENS = 2  # tokens around a placeholder
 
 
-class QuantisedShape(nn.Linear):
-    """A linear layer that holds and computes like a bitsandbytes one, for counting.
+class QuantizedShape(nn.Linear):
+    """A linear layer that takes as much memory as a quantized one of bitsandbytes.
 
-    Its weight is made whole in ``dtype`` for each use, in the forward and again in the backward, and is
-    never kept.
+    Each use, in the forward and again in the backward, makes the whole weight in ``dtype`` and drops it afterwards.
     """
 
     scales: Tensor
@@ -40,15 +39,15 @@ class QuantisedShape(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        out = _Dequantised.apply(hidden.to(self.dtype), self)
+        out = _Dequantized.apply(hidden.to(self.dtype), self)
         return out if self.bias is None else out + self.bias
 
     def values(self) -> Tensor:
-        """[out_features, in_features], as dequantising makes them."""
+        """[out_features, in_features], as dequantizing makes them."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
 
-class _Dequantised(torch.autograd.Function):
+class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, layer):
         ctx.layer = layer
@@ -60,26 +59,26 @@ class _Dequantised(torch.autograd.Function):
 
 
 def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
-    """Make the model of a config.json on the meta device."""
+    """Make the model that a config.json describes on the meta device."""
     kind, config = class_and_config(folder, generation)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return kind(config)
 
 
-def quantise_shapes(model: nn.Module, generation: Generation, *, bits: int, dtype: torch.dtype) -> None:
-    """Replace the LLM's linear layers by ones that hold ``bits`` per weight; what stays exact in training stays."""
+def quantize_shapes(model: nn.Module, generation: Generation, *, bits: int, dtype: torch.dtype) -> None:
+    """Replace the LLM's linear layers by quantized shapes, but for those that training keeps exact."""
     layers = tuple(f"{module}." for module in generation.modules["llm"])
     for name, module in list(model.named_modules()):
         exact = name.rpartition(".")[2] in generation.exact
         if type(module) is nn.Linear and name.startswith(layers) and not exact:
-            model.set_submodule(name, QuantisedShape(module, bits=bits, dtype=dtype))
+            model.set_submodule(name, QuantizedShape(module, bits=bits, dtype=dtype))
 
 
 def largest_image(
     config: Any, generation: Generation, *, slices: int, room: int
 ) -> list[tuple[tuple[int, int], int]]:
-    """The slices of an image that is cut as often as is allowed and fits.
+    """The slices of an image that is cut as often as the limits allow.
 
     Args:
         config: The model's configuration.
