@@ -40,10 +40,18 @@ torchrun() {
             before=$word
         done
         set -- --max_restarts "$MAX_RESTARTS" "$@" --resume_from_checkpoint true
+        # Where processes meet at --master_port, one store serves every start: processes that are started again
+        # find the addresses of those that ended in it, and may wait for each other for ever (torch 2.13).
+        if [ -z "${RDZV:-}" ] && [ "$NNODES" = 1 ]; then
+            RDZV=localhost:0
+        elif [ -z "${RDZV:-}" ]; then
+            RDZV=$MASTER_ADDR:$MASTER_PORT
+            RDZV_CONF=is_host=$((NODE_RANK == 0))
+        fi
     fi
     if [ -n "${RDZV:-}" ]; then
-        # Where a machine can't tell that the address is its own: RDZV_CONF=is_host=1 there, is_host=0 elsewhere,
-        # and LOCAL_ADDR, the address under which the others reach it.
+        # Where a machine can't tell that the address is its own: RDZV_CONF=is_host=1 there, is_host=0 elsewhere.
+        # LOCAL_ADDR, the address under which the others reach it, is otherwise the one it reaches them from.
         set -- --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "${RDZV_ID:-finetune}" \
             ${RDZV_CONF:+--rdzv_conf "$RDZV_CONF"} ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"} "$@"
     fi

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from argparse import Namespace
 from itertools import pairwise
@@ -63,10 +64,34 @@ def with_another_port(argv: list[str], error: DistNetworkError) -> list[str]:
     return [*argv[:at], found, *argv[at + 1 :]]
 
 
+def with_own_address(argv: list[str]) -> list[str]:
+    """The options with the address under which the other machines reach this one.
+
+    torchrun takes the machine's name, which the others often can't resolve. This is the address from which it
+    reaches the rendezvous.
+    """
+    options = dict(pairwise(argv))
+    endpoint = options.get("--rdzv_endpoint")
+    if endpoint is None or "--local_addr" in options:
+        return argv
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)
+        family, kind, _, _, address = min(
+            found, key=lambda place: place[0] != socket.AF_INET
+        )  # IPv4 if it has one
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return ["--local_addr", str(probe.getsockname()[0]), *argv]
+    except OSError:
+        return argv  # the rendezvous will say that it can't be reached
+
+
 def main(argv: list[str]) -> int:
     """Run the processes, and give 0 when all of them ended well."""
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
+    argv = with_own_address(argv)
     try:
         try:
             run.main([_SIGNALS_TO_HANDLE, *argv])

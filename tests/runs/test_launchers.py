@@ -152,6 +152,36 @@ def test_restarts_go_on_from_the_last_checkpoint_and_nothing_contradicts_it(stag
         assert "With MAX_RESTARTS a run goes on from the last checkpoint" in done.stderr
 
 
+def meeting(call):
+    """The options of torchrun that say how processes find each other."""
+    words = call.torchrun[1 : call.torchrun.index("--max_restarts")]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_restarts_never_meet_at_a_store_that_outlives_a_start(stage, shell):
+    shared = {"shell": shell, "MODEL": "m", "DATA": "d", "MAX_RESTARTS": "3"}
+    _, call = stage.start("finetune_lora.sh", **shared)
+    alone = {"--rdzv_backend": "c10d", "--rdzv_endpoint": "localhost:0", "--rdzv_id": "finetune"}
+    assert meeting(call) == alone
+    assert call.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    for rank, host in (("0", "1"), ("1", "0")):
+        machines = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "10.0.0.1"}
+        _, call = stage.start("finetune_lora.sh", **shared, **machines)
+        assert meeting(call) == {
+            "--rdzv_backend": "c10d",
+            "--rdzv_endpoint": "10.0.0.1:6001",
+            "--rdzv_id": "finetune",
+            "--rdzv_conf": f"is_host={host}",
+        }
+    _, call = stage.start("finetune_lora.sh", **shared, NNODES="2", RDZV="10.0.0.2:7", RDZV_ID="two")
+    assert meeting(call) == {
+        "--rdzv_backend": "c10d",
+        "--rdzv_endpoint": "10.0.0.2:7",
+        "--rdzv_id": "two",
+    }
+
+
 @pytest.mark.parametrize("number", ["0", "two", "-1"])
 def test_a_wrong_number_of_processes_is_refused(number, stage):
     done, _ = stage.start("finetune_lora.sh", MODEL="m", DATA="d", GPUS_PER_NODE=number)

@@ -1,10 +1,15 @@
-"""Starting the processes: machines that don't come together."""
+"""Starting the processes: machines that don't come together, and processes that are started again."""
+
+import shutil
+import sys
 
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 import start_processes
+from support import processes
+from support.paths import FINETUNE
 
 TAKEN = DistNetworkError("The server socket has failed to listen: code: -98, name: EADDRINUSE")
 
@@ -62,3 +67,54 @@ def test_errors_of_the_program_are_not_taken_for_the_networks(monkeypatch, witho
     monkeypatch.setattr(start_processes.run, "main", fail)
     with pytest.raises(RuntimeError, match="something else"):
         start_processes.main([*options(6001), "finetune.py"])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given"),
+    [
+        ("localhost:0", ["--local_addr", "127.0.0.1"]),
+        ("127.0.0.1:29400", ["--local_addr", "127.0.0.1"]),
+        ("no-such-machine.invalid:29400", []),
+    ],
+)
+def test_a_machine_gives_the_address_from_which_it_reaches_the_others(endpoint, given):
+    argv = ["--rdzv_endpoint", endpoint, "finetune.py"]
+    assert start_processes.with_own_address(argv) == [*given, *argv]
+
+
+def test_an_address_of_its_own_choice_stays_and_without_an_endpoint_there_is_none():
+    for argv in (["--rdzv_endpoint", "localhost:0", "--local_addr", "10.0.0.7"], options(6001)):
+        assert start_processes.with_own_address(argv) == argv
+
+
+# In every start one process is late to join; then the second one dies, until the restarts are used up.
+JOINS = """
+import datetime, os, sys, time
+import torch.distributed as dist
+start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+time.sleep(2.0 * (start > 0 and rank == start % 2))
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+dist.barrier()
+sys.stdout.write(f"process {rank} joined start {start}\\n")
+sys.stdout.flush()
+if start < 2:
+    time.sleep(0.5)
+    os._exit(rank)
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_processes_that_are_started_again_find_each_other_and_not_those_that_ended(tmp_path):
+    for name in ("finetune_lora.sh", "launcher.sh", "start_processes.py"):
+        shutil.copy(FINETUNE / name, tmp_path)
+    (tmp_path / "minicpm_tune").symlink_to(FINETUNE / "minicpm_tune")
+    (tmp_path / "finetune.py").write_text(JOINS)
+    variables = {"GPUS_PER_NODE": "2", "MAX_RESTARTS": "2", "MODEL": "m", "DATA": "d"}
+    variables["PATH"] = f"{sys.prefix}/bin:{processes.environment()['PATH']}"
+    done = processes.run(
+        ["sh", tmp_path / "finetune_lora.sh"], env={**processes.environment(), **variables}, limit=150
+    )
+    assert done.returncode == 0, done.stderr
+    joined = sorted(done.stdout.splitlines())
+    assert joined == [f"process {rank} joined start {start}" for rank in (0, 1) for start in range(3)]
