@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.logs import silence
-from minicpm_tune.settings.help_page import show_help_when_asked
+from minicpm_tune.settings.command_line import answer_or_check
 
 if __name__ == "__main__":
-    # Before the imports below: torch and transformers take seconds that --help need not wait for.
-    show_help_when_asked(sys.argv[1:])
+    answer_or_check(sys.argv[1:])  # before the imports below, which take seconds
     silence()
 
 from transformers import PreTrainedModel, set_seed
