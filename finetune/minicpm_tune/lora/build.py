@@ -185,8 +185,9 @@ def translated_pattern(pattern: str, generation: Generation) -> str:
     if pattern == OFFICIAL_LORA_TARGETS and generation.lora_targets:
         return generation.lora_targets
     for released, own in (("llm", llm), ("vpm", re.escape(generation.modules["vision"][0]))):
-        if own != released:
-            pattern = re.sub(rf"^{released}\\?\.", lambda _, own=own: rf"{own}\.", pattern)
+        prefix = re.match(rf"{released}\\?\.", pattern)
+        if own != released and prefix:
+            pattern = rf"{own}\." + pattern[prefix.end() :]
     return pattern
 
 
