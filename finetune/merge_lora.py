@@ -103,7 +103,7 @@ def run(values: argparse.Namespace) -> None:
         if not values.safe_serialization:
             to_bin_files(partial)
         if values.base_precision == "original":
-            check_saved(partial, base, taller=bool(layers))
+            check_saved(partial, base, taller=bool(layers), tied=merged.all_tied_weights_keys)
     logger.info("Merged model: %s (%s)", output, str(dtype).removeprefix("torch."))
 
 

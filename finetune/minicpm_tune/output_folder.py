@@ -20,6 +20,7 @@ from typing import Any
 UNFINISHED = "unfinished"  # the folder in which checkpoints are written
 MANIFEST = "checkpoint.json"  # lists a checkpoint's files, and describes the run that wrote it
 STATE_FILE = "trainer_state.json"
+RUN_RECORD = "run.json"  # at the top of the folder: what each start of the run was given
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.checkpoints.weight_files import WeightFileError, copy_carried_files, weight_files
+from minicpm_tune.checkpoints.weight_files import WeightFileError, copy_model_files, weight_files
 from minicpm_tune.models.loading import load_model, resolve_model_folder
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from support.golden_models import SIX, full_batch, golden_model
@@ -124,7 +124,7 @@ def test_carrying_files_overwrites_nothing(tmp_path):
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "source" / "modeling_minicpmv.py").write_text("code")
     (tmp_path / "source" / "notes.bin").write_text("weights")
-    copy_carried_files(tmp_path / "source", tmp_path / "target")
+    copy_model_files(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target" / "config.json").read_text() == "new"
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == [
         "config.json",

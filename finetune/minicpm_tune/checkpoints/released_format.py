@@ -1,6 +1,6 @@
 """Saving models in their released form: the same keys in config.json, the same tensors, the same files beside them.
 
-For the families whose classes are our own; MiniCPM-V 4.6 and 4.7 are saved by transformers.
+The configuration is for the families whose classes are our own; 4.6 and 4.7 have transformers'.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from minicpm_tune.checkpoints.model_folder import read_config
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import copy_carried_files, untouched_tensors
+from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors
 
 
 class ReleasedConfig(PreTrainedConfig):
@@ -75,8 +76,10 @@ class ReleasedConfig(PreTrainedConfig):
 class SavedAsReleased:
     """Saves a model in the released form; comes before ``PreTrainedModel`` among a class's bases."""
 
-    config: Any  # provided by the model class, like state_dict
+    # Provided by the model class.
+    config: Any
     state_dict: Any
+    all_tied_weights_keys: dict[str, str]
 
     def save_pretrained(
         self,
@@ -92,13 +95,26 @@ class SavedAsReleased:
         """
         source = Path(self.config.name_or_path) if self.config.name_or_path else None
         if is_main_process:
-            state_dict = self.tensors_to_save(dict(self.state_dict() if state_dict is None else state_dict))
+            state_dict = self._without_tied_copies(self.state_dict() if state_dict is None else state_dict)
+            state_dict = self.tensors_to_save(state_dict)
             state_dict |= untouched_tensors(source, known=state_dict.keys())
         super().save_pretrained(  # type: ignore[misc]
             save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
         if is_main_process:
-            copy_carried_files(source, Path(save_directory))
+            copy_model_files(source, Path(save_directory))
+
+    def _without_tied_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out each tensor that is tied to another, as the released files do.
+
+        transformers recognizes ties by shared memory, which DeepSpeed's copies do not have (5.23).
+        """
+        tied = self.all_tied_weights_keys
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tied.get(name) not in tensors or not torch.equal(tensor, tensors[tied[name]])
+        }
 
     def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose which of the model's tensors are written: all of them, unless a class overrides this."""

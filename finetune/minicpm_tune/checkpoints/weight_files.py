@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minicpm_tune.errors import UserError
+from minicpm_tune.output_folder import RUN_RECORD
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 GENERATION_FILE = "generation_config.json"
 # How a Git LFS pointer begins, a text of about 130 bytes.
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
-# What an export takes from its source folder; it writes weights and their index itself.
-_CARRIED = (".py", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_TOKENIZER_FILES = ("*token*", "*process*", "vocab*", "merges.txt", "chat_template*", "*.model")
+# What an export takes from its source folder. Weights and their index it writes itself; other files there are
+# those of the run that wrote the folder.
+_MODEL_FILES = (*_TOKENIZER_FILES, "*config*.json", "*.py")
 
 
 class WeightFileError(UserError):
@@ -59,7 +63,15 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """The files that an index names; names that lead out of the folder would read any file of this machine."""
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise WeightFileError(
+                f"{index}: found the shard name {name!r}, expected a file name without a folder. Download the model "
+                "again, from a source that you trust."
+            )
+    return names
 
 
 def _check_not_pointer(path: Path) -> None:
@@ -161,8 +173,8 @@ def _is_own(name: str) -> bool:
     return name.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
 
 
-def copy_carried_files(source: Path | None, target: Path) -> None:
-    """Copy tokenizer, processor, generation and *.py files; never overwrite what is there.
+def copy_model_files(source: Path | None, target: Path) -> None:
+    """Copy a model's small files: tokenizer, processor, configuration and *.py; never overwrite what is there.
 
     Except generation_config.json, which must stay as released: transformers writes one into every folder, and
     servers read their sampling settings from it.
@@ -173,10 +185,23 @@ def copy_carried_files(source: Path | None, target: Path) -> None:
     """
     if source is None or not source.is_dir() or source.resolve() == target.resolve():
         return
+    (target / GENERATION_FILE).unlink(missing_ok=True)
+    patterns = _MODEL_FILES
+    if not (source / RUN_RECORD).is_file():  # a run's README.md is about that run
+        patterns = (*patterns, "*.md", "LICENSE*")
+    _copy_files(source, target, patterns)
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy tokenizer and processor, with their *.py files; never overwrite what is there."""
+    _copy_files(source, target, _TOKENIZER_FILES)
+
+
+def _copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
     for path in sorted(source.iterdir()):
-        carried = path.suffix in _CARRIED and path.name not in INDEX_FILES
-        wanted = path.name == GENERATION_FILE or not (target / path.name).exists()
-        if path.is_file() and carried and wanted:
+        wanted = (
+            any(fnmatchcase(path.name, pattern) for pattern in patterns)
+            and path.name != "adapter_config.json"
+        )
+        if path.is_file() and wanted and not (target / path.name).exists():
             shutil.copy2(path, target / path.name)
-    if not (source / GENERATION_FILE).is_file():
-        (target / GENERATION_FILE).unlink(missing_ok=True)

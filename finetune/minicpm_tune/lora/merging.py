@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,19 +172,20 @@ def _update_config(model: PreTrainedModel) -> None:
         released["num_hidden_layers"] = text.num_hidden_layers = layers
 
 
-def check_saved(saved: Path, base: Path, *, taller: bool) -> None:
+def check_saved(saved: Path, base: Path, *, taller: bool, tied: Collection[str] = ()) -> None:
     """Check that the files hold the base model's tensors, by name.
 
     Args:
         saved: The merged model's folder.
         base: The base model's folder, in full precision.
         taller: Whether layer replication added layers.
+        tied: Names of tensors that are copies of others; some tools write them into the base's files.
 
     Raises:
         MergeError: When tensors are missing, or unknown to the base model.
     """
     found, expected = tensor_names(saved), tensor_names(base)
-    missing = sorted(expected - found)
+    missing = sorted(expected - found - set(tied))
     new = sorted(name for name in found - expected if not taller and "lm_head" not in name)
     if missing or new:
         raise MergeError(

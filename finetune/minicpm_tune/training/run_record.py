@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from dataset import SupervisedDataset
+from minicpm_tune.output_folder import RUN_RECORD
 from minicpm_tune.processes import world_size
 
 logger = logging.getLogger(__name__)
 
-RECORD_FILE = "run.json"
 _PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "safetensors", "tokenizers", "numpy",
     "pillow",
@@ -45,7 +45,7 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path, argv: Sequence[str]):
-        self.path = folder / RECORD_FILE
+        self.path = folder / RUN_RECORD
         self._starts = _read(self.path)
         self._entry: dict[str, Any] = {
             "started": _now(),
@@ -71,7 +71,7 @@ class RunRecord:
             text = json.dumps(
                 {"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False
             )
-            partial = self.path.with_name(f"{RECORD_FILE}.partial")
+            partial = self.path.with_name(f"{RUN_RECORD}.partial")
             try:
                 partial.write_text(text + "\n", encoding="utf-8")
                 partial.replace(self.path)

@@ -14,7 +14,6 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
 from minicpm_tune.batch import IGNORE_INDEX, SliceSources
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import copy_carried_files
+from minicpm_tune.checkpoints.released_format import SavedAsReleased
 from minicpm_tune.models.attention import packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
@@ -37,7 +36,7 @@ from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modul
 from minicpm_tune.models.tower_features import VisionInput
 
 
-class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
+class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
     """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
@@ -134,14 +133,6 @@ class _NativeMiniCPMV(NativeGenerateMixin, ChatMixin):
         runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
         embeddings = self._embed(input_ids, vision, runs)
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
-
-    def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
-        """Save as transformers does, with the tokenizer and processor files of the source checkpoint."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
-        if is_main_process and self.config.name_or_path:
-            copy_carried_files(Path(self.config.name_or_path), Path(save_directory))
 
     def _embed(self, input_ids: Tensor, vision: VisionInput, runs: VisualRuns) -> Tensor:
         """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
