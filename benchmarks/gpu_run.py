@@ -56,7 +56,7 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     shape = shape_of(model) if bits is None else None
     model = choose_what_trains(arguments, model, generation)
     counts = count_parts(model, generation)
-    context = RunContext(watch=PeerMonitor(limit=training.ddp_timeout), moves=True)
+    context = RunContext(peers=PeerMonitor(limit=training.ddp_timeout), owns_folder=True)
     trainer = build_trainer(arguments, model, checkpoint, processing, datasets, context)
     bench = Bench(trainer, wish, on_gpu=on_gpu)
     trainer.train()

@@ -68,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    from minicpm_tune.logs import silence
+    from minicpm_tune.logs import silence_libraries
 
-    silence()
+    silence_libraries()
     from minicpm_tune.answering.load import ModelChoice, load_for_inference
 
     held_out = folder / "data" / "held_out.json"

@@ -26,8 +26,8 @@ from minicpm_tune.settings.command_flags import (
     add_generation_flags,
     add_model_flags,
     check_generation_flags,
-    run_command,
 )
+from minicpm_tune.training.process_lifecycle import run_command
 
 
 def img2base64(file_name: str | Path) -> bytes:

@@ -13,12 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.logs import silence
-from minicpm_tune.settings.command_line import answer_or_check
+from minicpm_tune.logs import silence_libraries
+from minicpm_tune.settings.help_page import show_help_when_asked
+from minicpm_tune.training.stop_signals import end_at_interrupt
 
 if __name__ == "__main__":
-    answer_or_check(sys.argv[1:])  # before the imports below, which take seconds
-    silence()
+    # Before the imports below: torch and transformers take seconds, which --help need not wait for and in which
+    # Ctrl-C may come.
+    show_help_when_asked(sys.argv[1:])
+    end_at_interrupt()
+    silence_libraries()
 
 from transformers import PreTrainedModel, set_seed
 
@@ -39,7 +43,7 @@ from minicpm_tune.settings.arguments import Arguments, parse_arguments
 from minicpm_tune.training.checkpointing import check_continues, run_shape, write_failures_told
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.loss_curve import LossCurve
-from minicpm_tune.training.process_lifecycle import ProcessLifecycle, StepLog
+from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.run_folder import RunFolder
 from minicpm_tune.training.run_record import start_record
@@ -64,7 +68,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     arguments = parse_arguments(argv)
     output = RunFolder(arguments.training)
     output.take()
-    watch = process.begin(arguments.training)
+    peers = process.begin(arguments.training)
     output.prepare()
     record = start_record(argv, *arguments)
 
@@ -73,9 +77,8 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     record.add_rows(*datasets)
     model = read_model(arguments, folder, processing.generation)
     model = choose_what_trains(arguments, model, processing.generation)
-    context = RunContext(
-        watch=watch, moves=output.moves, files=datasets[0].source_names if datasets[0] else []
-    )
+    files = datasets[0].source_names if datasets[0] else []
+    context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
     trainer = build_trainer(arguments, model, folder, processing, datasets, context)
 
     outcome = train_and_save(trainer, argv)
@@ -200,7 +203,7 @@ def build_trainer(
         )
         if training.use_lora
         else None,
-        callbacks=[StepLog(), LossCurve()],
+        callbacks=[LossCurve()],
     )
     if training.predict_with_generate:
         rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing, data.data_options(None)))
@@ -234,9 +237,7 @@ def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:
             if training.should_save:
                 fit_to_original_base(trainer.model, Path(training.output_dir))
     if training.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", trainer.evaluate())
     return "finished"
 
 

@@ -16,8 +16,9 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from minicpm_tune.settings.command_flags import CommandParser, add_switch
-from minicpm_tune.settings.command_line import flag_names
 from minicpm_tune.settings.data_arguments import DataFlags
+from minicpm_tune.settings.help_page import flag_names
+from minicpm_tune.training.process_lifecycle import run_command
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -83,17 +84,15 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Inspect a data set; give the exit code: 1 for rows that can't be used, or a mistake of the user's."""
-    values = parse_flags(argv)
+    return run_command(run, parse_flags(argv), interrupted="Interrupted.")
+
+
+def run(values: argparse.Namespace) -> int:
+    """Do what the flags ask for; 1 when there are rows that can't be used."""
     # Imported here: torch and transformers take seconds that --help need not wait for.
-    from minicpm_tune.training.process_lifecycle import ProcessLifecycle
+    from minicpm_tune.planning.inspection import inspect
 
-    control = ProcessLifecycle()
-    bad = 0
-    with control.user_errors_as_messages():
-        from minicpm_tune.planning.inspection import inspect
-
-        bad = inspect(values)
-    return control.end() or min(bad, 1)
+    return min(inspect(values), 1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.settings.command_flags import DTYPES, CommandParser, add_switch, run_command
+from minicpm_tune.settings.command_flags import DTYPES, CommandParser, add_switch
+from minicpm_tune.training.process_lifecycle import run_command
 
 logger = logging.getLogger("minicpm_tune.merge_lora")
 

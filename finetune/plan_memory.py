@@ -12,7 +12,8 @@ import dataclasses
 import sys
 from argparse import Namespace
 
-from minicpm_tune.settings.command_flags import CommandParser, add_switch, count, run_command
+from minicpm_tune.settings.command_flags import CommandParser, add_switch, count
+from minicpm_tune.training.process_lifecycle import run_command
 
 
 def main(argv: list[str]) -> int:

@@ -24,8 +24,8 @@ from minicpm_tune.settings.command_flags import (
     add_switch,
     check_generation_flags,
     count,
-    run_command,
 )
+from minicpm_tune.training.process_lifecycle import run_command
 
 logger = logging.getLogger("minicpm_tune.predict")
 

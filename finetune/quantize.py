@@ -15,7 +15,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from minicpm_tune.settings.command_flags import CommandParser, run_command
+from minicpm_tune.settings.command_flags import CommandParser
+from minicpm_tune.training.process_lifecycle import run_command
 
 logger = logging.getLogger("minicpm_tune.quantize")
 

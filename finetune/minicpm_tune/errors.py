@@ -12,6 +12,9 @@ class UserError(ValueError):
     Its text says where, what was found, what was expected and what to do.
     """
 
+    def clean_up(self) -> None:
+        """Undo what the mistake left behind; called when the message is out."""
+
 
 class RowError(UserError):
     """A row that can't be used.

@@ -1,4 +1,7 @@
-"""No file of a checkpoint runs code: what torch stores as pickles is read with a list of harmless classes."""
+"""No file of a checkpoint runs code: what torch stores as pickles is read with a list of harmless classes.
+
+Imports torch where it is used: ``refuse_pickles`` is called before anything slow.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
 
 from minicpm_tune.errors import UserError
 
@@ -32,6 +32,7 @@ def refuse_pickles() -> None:
 
 def allow_deepspeed_states() -> None:
     """Let through the four classes that DeepSpeed's own optimizer states hold; all of them are plain values."""
+    import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -49,6 +50,8 @@ def reading(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UnreadableFileError: When a file is damaged, or is a pickle of something else than tensors.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:

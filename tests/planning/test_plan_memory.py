@@ -259,7 +259,7 @@ def test_the_command_prints_parts_that_add_up(tmp_path):
     first, *lines = finished.stdout.splitlines()
     assert first == "MiniCPM-V 2.6, qlora, bf16: GiB per GPU (GPUs: 1)"
     assert lines.pop().strip().endswith("is fitted to the official table, not measured.")
-    assert "RAM of the machine, for all GPUs together" in lines.pop()
+    assert "in the CPUs' memory" in lines.pop()
     values = {line.rsplit(maxsplit=1)[0].strip(): float(line.rsplit(maxsplit=1)[1]) for line in lines}
     total = values.pop("total")
     assert {"surcharge", "gathered weights"} <= values.keys()

@@ -30,7 +30,8 @@ def options(port, *, nodes=1):
 @pytest.fixture
 def without_signals(monkeypatch):
     """Leave this process's own handlers alone."""
-    monkeypatch.setattr(start_processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(start_processes, "handle", lambda *_: None)
+    monkeypatch.setenv(start_processes.LAUNCHED, "1")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def without_signals(monkeypatch):
             "(Timed out: 1/2 clients joined.)",
             "MASTER_ADDR",
         ),
-        (RendezvousTimeoutError(), "(RendezvousTimeoutError)", "NNODES as many as there are"),
+        (RendezvousTimeoutError(), "(RendezvousTimeoutError)", "their number in NNODES"),
     ],
 )
 def test_machines_that_do_not_meet_are_one_message(
@@ -51,7 +52,7 @@ def test_machines_that_do_not_meet_are_one_message(
     def fail(argv):
         raise error
 
-    monkeypatch.setattr(start_processes.run, "main", fail)
+    monkeypatch.setattr("torch.distributed.run.main", fail)
     assert start_processes.main([*options(6001, nodes=2), "finetune.py"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: the 2 machines of the run did not find each other at localhost:6001")
@@ -64,7 +65,7 @@ def test_errors_of_the_program_are_not_taken_for_the_networks(monkeypatch, witho
     def fail(argv):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(start_processes.run, "main", fail)
+    monkeypatch.setattr("torch.distributed.run.main", fail)
     with pytest.raises(RuntimeError, match="something else"):
         start_processes.main([*options(6001), "finetune.py"])
 

@@ -12,7 +12,7 @@ import plan_memory
 import predict
 import quantize
 from minicpm_tune.files import OutputError, check_new_folder, checked_size, whole_folder
-from minicpm_tune.logs import silence
+from minicpm_tune.logs import silence_libraries
 from support import processes
 from support.answer_helpers import IMAGES, checkpoint, saved_adapter
 from support.paths import FINETUNE
@@ -98,8 +98,8 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path):
 
 
 def test_libraries_lines_that_help_nobody_are_left_out(monkeypatch):
-    silence()
-    silence()
+    silence_libraries()
+    silence_libraries()
     logger = logging.getLogger("transformers.integrations.hub_kernels")
     assert len(logger.filters) == 1
     record = logging.makeLogRecord(

@@ -12,6 +12,7 @@
     {"kill_in_save": [rank, step]}            ... while it writes that step's checkpoint
     {"hang": [rank, step]}                    a row that never comes
     {"slow": seconds}                         every batch takes longer; there is a file "slow" when one has begun
+    {"slow_check": seconds}                   ... every row of the check does
     {"full_disk": step}                       writing that step's checkpoint fails for want of space
 
 Ranks count from 0, steps from 1.
@@ -29,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune"))
 import torch
 
 import finetune
+from minicpm_tune.data import row_check
 from minicpm_tune.errors import UserError
-from minicpm_tune.models import loading
-from minicpm_tune.training import resilient_trainer
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
-from minicpm_tune.training.resilient_trainer import ResilientTrainer
+from minicpm_tune.training.resilient_trainer import MicroBatch
+from minicpm_tune.training.stop_signals import end_at_interrupt
+from trainer import CPMTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -54,12 +56,12 @@ class PlantedError(UserError):
     """Looks like a mistake of the user's."""
 
 
-class Probed(ResilientTrainer):
+class Probed(CPMTrainer):
     """Fails as it is told to."""
 
     def get_batch_samples(self, *args, **kwargs):
         if planted("hang", self.state.global_step + 1):
-            self.watch.mark(f"loading the rows of step {self.state.global_step + 1}")
+            self.peers.mark(f"loading the rows of step {self.state.global_step + 1}")
             time.sleep(FOR_EVER)
         return super().get_batch_samples(*args, **kwargs)
 
@@ -77,7 +79,7 @@ class Probed(ResilientTrainer):
         if planted("nan", step):
             num_items_in_batch = torch.tensor(float("nan"))
         if planted("memory", step):
-            self._batches.append(resilient_trainer.MicroBatch.of(inputs))
+            self._batches.append(MicroBatch.of(inputs))
             torch.empty(10**15)
         if "count_gradients" in FAULTS:
             return self.counted_step(model, inputs, num_items_in_batch)
@@ -116,14 +118,23 @@ class Probed(ResilientTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
+def slow_check(rows, index, check=row_check.check_row):
+    Path(rows.bad_rows.path.parent, "slow").touch()
+    time.sleep(FAULTS["slow_check"])
+    return check(rows, index)
+
+
 def more_memory_than_there_is(*_, **__):
     torch.empty(10**15)
 
 
 def main():
-    resilient_trainer.ResilientTrainer = Probed
+    end_at_interrupt()
+    finetune.CPMTrainer = Probed
+    if "slow_check" in FAULTS:
+        row_check.check_row = slow_check
     if FAULTS.get("memory_in") == "loading":
-        loading.load_model = more_memory_than_there_is
+        finetune.load_model = more_memory_than_there_is
     command_lines = json.loads(sys.argv[-1]) if FAULTS.get("several") else [sys.argv[1:]]
     for argv in command_lines:
         control = ProcessLifecycle()

@@ -71,7 +71,7 @@ class Soak:
         """The last step in rank 0's log."""
         log = self.output / "logs" / "rank0.log"
         lines = log.read_text().splitlines() if log.is_file() else []
-        steps = [line.partition("log_only: step ")[2].partition(":")[0] for line in lines if "'loss'" in line]
+        steps = [line.partition(": step ")[2].partition(":")[0] for line in lines if "'loss'" in line]
         return int(steps[-1]) if steps else 0
 
     def difference_so_far(self, whole):

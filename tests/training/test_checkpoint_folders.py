@@ -94,8 +94,8 @@ def test_old_checkpoints_go_but_never_the_last_whole_one(tmp_path):
     assert left() == [6]
 
 
-def writer(folder, step, moves=True):
-    return CheckpointWriter(folder, step, moves=moves, shape=SHAPE)
+def writer(folder, step):
+    return CheckpointWriter(folder, step, owns_folder=True, shape=SHAPE)
 
 
 def test_a_checkpoint_appears_whole_at_once_and_replaces_a_damaged_one(tmp_path):

@@ -96,18 +96,18 @@ class CheckpointWriter:
     """One checkpoint on its way to its place.
 
     Every process makes one and calls ``writing`` and ``move_into_place``; in each folder (one for all
-    machines, or one per machine) exactly one process has ``moves``.
+    machines, or one per machine) exactly one process has ``owns_folder``.
 
     Args:
         output_dir: The output folder.
         step: Optimizer steps done.
-        moves: Whether this process moves the folder.
+        owns_folder: Whether this process moves the checkpoint.
         shape: The run's shape, for the manifest.
     """
 
-    def __init__(self, output_dir: str | Path, step: int, *, moves: bool, shape: RunShape):
+    def __init__(self, output_dir: str | Path, step: int, *, owns_folder: bool, shape: RunShape):
         self.name = f"checkpoint-{step}"
-        self.step, self.moves, self.shape = step, moves, shape
+        self.step, self.owns_folder, self.shape = step, owns_folder, shape
         self.final = Path(output_dir) / self.name
         self.staging = Path(output_dir) / UNFINISHED
 
@@ -135,7 +135,7 @@ class CheckpointWriter:
 
         Call when every process has written its files.
         """
-        if not self.moves:
+        if not self.owns_folder:
             return
         with write_failures_told(self.final, leftover=self.staging / self.name):
             self._move()

@@ -8,6 +8,7 @@ has come, and looks at what the others say. The first to fail leaves its message
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -17,31 +18,30 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, NamedTuple, TypeVar
 
 import torch
 
 from minicpm_tune import processes
 from minicpm_tune.logs import LOG_ONLY
-from minicpm_tune.processes import gather
 
 logger = logging.getLogger(LOG_ONLY)
 
 _INTERVAL = 1.0  # seconds between two looks
 _GRACE = 5.0  # seconds that a process whose peer failed gets to end by itself
-_SILENCE = 90.0  # seconds without a sign, after which a process on another machine counts as gone
+_SILENCE = 90.0  # seconds without a heartbeat, after which a process on another machine counts as gone
+_FAILED = "failed"  # the key under which the first process to fail leaves its message
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Sign:
+class Heartbeat(NamedTuple):
     """What a process tells of itself.
 
     Attributes:
         host: Its machine.
         pid: Its process id there.
-        beat: Goes up by one per look.
+        number: Goes up by one per look.
         count: Goes up by one with each stage of the work; the same on every process at the same point.
         stage: That stage, in words.
         done: It has left the work in good order.
@@ -49,42 +49,43 @@ class Sign:
 
     host: str
     pid: int
-    beat: int
+    number: int
     count: int
     stage: str
-    done: bool = False
+    done: bool
 
 
 class PeerMonitor:
-    """The watch of one process; with a single process in the run it watches nothing.
+    """The watch of one process over the others; with a single process in the run it watches nothing.
 
     Args:
         limit: Seconds to wait for others at one stage (``--ddp_timeout``).
-        dump: Writes the stack of every thread of this process to its log.
+        stack_log: Where the stacks of all threads are written before another's failure ends this process.
     """
 
-    def __init__(self, *, limit: float, dump: Callable[[], None] = lambda: None):
-        self.limit, self.dump = limit, dump
+    def __init__(self, *, limit: float, stack_log: IO[str] | None = None):
+        self.limit, self._stack_log = limit, stack_log
         self.rank, self.world = 0, 1
         self._count, self._stage, self._since = 0, "starting", time.monotonic()
         self._store: torch.distributed.Store | None = None
-        self._prefix, self._beat, self._done = "", 0, False
-        self._seen: dict[int, tuple[Sign, float]] = {}
-        self._failed_on = ""
+        self._number, self._done = 0, False
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}
 
     def start(self) -> None:
         """Start watching; every process calls it, once they have joined."""
         self.rank, self.world = processes.joined()
         if self.world == 1:
             return
-        self._prefix = gather(uuid.uuid4().hex)[0]
         # A connection of its own: in a shared one, a waiting call of the main thread would hold up ours.
-        self._store = torch.distributed.TCPStore(
+        store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
-        self._publish()
-        gather(None)
-        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
+        run = processes.gather(uuid.uuid4().hex)[0]
+        store = torch.distributed.PrefixStore(f"finetune/{run}", store)
+        self._publish(store)
+        processes.gather(None)  # from here on all have published
+        self._store = store
+        threading.Thread(target=self._watch, name="peer monitor", daemon=True).start()
 
     def mark(self, stage: str) -> None:
         """Say what is being done now. All processes make the same marks in the same order."""
@@ -94,10 +95,9 @@ class PeerMonitor:
         """Say that this process has done its work; from now on it may end without being missed."""
         self.mark("done")
         self._done = True
-        if self._store is not None:
-            self._try(self._publish)
+        self._try(self._publish)
 
-    def claim(self, text: str) -> bool:
+    def report_failure(self, text: str) -> bool:
         """Leave the message of a failure.
 
         Args:
@@ -106,19 +106,15 @@ class PeerMonitor:
         Returns:
             True for the first process that fails: it is the one to show its message on the screen.
         """
-        store = self._store
-        if store is None:
-            return True
         mine = json.dumps([self.rank, socket.gethostname(), _machine(), text])
-        kept = self._try(lambda: store.compare_set(self._key("failed"), "", mine).decode())
+        kept = self._try(lambda store: store.compare_set(_FAILED, "", mine).decode())
         return kept is None or kept == mine
 
-    def show_elsewhere(self) -> None:
+    def show_failure_elsewhere(self) -> None:
         """Show on this machine's screen, once, that a process on another machine has failed."""
         failure = self._try(self._failure) if processes.local_rank() == 0 else None
-        if failure is not None and self._failed_on != _machine():
-            sys.stderr.write(f"\nerror: {failure}\n")
-            sys.stderr.flush()
+        if failure is not None and failure[0] != _machine():
+            _show(failure[1])
 
     def reason_of_others(self, patience: float) -> str | None:
         """Why an operation with the others may have failed here: who failed, is gone, or is missing.
@@ -128,84 +124,85 @@ class PeerMonitor:
         """
         until = time.monotonic() + patience
         while self._store is not None:
-            reason = self._try(lambda: self._failure() or self._gone() or self._missing(0.8 * self.limit))
+            reason = self._try(lambda store: self._reason(store, 0.8 * self.limit))
             if reason is not None or time.monotonic() > until:
                 return reason
             time.sleep(_INTERVAL / 4)
         return None
 
-    def _key(self, name: str | int) -> str:
-        return f"finetune/{self._prefix}/{name}"
+    def _reason(self, store: torch.distributed.Store, limit: float) -> str | None:
+        failure = self._failure(store)
+        return failure[1] if failure else self._gone(store) or self._missing(store, limit)
 
-    def _try(self, call: Callable[[], Any]) -> Any:
+    def _try(self, call: Callable[[torch.distributed.Store], T]) -> T | None:
+        if self._store is None:
+            return None
         try:
-            return call()
+            return call(self._store)
         except RuntimeError as error:  # all of torch.distributed's are
             logger.info("the store did not answer: %s", error)
             return None
 
-    def _publish(self) -> None:
-        assert self._store is not None  # ``start`` has made it, here and below
-        self._beat += 1
-        sign = Sign(socket.gethostname(), os.getpid(), self._beat, self._count, self._stage, self._done)
-        self._store.set(self._key(self.rank), json.dumps(asdict(sign)))
+    def _publish(self, store: torch.distributed.Store) -> None:
+        self._number += 1
+        beat = (socket.gethostname(), os.getpid(), self._number, self._count, self._stage, self._done)
+        store.set(str(self.rank), json.dumps(beat))
 
     def _watch(self) -> None:
+        store = self._store
+        assert store is not None  # ``start`` has made it
         while True:
             time.sleep(_INTERVAL)
             try:
-                self._publish()
-                failure = self._failure()
-                missing = None if failure else self._gone() or self._missing(self.limit)
+                self._publish(store)
+                failed = self._failure(store) is not None
+                missing = None if failed else self._gone(store) or self._missing(store, self.limit)
             except RuntimeError:
                 if self._done:
                     return
                 # The store is held by the launcher of the first machine, or by rank 0.
-                failure, missing = None, "The first machine of the run no longer answers."
-            if failure or missing:
-                self._end(failure, missing)
-                return
+                failed, missing = False, "The first machine of the run no longer answers."
+            if failed or missing:
+                self._end(missing)
 
-    def _end(self, failure: str | None, missing: str | None) -> None:
+    def _end(self, missing: str | None) -> None:
         """End this process, unless its main thread does so by itself."""
-        if missing and self.claim(missing):
-            failure = missing
-            sys.stderr.write(f"\nerror: {missing}\n")
-            sys.stderr.flush()
+        if missing and self.report_failure(missing):
+            _show(missing)
         else:
             time.sleep(_GRACE)
-            self.show_elsewhere()
-        logger.info("Ending, because of another process: %s", failure or missing)
-        self.dump()
+            self.show_failure_elsewhere()
+        logger.info("Ending, because of another process: %s", missing or self._try(self._failure))
+        if self._stack_log is not None:
+            faulthandler.dump_traceback(self._stack_log, all_threads=True)
         logging.shutdown()
         os._exit(1)
 
-    def _failure(self) -> str | None:
-        assert self._store is not None
-        if not self._store.check([self._key("failed")]):
+    def _failure(self, store: torch.distributed.Store) -> tuple[str, str] | None:
+        """The machine of another process that has failed, and what it says."""
+        if not store.check([_FAILED]):
             return None
-        rank, host, self._failed_on, text = json.loads(self._store.get(self._key("failed")))
-        return None if rank == self.rank else f"process {rank} on {host} failed: {text}"
+        rank, host, machine, text = json.loads(store.get(_FAILED))
+        return None if rank == self.rank else (machine, f"process {rank} on {host} failed: {text}")
 
-    def _others(self) -> dict[int, tuple[Sign, float]]:
-        """The last sign of each of the others, and when it came (seconds, this process's clock)."""
-        assert self._store is not None
+    def _others(self, store: torch.distributed.Store) -> dict[int, tuple[Heartbeat, float]]:
+        """The last heartbeat of each of the others, and when it came (seconds, this process's clock)."""
         ranks = [rank for rank in range(self.world) if rank != self.rank]
         now = time.monotonic()
-        for rank, text in zip(ranks, self._store.multi_get([self._key(rank) for rank in ranks]), strict=True):
-            sign = Sign(**json.loads(text))
-            if rank not in self._seen or self._seen[rank][0].beat != sign.beat:
-                self._seen[rank] = (sign, now)
+        for rank, text in zip(ranks, store.multi_get([str(rank) for rank in ranks]), strict=True):
+            beat = Heartbeat(*json.loads(text))
+            if rank not in self._seen or self._seen[rank][0].number != beat.number:
+                self._seen[rank] = (beat, now)
         return self._seen
 
-    def _gone(self) -> str | None:
+    def _gone(self, store: torch.distributed.Store) -> str | None:
         """Name processes that have ended without a word."""
-        now, host, gone = time.monotonic(), socket.gethostname(), []
-        for rank, (sign, when) in sorted(self._others().items()):
-            if sign.done:
-                continue
-            if (sign.host == host and not _is_running(sign.pid)) or now - when > _SILENCE:
-                gone.append(f"process {rank} (id {sign.pid} on {sign.host}, at: {sign.stage})")
+        now, host = time.monotonic(), socket.gethostname()
+        gone = [
+            f"process {rank} (id {beat.pid} on {beat.host}, at: {beat.stage})"
+            for rank, (beat, when) in sorted(self._others(store).items())
+            if not beat.done and ((beat.host == host and not _is_running(beat.pid)) or now - when > _SILENCE)
+        ]
         if not gone:
             return None
         return (
@@ -213,26 +210,28 @@ class PeerMonitor:
             "out of memory (see dmesg there)."
         )
 
-    def _missing(self, limit: float) -> str | None:
+    def _missing(self, store: torch.distributed.Store, limit: float) -> str | None:
         """Name processes that are behind this one, when it has waited longer than the limit."""
         waited = time.monotonic() - self._since
         if waited < limit:
             return None
-        others = self._others()
-        behind = {
-            rank: sign for rank, (sign, _) in others.items() if sign.count < self._count and not sign.done
-        }
+        behind = [
+            f"process {rank} on {beat.host} is still at: {beat.stage}"
+            for rank, (beat, _) in sorted(self._others(store).items())
+            if beat.count < self._count and not beat.done
+        ]
         if not behind:
             return None
-        stages = "; ".join(
-            f"process {rank} on {sign.host} is still at: {sign.stage}"
-            for rank, sign in sorted(behind.items())
-        )
         return (
             f"waited {waited:.0f} s for {len(behind)} of {self.world} processes (--ddp_timeout {self.limit:.0f}). "
-            f"{stages}; the others are at: {self._stage}. logs/rank<number>.log of each says where it stands. If it "
-            "is only slow, raise --ddp_timeout."
+            f"{'; '.join(behind)}; the others are at: {self._stage}. logs/rank<number>.log of each says where it "
+            "stands. If it is only slow, raise --ddp_timeout."
         )
+
+
+def _show(text: str) -> None:
+    sys.stderr.write(f"\nerror: {text}\n")
+    sys.stderr.flush()
 
 
 def _machine() -> str:

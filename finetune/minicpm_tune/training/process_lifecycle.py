@@ -1,4 +1,8 @@
-"""How a process of a run starts and ends: logs, messages for mistakes, one error shown once, a clean exit."""
+"""How a process starts and ends: logs, messages for mistakes, one error shown once, a clean exit.
+
+Imports neither torch nor transformers at its top, so that a process is prepared before these seconds of imports
+begin, and ``--help`` needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,23 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
-
-import torch
-import transformers
-from tqdm import tqdm
-from transformers import TrainerCallback
+from typing import IO, TYPE_CHECKING, Any
 
 from minicpm_tune import processes
 from minicpm_tune.errors import UserError
-from minicpm_tune.logs import LOG_ONLY, ROOT, silence
+from minicpm_tune.logs import log_to_file, log_to_screen, silence_libraries
 from minicpm_tune.safe_loading import refuse_pickles
-from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.checkpointing import CheckpointError
-from minicpm_tune.training.nonfinite_and_memory import is_out_of_memory, memory_advice
-from minicpm_tune.training.peer_monitor import PeerMonitor
-from minicpm_tune.training.run_folder import LOGS
 
+if TYPE_CHECKING:
+    from minicpm_tune.settings.arguments import TrainingArguments
+    from minicpm_tune.training.peer_monitor import PeerMonitor
+
+LOGS = "logs"  # folder in the output folder
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # All processes of a machine make the same mistake at the same time; the first one's message is enough, and
 # torchrun ends the others within a tenth of a second. A mistake of one alone is shown after this.
@@ -39,21 +39,22 @@ _PATIENCE = 5.0  # seconds for the reason of a failed operation between processe
 
 
 class ProcessLifecycle:
-    """One process of a run, from its first line to its exit code.
+    """One process, from its first line to its exit code.
 
     Attributes:
         exit_code: What the process will end with.
-        watch: The watch over the other processes, once they have joined.
+        peers: The watch over the run's other processes, once they have joined.
     """
 
     def __init__(self) -> None:
         self.exit_code = 0
-        self.watch: PeerMonitor | None = None
+        self.peers: PeerMonitor | None = None
         self._training: TrainingArguments | None = None
         self._log: IO[str] | None = None
-        self._screen = sys.stderr
+        silence_libraries()
         refuse_pickles()
-        _log_to_screen()
+        log_to_screen(first=processes.rank() == 0)
+        self._screen = sys.stderr
         sys.excepthook = self._end_by
 
     def begin(self, training: TrainingArguments) -> PeerMonitor:
@@ -64,26 +65,18 @@ class ProcessLifecycle:
         Returns:
             The watch.
         """
+        from minicpm_tune.training.peer_monitor import PeerMonitor
+
         self._training = training
         folder = Path(training.output_dir) / LOGS
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank{processes.rank()}.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
-        transformers.utils.logging.add_handler(handler)
-        logging.raiseExceptions = False  # a disk that is full for a moment must not spoil the screen
-        assert handler.stream is not None  # opened at once, without ``delay``
-        self._log = handler.stream
-        faulthandler.enable(handler.stream)
+        self._log = log_to_file(folder / f"rank{processes.rank()}.log")
+        faulthandler.enable(self._log)
         # Joining the processes has put torch's hook around ours, which collects what is written (torch 2.13).
         sys.excepthook = self._end_by
-        self.watch = PeerMonitor(limit=training.ddp_timeout, dump=self._dump_stacks)
-        self.watch.start()
-        return self.watch
-
-    def _dump_stacks(self) -> None:
-        if self._log is not None:
-            faulthandler.dump_traceback(self._log, all_threads=True)
+        self.peers = PeerMonitor(limit=training.ddp_timeout, stack_log=self._log)
+        self.peers.start()
+        return self.peers
 
     @contextmanager
     def user_errors_as_messages(self) -> Iterator[None]:
@@ -96,25 +89,23 @@ class ProcessLifecycle:
         except UserError as error:
             self.exit_code = 1
             self._show(f"error: {error}")
-            if isinstance(error, CheckpointError):
-                error.clean_up()
+            error.clean_up()
         except RuntimeError as error:
+            from minicpm_tune.training.nonfinite_and_memory import is_out_of_memory, memory_advice
+
             # While training the trainer knows more; this is about loading the model, or putting it on a GPU.
             if self._training is None or not is_out_of_memory(error):
                 raise
             self.exit_code = 1
             self._show(f"error: {memory_advice(error, self._training, None, ())}")
-        except KeyboardInterrupt:
-            self.exit_code = _INTERRUPTED
-            self._show("Interrupted before training began; there is nothing to save.")
 
     def _end_by(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """End the process by an exception that nobody expected, after finding out whose it is."""
         text = "".join(traceback.format_exception(kind, error, trace))
         reason = None
-        if self.watch is not None:
+        if self.peers is not None:
             # When another process fails, operations with it raise here, of the family of RuntimeError.
-            reason = self.watch.reason_of_others(_PATIENCE if issubclass(kind, RuntimeError) else 0)
+            reason = self.peers.reason_of_others(_PATIENCE if issubclass(kind, RuntimeError) else 0)
         if reason is None:
             self._show(f"process {processes.rank()} on {socket.gethostname()}:\n{text}", summary=str(error))
         else:
@@ -125,8 +116,8 @@ class ProcessLifecycle:
     def _show(self, text: str, *, summary: str | None = None) -> None:
         """Show a message on the screen, if this process is the first to have one; in its log in any case."""
         self._write_log(text)
-        if self.watch is not None:
-            first = self.watch.claim((summary or text).removeprefix("error: ").split("\n")[0])
+        if self.peers is not None:
+            first = self.peers.report_failure((summary or text).removeprefix("error: ").split("\n")[0])
         else:
             first = True
             if processes.local_rank() > 0:
@@ -134,8 +125,8 @@ class ProcessLifecycle:
         if first:
             self._screen.write(f"\n{text}\n")
             self._screen.flush()
-        elif self.watch is not None:
-            self.watch.show_elsewhere()
+        elif self.peers is not None:
+            self.peers.show_failure_elsewhere()
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
@@ -152,12 +143,13 @@ class ProcessLifecycle:
         Returns:
             The exit code, where the process may end the ordinary way.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
             return self.exit_code
         if self.exit_code == 0:
-            if self.watch is not None:
-                self.watch.finish()
-            torch.distributed.barrier()
+            if self.peers is not None:
+                self.peers.finish()
+            distributed.barrier()
             atexit._run_exitfuncs()  # those of reporters (wandb), which os._exit would pass over
         self._leave(self.exit_code)
         return self.exit_code
@@ -169,28 +161,22 @@ class ProcessLifecycle:
         os._exit(code)
 
 
-class _Screen(logging.StreamHandler):
-    """Writes lines above a progress bar, not into it."""
+def run_command(run: Callable[[Any], int | None], values: Namespace, *, interrupted: str) -> int:
+    """Run one of the small commands.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+    Args:
+        run: Does the work; a number that it gives is the exit code of success.
+        values: The command's flags.
+        interrupted: What is said after Ctrl-C.
 
-
-class StepLog(TrainerCallback):
-    """Every line of numbers also goes to the process's log."""
-
-    def on_log(
-        self, args: object, state: object, control: object, logs: object = None, **kwargs: object
-    ) -> None:
-        logging.getLogger(LOG_ONLY).info("step %s: %s", getattr(state, "global_step", "?"), logs)
-
-
-def _log_to_screen() -> None:
-    """Log from rank 0 on the screen; from other ranks only warnings of their own."""
-    screen = _Screen(sys.stderr)
-    screen.setFormatter(logging.Formatter("%(message)s"))
-    screen.setLevel(logging.INFO if processes.rank() == 0 else logging.WARNING)
-    screen.addFilter(lambda record: record.name != LOG_ONLY)
-    logging.basicConfig(level=logging.WARNING, handlers=[screen], force=True)
-    logging.getLogger(ROOT).setLevel(logging.INFO)
-    silence()
+    Returns:
+        The exit code: 0 or ``run``'s own, 1 after a message for a user's mistake, 130 after Ctrl-C.
+    """
+    lifecycle = ProcessLifecycle()
+    with lifecycle.user_errors_as_messages():
+        try:
+            lifecycle.exit_code = run(values) or 0
+        except KeyboardInterrupt:
+            lifecycle.exit_code = _INTERRUPTED
+            sys.stderr.write(f"\n{interrupted}\n")
+    return lifecycle.end()

@@ -1,7 +1,7 @@
 """A Trainer that stops, saves and resumes safely; what it adds has nothing to do with the model.
 
 - Steps whose gradients are not finite are not applied.
-- SIGTERM and SIGINT end training after the step, with a checkpoint.
+- SIGINT, SIGTERM and SIGHUP end training after the step, with a checkpoint.
 - Checkpoints appear whole or not at all.
 - Memory that runs out gives a message with what was in work.
 - Every stage of the work is told to ``PeerMonitor``.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from minicpm_tune import output_folder
+from minicpm_tune.logs import LOG_ONLY
 from minicpm_tune.processes import gather
 from minicpm_tune.safe_loading import allow_deepspeed_states, reading
 from minicpm_tune.settings.arguments import TrainingArguments
@@ -42,13 +44,13 @@ class RunContext:
     """What training needs to know of the run around it.
 
     Attributes:
-        watch: The watch over the other processes.
-        moves: Whether this process moves checkpoints to their place and deletes old ones.
+        peers: The watch over the other processes.
+        owns_folder: Whether this process moves checkpoints to their place and deletes old ones.
         files: Names of the training data's files, for messages that name rows.
     """
 
-    watch: PeerMonitor
-    moves: bool
+    peers: PeerMonitor
+    owns_folder: bool
     files: Sequence[str] = ()
 
 
@@ -64,11 +66,19 @@ class ResilientTrainer(Trainer):
 
     def __init__(self, *, run_context: RunContext | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Without a bar, the numbers are lines on the screen; Trainer would print them there without their step.
+        self.remove_callback(PrinterCallback)
+        self._numbers_log = __name__ if self.args.disable_tqdm else LOG_ONLY
+        self._is_library = run_context is None
         if run_context is None:
-            watch = PeerMonitor(limit=self.args.ddp_timeout)
-            run_context = RunContext(watch=watch, moves=self.args.process_index == 0)
-        self.watch, self.moves, self.files = run_context.watch, run_context.moves, run_context.files
-        self.stop = StopSignals(speaks=self.args.world_size == 1)
+            peers = PeerMonitor(limit=self.args.ddp_timeout)
+            run_context = RunContext(peers=peers, owns_folder=self.args.process_index == 0)
+        self.peers, self.owns_folder, self.files = (
+            run_context.peers,
+            run_context.owns_folder,
+            run_context.files,
+        )
+        self.stop_signals = StopSignals()
         self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.was_stopped = False
         self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
@@ -80,14 +90,16 @@ class ResilientTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; a lack of memory, or a checkpoint that can't be read, becomes a message."""
-        self.stop.listen()
-        self.watch.mark("preparing to train")
+        self.stop_signals.listen()
+        self.peers.mark("preparing to train")
         if self.is_deepspeed_enabled:
             allow_deepspeed_states()
         with self._lack_of_memory_told(), reading(self.args.resume_from_checkpoint):
             output = super().train(*args, **kwargs)
-        # Not after an error: torchrun sends signals then, and the message is still to be shown.
-        self.stop.deafen()
+        # Not after an error: torchrun sends signals then, and the message is still to be shown. Nor in a run of
+        # its own, whose results are still to be written.
+        if self._is_library:
+            self.stop_signals.stop_listening()
         return output
 
     @contextmanager
@@ -101,8 +113,8 @@ class ResilientTrainer(Trainer):
             raise MemoryExhaustedError(memory_advice(error, self.args, batch, self.files)) from error
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Tell the watch that rows are being loaded."""
-        self.watch.mark(f"loading the rows of step {self.state.global_step + 1}")
+        """Tell the other processes that rows are being loaded."""
+        self.peers.mark(f"loading the rows of step {self.state.global_step + 1}")
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
@@ -110,21 +122,21 @@ class ResilientTrainer(Trainer):
 
         Nothing is read back here: the first goes to the model, the second is read at the end of the step.
         """
-        self.watch.mark(f"waiting for the others to have the rows of step {self.state.global_step + 1}")
+        self.peers.mark(f"waiting for the others to have the rows of step {self.state.global_step + 1}")
         self._batches.clear()
         self._loss_before = self._tr_loss.clone()
         count = sum(len(batch["supervised"]) for batch in batch_samples)
-        values = (count, int(self.stop.signal is not None))
+        values = (count, int(self.stop_signals.signal is not None))
         found = torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
         tokens, self._asked_to_stop = self.accelerator.reduce(found, reduction="sum").unbind()
-        self.watch.mark(f"step {self.state.global_step + 1}: all have their rows")
+        self.peers.mark(f"step {self.state.global_step + 1}: all have their rows")
         return tokens
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Keep what a message about this batch would need."""
-        self.watch.mark(
+        self.peers.mark(
             f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward"
         )
         self._batches.append(MicroBatch.of(inputs))
@@ -170,16 +182,20 @@ class ResilientTrainer(Trainer):
         """Average losses over the steps that were applied, and count those that were not."""
         self._non_finite.correct(logs)
         super().log(logs, start_time)
+        shown = {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in logs.items()
+        }
+        logging.getLogger(self._numbers_log).info("step %d: %s", self.state.global_step, shown)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Tell the watch; a lack of memory becomes a message."""
-        self.watch.mark("evaluating")
+        """Tell the other processes; a lack of memory becomes a message."""
+        self.peers.mark("evaluating")
         with self._lack_of_memory_told():
             return super().evaluate(*args, **kwargs)
 
     def evaluates_batch(self, inputs: dict[str, Any]) -> None:
-        """Tell the watch, and keep what a message about this batch would need; its rows are of other files."""
-        self.watch.mark("evaluating a batch")
+        """Tell the other processes; keep what a message about this batch would need (its rows are of other files)."""
+        self.peers.mark("evaluating a batch")
         self._batches[:] = [replace(MicroBatch.of(inputs), rows=())]
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -187,9 +203,9 @@ class ResilientTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint aside, and move it to its place when every process has written its part."""
-        self.watch.mark(f"saving checkpoint-{self.state.global_step}")
+        self.peers.mark(f"saving checkpoint-{self.state.global_step}")
         writer = CheckpointWriter(
-            self.args.output_dir, self.state.global_step, moves=self.moves, shape=self.shape
+            self.args.output_dir, self.state.global_step, owns_folder=self.owns_folder, shape=self.shape
         )
         best = self.state.best_model_checkpoint
         self._writer = writer
@@ -203,7 +219,7 @@ class ResilientTrainer(Trainer):
             self._writer = None
         self.accelerator.wait_for_everyone()
         writer.move_into_place()
-        if self.moves:
+        if self.owns_folder:
             output_folder.remove_old_checkpoints(
                 self.args.output_dir, keep=self.args.save_total_limit, best=self.state.best_model_checkpoint
             )

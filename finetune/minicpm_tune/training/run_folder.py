@@ -5,27 +5,33 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from torch import distributed
+
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
-from minicpm_tune.output_folder import UNFINISHED
+from minicpm_tune.output_folder import MANIFEST, UNFINISHED
 from minicpm_tune.processes import gather, local_world_size
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.checkpoint_sharing import fill_in
 from minicpm_tune.training.checkpointing import choose_checkpoint
+from minicpm_tune.training.process_lifecycle import LOGS
 
 logger = logging.getLogger(__name__)
 
-LOGS = "logs"  # folder in the output folder
 LOCK_FILE = "run.lock"  # in it
 _LOCK_TRIES = 4  # a run that was just killed may take a moment to go
 _SECOND = 1.0
+# Files of single processes; each lies on the machine of its process.
+_OF_ONE_PROCESS = re.compile(r"rng_state_\d+\.pth|.*zero_pp_rank_\d+_.*")
+_CHUNK = 2**26  # bytes sent at once
 
 
 class RunFolderError(UserError):
@@ -42,13 +48,13 @@ class RunFolder:
         training: The arguments; ``resume_from_checkpoint`` is settled here.
 
     Attributes:
-        moves: Whether this process, one of those that see the folder, arranges things in it.
+        owns_folder: Whether this process, of all that see the folder, arranges things in it.
     """
 
     def __init__(self, training: TrainingArguments):
         self.training = training
         self.path = Path(training.output_dir)
-        self.moves = training.process_index == 0
+        self.owns_folder = training.process_index == 0
         self._shared = True
         self._lock: IO[str] | None = None
 
@@ -62,9 +68,11 @@ class RunFolder:
         training = self.training
         if training.world_size > local_world_size():
             self._shared = self._is_shared()
-            self.moves = training.process_index == 0 if self._shared else training.local_process_index == 0
+            self.owns_folder = (
+                training.process_index == 0 if self._shared else training.local_process_index == 0
+            )
         if training.do_train:
-            self._raise_first(self._lock_it() if self.moves else None)
+            self._raise_first(self._lock_it() if self.owns_folder else None)
 
     def prepare(self) -> None:
         """Clear what was asked to be cleared and what was half written, and choose the checkpoint."""
@@ -75,7 +83,7 @@ class RunFolder:
             logger.info(
                 "Each machine has an output folder of its own, and keeps its processes' part of checkpoints."
             )
-        if self.moves:
+        if self.owns_folder:
             self._clean()
         gather(None)  # nobody looks for checkpoints before all is cleaned
         chosen = choose_checkpoint(training)
@@ -84,7 +92,7 @@ class RunFolder:
             return
         logger.info("Continuing from %s.", chosen)
         if not self._shared:
-            fetched = fill_in(chosen, writes=self.moves, device=training.device)
+            fetched = _fetch_missing(chosen, writes=self.owns_folder)
             logger.info("Sent to machines without them: %s.", ", ".join(fetched) or "nothing")
 
     def _raise_first(self, problem: str | None) -> None:
@@ -166,3 +174,44 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.close()
             self._lock = None
+
+
+def _fetch_missing(checkpoint: Path, *, writes: bool) -> list[str]:
+    """Bring a checkpoint's weights and states from rank 0's machine to those where they are missing.
+
+    They are written once, on rank 0's machine, and travel only when a run is continued. Every process
+    calls this.
+
+    Args:
+        checkpoint: The checkpoint, in this machine's folder.
+        writes: Whether this process writes into it; one per folder does.
+
+    Returns:
+        What was missing on some machine.
+    """
+    here = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    views = gather((here, writes))
+    shared = [name for name in sorted(views[0][0]) if name != MANIFEST]
+    names = [name for name in shared if not _OF_ONE_PROCESS.fullmatch(Path(name).name)]
+    missing = [name for name in names if any(name not in found for found, writer in views if writer)]
+    for name in missing:
+        _send(checkpoint / name, writes=writes and name not in here)
+    return missing
+
+
+def _send(path: Path, *, writes: bool) -> None:
+    """Send a file from rank 0 to all processes; those that lack it write it, under its name when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    with ExitStack() as files:
+        source = files.enter_context(path.open("rb")) if distributed.get_rank() == 0 else None
+        if writes:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        target = files.enter_context(partial.open("wb")) if writes else None
+        chunk = [b" "]
+        while chunk[0]:
+            chunk = [b"" if source is None else source.read(_CHUNK)]
+            distributed.broadcast_object_list(chunk, src=0)
+            if target is not None:
+                target.write(chunk[0])
+    if writes:
+        partial.replace(path)
