@@ -1,31 +1,63 @@
 #!/bin/sh
-# Tunes a small MiniCPM-V on drawn pictures with the real launchers, and shows what it learned:
-#
-#     bash demo.sh                       MiniCPM-V 2.6
-#     bash demo.sh --generation v4_5     another generation: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7,
-#                                        or InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
-#     bash demo.sh --steps 200           steps of each of the two runs
-#     bash demo.sh --output FOLDER       where everything goes (default: demo_output/<generation>)
-#
-# What an earlier start has finished is used again; remove the folder to start over.
+# Trains a small model on drawn pictures with the real launchers, and shows what it learned; see --help.
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+
+usage() {
+    cat <<'END'
+Trains a small model on drawn pictures with the real launchers, and shows what it learned. It takes about five minutes
+on two CPU cores, installation included, and needs no GPU.
+
+    bash demo.sh                       MiniCPM-V 2.6
+    bash demo.sh --generation v4_5     another MiniCPM-V: v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7,
+                                       or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
+    bash demo.sh --steps 200           steps of each of the two runs (200)
+    bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>)
+
+What an earlier start has finished is used again. Remove the folder to start over.
+END
+}
 
 GENERATION=v2_6
 STEPS=200
 OUTPUT=
 while [ $# -gt 0 ]; do
     case $1 in
-        --generation) GENERATION=$2 ;;
-        --steps) STEPS=$2 ;;
-        --output) OUTPUT=$2 ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --generation | --steps | --output)
+            if [ $# -lt 2 ]; then
+                echo "$1 needs a value. bash demo.sh --help lists the flags." >&2
+                exit 1
+            fi
+            ;;
         *)
-            echo "demo.sh knows --generation NAME, --steps N and --output FOLDER; found $1." >&2
+            echo "Unknown flag $1. bash demo.sh --help lists the flags." >&2
             exit 1
             ;;
     esac
+    case $1 in
+        --generation) GENERATION=$2 ;;
+        --steps) STEPS=$2 ;;
+        --output) OUTPUT=$2 ;;
+    esac
     shift 2
 done
+case " v2 v2_5 v2_6 o2_6 v4 v4_5 v4_6 v4_7 xc2_7b xc2_vl_7b xc2_4khd_7b " in
+    *" $GENERATION "*) ;;
+    *)
+        echo "--generation is '$GENERATION', which is no model of the demo. bash demo.sh --help lists them." >&2
+        exit 1
+        ;;
+esac
+case $STEPS in
+    '' | 0* | *[!0-9]*)
+        echo "--steps is '$STEPS', expected a whole number from 1." >&2
+        exit 1
+        ;;
+esac
 OUTPUT=${OUTPUT:-$ROOT/demo_output/$GENERATION}
 
 # Everything after the dot belongs to the sourced script.
@@ -40,16 +72,16 @@ if [ ! -e "$OUTPUT/base/generation_config.json" ]; then
     step "1. A small checkpoint of $GENERATION with random weights: $OUTPUT/base"
     python "$ROOT/demo/make_checkpoint.py" "$OUTPUT/base" --generation "$GENERATION"
 else
-    step "1. The checkpoint is there: $OUTPUT/base"
+    step "1. The checkpoint is already there: $OUTPUT/base"
 fi
 if [ ! -e "$OUTPUT/data/held_out.json" ]; then
     step "2. Pictures and questions: $OUTPUT/data"
     python "$ROOT/demo/draw_pictures.py" "$OUTPUT/data"
 else
-    step "2. The pictures are there: $OUTPUT/data"
+    step "2. The pictures are already there: $OUTPUT/data"
 fi
 
-# The official flags stand in the launchers; these are for a small model that starts from nothing.
+# The launchers have the official flags; these are for a small model that starts from nothing.
 tune() {
     launcher=$1 model=$2 task=$3 name=$4
     shift 4
@@ -71,3 +103,8 @@ tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --vi
 
 step "5. Held-out pictures, before and after"
 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
+
+step "6. Ask it yourself; README.md says how to train on your own data"
+picture=$(find "$OUTPUT/data" -name '*.png' | sort | head -n 1)
+printf '"%s" "%s" --adapter "%s" --sampling false --image "%s" --question "%s"\n' \
+    "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/lora" "$picture" "Describe the picture."

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Runs the test suite, offline, in its own environment. Arguments are passed on to pytest:
+# Runs the tests, offline, in an environment of their own. Arguments are passed on to pytest:
 #
-#     bash run_tests.sh                 what must always pass
-#     bash run_tests.sh --all           the slow tests as well
+#     bash run_tests.sh                 the quick tests: what must always pass
+#     bash run_tests.sh --all           the slow tests too
 #     bash run_tests.sh -k launchers    one subject
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -16,7 +16,7 @@ fi
 prepare() { . "$ROOT/setup_environment.sh"; }
 prepare "$ROOT/finetune/requirements.txt" "$ROOT/tests/requirements.txt"
 
-# Two tests at a time, unless told otherwise or their output is wanted.
+# Two tests at a time, unless the arguments say otherwise or ask for output.
 side_by_side='-n 2'
 for word in "$@"; do
     case $word in -n* | -s | --pdb) side_by_side='' ;; esac

@@ -1,6 +1,6 @@
-# Sourced by demo.sh and run_tests.sh with ROOT set: makes a virtual environment beside the README (or in
-# $VENV), installs the requirement files named as arguments, and puts it in front on PATH. What is
-# installed already is not looked at again, so that the second start takes no time and no network.
+# Sourced by demo.sh, run_tests.sh, and .ci/run, with ROOT set. Creates a virtual environment beside the README (or in
+# $VENV), installs the requirement files named as arguments, and puts it first on PATH. What has been installed is not
+# looked at again, so that the next start takes no time and needs no network.
 
 VENV=${VENV:-$ROOT/.venv}
 
@@ -15,7 +15,7 @@ if [ ! -x "$VENV/bin/python" ]; then
         echo "No Python 3.11 or newer on PATH (python3 is $(python3 --version 2>&1)). Install one." >&2
         exit 1
     fi
-    echo "Making a virtual environment in $VENV ..."
+    echo "Creating a virtual environment in $VENV ..."
     if ! "$BASE_PYTHON" -m venv "$VENV"; then
         rm -rf "$VENV"
         echo "$BASE_PYTHON -m venv failed. On Debian and Ubuntu: apt install python3-venv" >&2

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import sys
 
 import pytest
@@ -38,6 +40,9 @@ def run_through(folder, *flags):
     assert all(question in table for question in QUESTIONS)
     assert all(stage in table for stage in ("chance", "before", "after full tuning", "after LoRA"))
     assert Image.open(folder / "loss.png").size[0] > 500
+    question = shlex.split(done.stdout.splitlines()[-1])
+    asked = processes.run(question, env=processes.environment(), cwd=os.sep, limit=TIME_LIMIT)
+    assert asked.returncode == 0, asked.stderr
     assert "FutureWarning" not in text
     assert "Traceback" not in text
     for name in ("full", "lora"):
@@ -56,10 +61,28 @@ def test_the_demo_runs_and_uses_again_what_is_there(tmp_path):
     assert (folder / "full" / "run.json").read_bytes() == before
 
 
-def test_an_unknown_flag_is_named(tmp_path):
-    done = demo(tmp_path / "out", "--epochs", "2")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--epochs", "2"), "Unknown flag --epochs"),
+        (("--generation",), "--generation needs a value"),
+        (("--generation", "v9"), "--generation is 'v9', which is no model of the demo"),
+        (("--steps", "many"), "--steps is 'many', expected a whole number from 1"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_anything_is_made(tmp_path, flags, message):
+    done = demo(tmp_path / "out", *flags)
     assert done.returncode == 1
-    assert "found --epochs" in done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_help_lists_every_model(tmp_path):
+    done = demo(tmp_path / "out", "--help")
+    assert done.returncode == 0
+    words = re.findall(r"[\w-]+", done.stdout)
+    assert all(name in words for name in (*GENERATIONS, "--steps", "--output"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
