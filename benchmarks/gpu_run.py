@@ -87,7 +87,7 @@ def random_model(
     folder: Path, dtype: torch.dtype, device: str, *, bits: int | None, attention: str
 ) -> MiniCPMV:
     """The model of a configuration, made on the device."""
-    config = MiniCPMVConfig.from_folder(folder)
+    config = MiniCPMVConfig.from_pretrained(folder)
     config._attn_implementation = attention
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -79,8 +79,7 @@ def with_features(model: Any, samples: list[dict[str, Any]]) -> list[dict[str, A
         batch = data_collator([{**sample, "pictures": pictures}])
         del batch["provenance"]
         with torch.no_grad():
-            model(**batch)
-        features = batch["slice_sources"].found[0]
+            ((_, features),) = model(**batch).new_features.entries
         known = [PictureFeatures(len(sample["tgt_sizes"]), "kept", features)]
         kept.append({**sample, "pictures": known, "pixel_values": sample["pixel_values"][:, :, :0]})
     return kept
@@ -122,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = make_checkpoint(Path(name), row.name, size="demo")
         processing = load_processing(folder)
-        model = load_model(folder, row, dtype=torch.float32).train()
+        model = load_model(folder, dtype=torch.float32).train()
     samples = draw_samples(processing)
     tokens = sum(len(sample["input_ids"]) for sample in samples)
     plain = {"packed": False, "grouped": False}

@@ -24,7 +24,7 @@ import torch
 
 from draw_pictures import sentences
 from minicpm_tune.checkpoints.model_generations import GENERATIONS, Generation
-from minicpm_tune.models.loading import class_and_config
+from minicpm_tune.models.loading import model_class
 from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model
 
 Json = dict[str, Any]
@@ -120,7 +120,7 @@ def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, i
         tokenizer.save(str(folder / "tokenizer.json"))
         ids = tokenizer.get_vocab()
     template = layout / "chat_template.jinja"
-    if row.native:
+    if row.content_parts:
         shutil.copy(template, folder)
     else:
         if template.is_file():
@@ -141,7 +141,7 @@ def _train(row: Generation, text: list[str], special: list[str]) -> Any:
         return byte_fallback(text, special, plain=plain)
     if row.name == "v2_5":
         return byte_level(text, special, digits="{1,3}", bos="<|begin_of_text|>")
-    return byte_level(text, special, first=row.native, plain=[] if row.native else plain)
+    return byte_level(text, special, first=row.content_parts, plain=[] if row.content_parts else plain)
 
 
 def _pieces(model: bytes) -> list[str]:
@@ -240,11 +240,8 @@ def _auto_map_of(folder: Path) -> list[str]:
 
 def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: str) -> None:
     torch.manual_seed(seed)
-    kind, config = class_and_config(folder, row)
-    model = kind(config)
-    if row.native:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return
+    kind = model_class(row)
+    model = kind(kind.config_class.from_pretrained(folder))
     model.config.name_or_path = ""
     if row.vision == "siglip":
         _smooth_positions(model.vpm.embeddings.position_embedding.weight)

@@ -119,7 +119,7 @@ class Conversation:
         from minicpm_tune.errors import RowError
 
         generation, rules = self.processing.generation, self.processing.video
-        options = ImageOptions(Path(), upright=generation.native)
+        options = ImageOptions(Path(), upright=generation.upright_images)
         if kind == "image":
             picture = open_image(path, options)
         elif rules is not None:

@@ -128,7 +128,7 @@ class SupervisedDataset(Dataset):
     def _image_options(self, rows: Rows) -> ImageOptions:
         options = self.options
         upright = options.exif_orientation == "apply" or (
-            options.exif_orientation == "auto" and self.processing.generation.native
+            options.exif_orientation == "auto" and self.processing.generation.upright_images
         )
         return ImageOptions(
             folder=Path(options.image_folder).expanduser() if options.image_folder else rows.path.parent,
@@ -284,6 +284,6 @@ def padding_sample(processing: Processing) -> Sample:
         "image_bound": torch.zeros((0, 2), dtype=torch.int64),
         "origin": None,
     }
-    if processing.generation.name == "v4_7":
+    if processing.generation.token_types:
         sample["mm_token_type_ids"] = torch.zeros_like(ids)
     return sample

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, set_seed
 from dataset import SupervisedDataset, data_collator, padding_sample
 from minicpm_tune.answering.prediction_callback import PredictionCallback
 from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation, check_llm_type
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
@@ -36,7 +37,7 @@ from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
 from minicpm_tune.lora.continuing import check_continued, new_or_continued_adapter
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
-from minicpm_tune.models.loading import load_model, resolve_model_folder
+from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
@@ -75,7 +76,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     folder, processing = read_model_folder(arguments)
     datasets = read_data(arguments, processing)
     record.add_rows(*datasets)
-    model = read_model(arguments, folder, processing.generation)
+    model = read_model(arguments, folder)
     model = choose_what_trains(arguments, model, processing.generation)
     files = datasets[0].source_names if datasets[0] else []
     context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
@@ -132,12 +133,11 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     return train_rows, eval_rows
 
 
-def read_model(arguments: Arguments, folder: Path, generation: Generation) -> PreTrainedModel:
+def read_model(arguments: Arguments, folder: Path) -> PreTrainedModel:
     """Load the weights."""
     set_seed(arguments.training.seed)  # reading data has drawn random numbers; how many must not matter
     return load_model(
         folder,
-        generation,
         dtype=arguments.training.weight_dtype,
         attention=arguments.model.attn_implementation,
         quant_bits=arguments.lora.held_bits,
@@ -192,7 +192,6 @@ def build_trainer(
             data_collator,
             pad_token_id=int(padding["input_ids"][0]),
             packing=training.packing,
-            cpu_copies=generation.native,
         ),
         padding_sample=padding,
         lengths=train_rows.lengths() if train_rows is not None and needs_lengths else None,

@@ -125,10 +125,10 @@ def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapt
             )
         if trained_in:
             logger.info("The adapter was trained on %s weights; merging into full precision.", trained_in)
-        return load_model(base, generation, dtype=dtype)
+        return load_model(base, dtype=dtype)
     bits = stored.bits if stored else values.quant_bits or int((trained_in or "4").split()[0])
     logger.info("Merging into the values of the %d-bit weights.", bits)
-    return dequantize(load_model(base, generation, dtype=dtype, quant_bits=bits), dtype)
+    return dequantize(load_model(base, dtype=dtype, quant_bits=bits), dtype)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ def render(values: Namespace) -> str:
     Raises:
         PlanError: When the flags can't be combined.
     """
-    from minicpm_tune.checkpoints.model_folder import read_generation
-    from minicpm_tune.models.loading import resolve_model_folder
+    from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder
     from minicpm_tune.planning.memory_plan import Training, host_bytes, plan
     from minicpm_tune.settings.argument_groups import LoraArguments
 

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
 
 def run(values: Namespace) -> None:
     """Find the model that the command line names, and quantize it."""
+    from minicpm_tune.checkpoints.model_folder import resolve_model_folder
     from minicpm_tune.files import checked_size
-    from minicpm_tune.models.loading import resolve_model_folder
 
     size = checked_size(values.max_shard_size)
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir)
@@ -63,7 +63,6 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
         QuantizationError: When the model is quantized already.
         OutputError: When ``output`` can't be written.
     """
-    from minicpm_tune.checkpoints.model_folder import read_generation, stored_dtype
     from minicpm_tune.checkpoints.quantized_files import QuantizationError, stored_quantization
     from minicpm_tune.files import check_new_folder, whole_folder
     from minicpm_tune.models.loading import load_model
@@ -74,7 +73,7 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
         raise QuantizationError(
             f"{folder}: found quantized weights, expected full precision. Give the original model."
         )
-    model = load_model(folder, read_generation(folder), dtype=stored_dtype(folder), quant_bits=bits)
+    model = load_model(folder, quant_bits=bits)
     # As long as it is there, save_pretrained omits o-2.6's speech parts (transformers 5.23).
     del model.hf_quantizer
     with whole_folder(output) as partial:

@@ -120,14 +120,14 @@ class CPMTrainer(ResilientTrainer):
         provenance: Provenance = inputs.pop("provenance")
         self._meter.add(inputs, samples=sum(row is not None for row in provenance.rows))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._keep_features(inputs)
+        self._keep_features(outputs)
         if len(self._source_losses.names) > 1:
             self._source_losses.add(outputs["token_losses"], provenance.supervised_sources)
         return (loss, outputs) if return_outputs else loss
 
-    def _keep_features(self, inputs: dict[str, Any]) -> None:
+    def _keep_features(self, outputs: Any) -> None:
         if self.feature_writer is not None:
-            self.feature_writer.keep(inputs.get("slice_sources"))
+            self.feature_writer.keep(outputs.get("new_features"))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, and see what the vision tower gave on disk."""
@@ -189,7 +189,7 @@ class CPMTrainer(ResilientTrainer):
         del inputs["provenance"]
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
-        self._keep_features(inputs)
+        self._keep_features(output)
         found = (output["loss_sum"], output["token_count"], output["correct_count"])
         self._eval_sums += torch.stack([value.to(torch.float64) for value in found])
         return output["loss"].detach(), None, None

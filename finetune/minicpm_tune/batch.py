@@ -8,7 +8,7 @@ C width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -36,19 +36,30 @@ class PictureFeatures:
     features: Tensor | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class SliceSources:
     """Where the features of a batch's slices come from. Stays on the CPU when the batch moves to the device.
 
     Attributes:
         known: [S] bool, whether the slice's features are in ``known_features``.
         keys: (cache key or None, slices) of every picture whose pixels are in the batch, in their order.
-        found: What the tower gave for those pictures, [tokens, C] each.
     """
 
     known: np.ndarray
     keys: list[tuple[str | None, int]]
-    found: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class NewFeatures:
+    """What the vision tower gave for the pictures whose pixels are in the batch; the model's output has it.
+
+    An object, not a list: accelerate would cast a list's tensors to fp32 with the rest of the output.
+
+    Attributes:
+        entries: (cache key or None, [tokens, C]) of every such picture.
+    """
+
+    entries: list[tuple[str | None, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +121,7 @@ class Batch(TypedDict):
         temporal_ids: [S, 2] int64 array, see ``Sample``; runs are counted through the batch.
         supervised: [N] int64 array, the places in the flattened [B * T] batch whose next token is supervised.
         on_cpu: [2 or 3, B, T] int64 array, ``input_ids``, ``attention_mask`` and, with packing,
-            ``position_ids``. Only for the models that read them on the CPU (V-4.6 and V-4.7).
+            ``position_ids``. Only with labels.
         slice_sources: Which slices' features are known. Only with ``--cache_vision_features``.
         known_features: [tokens, C], those features; only where some are known.
         provenance: See ``Provenance``. Only with labels.

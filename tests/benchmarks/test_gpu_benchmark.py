@@ -45,7 +45,7 @@ def batch(queries):
 @pytest.mark.parametrize("generation", ["v2", "v2_6", "v4_5"])
 def test_the_counted_operations_are_those_that_torch_counts(tmp_path, generation, trains):
     row = GENERATIONS[generation]
-    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), row, dtype=torch.float32).train()
+    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), dtype=torch.float32).train()
     freeze(model, row, vision=trains.vision, resampler=trains.resampler, llm=trains.llm)
     shape = shape_of(model)
     with FlopCounterMode(display=False) as counter:

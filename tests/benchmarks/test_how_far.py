@@ -19,7 +19,7 @@ from support.paths import BENCHMARKS, ROOT
 @pytest.mark.parametrize("generation", ["v2_6", "v4_5"])
 def test_adapters_are_counted_as_they_are(tmp_path, generation):
     row = GENERATIONS[generation]
-    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), row, dtype=torch.float32)
+    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), dtype=torch.float32)
     shape = shape_of(model)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     lora = LoraArguments(lora_r=8, lora_modules_to_save=[])

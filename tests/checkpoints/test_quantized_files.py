@@ -55,7 +55,7 @@ def test_a_layer_left_exact_among_quantised_ones_stays_exact(checkpoint, tmp_pat
     settings = BitsAndBytesConfig(
         load_in_4bit=True, llm_int8_skip_modules=["vpm", "resampler", "lm_head", "layers.1.mlp.up_proj"]
     )
-    config = MiniCPMVConfig.from_folder(checkpoint)
+    config = MiniCPMVConfig.from_pretrained(checkpoint)
     model = MiniCPMV.from_pretrained(checkpoint, config=config, quantization_config=settings)
     model.save_pretrained(tmp_path)
     found = quantized_modules(load(tmp_path))

@@ -12,7 +12,7 @@ from minicpm_tune.data.slicing.xcomposer2 import TileRules
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
 from minicpm_tune.models.xcomposer2.clip_tower import normalised
-from minicpm_tune.models.xcomposer2.image_tiles import as_image
+from minicpm_tune.models.xcomposer2.vision import as_image
 from support.data_helpers import chat, processing
 from support.data_helpers import turns_of as read_turns
 from support.xcomposer2_cases import THREE, about, arrays, golden_images, rules, turns_of

@@ -40,7 +40,7 @@ def feature_error(model, generation, case, batch):
     expected = [
         arrays[name] for name in sorted(arrays.files) if name.startswith(f"{case}.") and "features" in name
     ]
-    embeddings = model.embed(**{name: value for name, value in batch.items() if name != "labels"})
+    embeddings, _ = model.embed(**{name: value for name, value in batch.items() if name != "labels"})
     found = torch.stack([embeddings[row, start:end] for row, start, end in batch["image_bound"].tolist()])
     return np.abs(found.detach().numpy() - np.concatenate(expected)).max()
 

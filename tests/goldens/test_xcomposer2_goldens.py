@@ -10,7 +10,7 @@ import torch
 
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.data.turns import Media, Turn
-from minicpm_tune.models.tower_features import VisionInput
+from minicpm_tune.models.slices import VisionInput
 from minicpm_tune.models.xcomposer2.clip_tower import resized_positions
 from minicpm_tune.models.xcomposer2.vision import encode_images
 from support.xcomposer2_cases import (
@@ -79,7 +79,7 @@ def seen(model, name, case):
     before = []
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after = encode_images(
+        after, _ = encode_images(
             model, VisionInput(batch["pixel_values"]), [tuple(size) for size in batch["tgt_sizes"].tolist()]
         )
     handle.remove()
@@ -115,7 +115,7 @@ def test_two_tiled_images_of_different_size_give_the_features_they_give_alone(mo
     model = models[name]
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after = encode_images(
+        after, _ = encode_images(
             model, VisionInput(sample["pixel_values"]), [tuple(size) for size in sample["tgt_sizes"].tolist()]
         )
     handle.remove()

@@ -93,7 +93,7 @@ def test_every_parameter_is_in_the_group_of_its_rate():
 def test_tied_embeddings_train_and_merge_as_one(tmp_path, generation):
     row = GENERATIONS[generation]
     folder = make_checkpoint(tmp_path / "base", generation, size="tiny")
-    model = load_model(folder, row, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32)
     wrapped = add_adapter(model, row, LoraArguments(lora_r=2, lora_dropout=0.0), vision=False, resampler=True)
     ids = torch.randint(0, 200, (1, 12))
     optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=0.5)
@@ -108,11 +108,11 @@ def test_tied_embeddings_train_and_merge_as_one(tmp_path, generation):
     wrapped.eval()
     with torch.no_grad():
         expected = wrapped(input_ids=ids).logits
-        base = load_model(folder, row, dtype=torch.float32)
+        base = load_model(folder, dtype=torch.float32)
         again = load_adapter(base, read_adapter_folder(tmp_path / "adapter"))
         assert (again(input_ids=ids).logits - expected).abs().max() < LOGIT_TOLERANCE
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
-        merged = load_model(tmp_path / "merged", row, dtype=torch.float32).eval()
+        merged = load_model(tmp_path / "merged", dtype=torch.float32).eval()
         assert (merged(input_ids=ids).logits - expected).abs().max() < LOGIT_TOLERANCE
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["text_config"]["tie_word_embeddings"] is True

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minicpm_tune.models.minicpmv46 import delta_net as delta_net_module
-from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
+from minicpm_tune.models.minicpmv46.layout import SampleLayout
 from support.minicpmv46_cases import golden_config, one_thread
 
 

@@ -48,7 +48,7 @@ def checkpointed_parts(model, row):
 @pytest.mark.parametrize("generation", ["v2", "v2_6", "v4_6"])
 def test_checkpointing_is_on_for_the_parts_asked_for(tmp_path, generation, llm, vision, expected):
     row = GENERATIONS[generation]
-    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), row, dtype=torch.float32)
+    model = load_model(make_checkpoint(tmp_path, generation, size="tiny"), dtype=torch.float32)
     training = arguments(llm, vision)
     set_checkpointing(model, row, training)
     assert checkpointed_parts(model, row) == expected

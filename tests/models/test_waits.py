@@ -31,15 +31,13 @@ def moved(batch, device):
 def made_batch(folder, name, *, packing):
     samples = draw(load_processing(folder))
     rows = [samples] if packing else samples
-    return data_collator(rows, packing=packing, cpu_copies=GENERATIONS[name].native)
+    return data_collator(rows, packing=packing)
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_a_step_runs_where_no_value_can_be_read_back(tmp_path, name, packing, monkeypatch):
     """On torch's meta device tensors have no values: reading one, or a shape that depends on one, raises."""
-    if name == "v2_5" and packing:
-        pytest.skip("2.5 alone asks which packed sample a slice belongs to, once per batch")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none on that device
     folder = make_checkpoint(tmp_path, name, size="tiny")
     model = build_on_meta(folder, GENERATIONS[name]).train()
@@ -58,10 +56,8 @@ def test_reading_a_value_back_on_the_meta_device_raises():
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", SIX)
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, name, packing):
-    if name == "v2_5" and packing:
-        pytest.skip("2.5 alone asks which packed sample a slice belongs to, once per batch")
     folder = make_checkpoint(tmp_path, name, size="tiny")
-    model = load_model(folder, GENERATIONS[name], dtype=torch.bfloat16).cuda().train()
+    model = load_model(folder, dtype=torch.bfloat16).cuda().train()
     batch = moved(made_batch(folder, name, packing=packing), "cuda")
     batch["num_items_in_batch"] = torch.ones((), dtype=torch.int64, device="cuda")
     model(**batch).loss.backward()  # compiles and allocates
@@ -103,9 +99,7 @@ def test_packed_rows_under_flash_attention_equal_sdpa(tmp_path, name):
     folder = make_checkpoint(tmp_path, name, size="tiny")
     found = []
     for attention in ("sdpa", "flash_attention_2"):
-        model = (
-            load_model(folder, GENERATIONS[name], dtype=torch.bfloat16, attention=attention).cuda().train()
-        )
+        model = load_model(folder, dtype=torch.bfloat16, attention=attention).cuda().train()
         loss = model(**moved(made_batch(folder, name, packing=True), "cuda")).loss
         loss.backward()
         found.append((loss.item(), model.get_input_embeddings().weight.grad.float().norm().item()))

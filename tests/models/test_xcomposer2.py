@@ -36,7 +36,7 @@ def loaded():
     found = {}
     for name in THREE:
         folder = checkpoint(name)
-        model = load_model(folder, GENERATIONS[name], dtype=torch.float32).eval()
+        model = load_model(folder, dtype=torch.float32).eval()
         found[name] = (
             model.requires_grad_(True),
             load_processing(folder, hd_num=4 if "4khd" in name else None),
@@ -188,7 +188,7 @@ def test_answers_with_a_cache_are_those_of_the_training_forward(loaded, name):
 
 def adapted(name, **lora):
     folder = checkpoint(name)
-    model = load_model(folder, GENERATIONS[name], dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32)
     return add_adapter(
         model, GENERATIONS[name], LoraArguments(lora_r=4, **lora), vision=False, resampler=True
     )
@@ -210,13 +210,13 @@ def test_an_adapters_names_open_in_the_released_code(name, tmp_path):
         f"base_model.model.vision_proj.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")
     }
     assert found == expected
-    base = load_model(checkpoint(name), GENERATIONS[name], dtype=torch.float32)
+    base = load_model(checkpoint(name), dtype=torch.float32)
     again = load_adapter(base, read_adapter_folder(tmp_path), trainable=True)
     assert {key for key, value in again.named_parameters() if value.requires_grad} == trained
 
 
 def test_all_linear_leaves_the_partial_lora_alone():
-    model = load_model(checkpoint("xc2_7b"), GENERATIONS["xc2_7b"], dtype=torch.float32)
+    model = load_model(checkpoint("xc2_7b"), dtype=torch.float32)
     pattern = target_modules(model, GENERATIONS["xc2_7b"], LoraArguments(lora_target_modules="all-linear"))
     wrapped = adapted("xc2_7b", lora_target_modules="all-linear")
     names = [key for key, module in wrapped.named_modules() if hasattr(module, "lora_A")]
@@ -227,8 +227,8 @@ def test_all_linear_leaves_the_partial_lora_alone():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_layers_keep_their_partial_lora_exact(bits):
     name = "xc2_7b"
-    exact = load_model(checkpoint(name), GENERATIONS[name], dtype=torch.float32)
-    model = load_model(checkpoint(name), GENERATIONS[name], dtype=torch.float32, quant_bits=bits)
+    exact = load_model(checkpoint(name), dtype=torch.float32)
+    model = load_model(checkpoint(name), dtype=torch.float32, quant_bits=bits)
     assert len(quantized_modules(model)) == 2 * 5
     for key, value in exact.named_parameters():
         if ".Plora_" in key or not key.startswith("model.layers."):
@@ -253,7 +253,7 @@ def test_a_saved_model_has_the_released_files_and_is_the_same(loaded, name, tmp_
         (source / "config.json").read_text()
     )
     assert {path.name for path in source.iterdir()} <= {path.name for path in tmp_path.iterdir()}
-    again = load_model(tmp_path, GENERATIONS[name], dtype=torch.float32).eval()
+    again = load_model(tmp_path, dtype=torch.float32).eval()
     prompt = [rules.encode_prompt(ROWS[1][0][:1], ROWS[1][1])]
     assert answer(again, rules, prompt, **GREEDY, max_new_tokens=4) == answer(
         model, rules, prompt, **GREEDY, max_new_tokens=4
@@ -276,7 +276,7 @@ def test_a_checkpoint_without_the_unused_norm_loads_and_is_saved_without_it(tmp_
         tmp_path / "base",
         lambda tensors: [tensors.pop(f"{norm}{kind}") for kind in ("weight", "bias")],
     )
-    model = load_model(folder, GENERATIONS["xc2_7b"], dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")
     assert tensor_names(tmp_path / "saved") == tensor_names(folder)
 
@@ -288,10 +288,10 @@ def test_a_position_table_of_another_size_is_resampled_to_img_size(tmp_path):
         tensors[key] = torch.randn(1 + 24 * 24, tensors[key].shape[1])
 
     folder = changed("xc2_7b", tmp_path / "base", larger)
-    model = load_model(folder, GENERATIONS["xc2_7b"], dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32)
     assert model.vit.tower.embeddings.position_embedding.weight.shape[0] == 1 + 8 * 8
     model.save_pretrained(tmp_path / "saved")
-    again = load_model(tmp_path / "saved", GENERATIONS["xc2_7b"], dtype=torch.float32)
+    again = load_model(tmp_path / "saved", dtype=torch.float32)
     found, expected = (m.vit.tower.embeddings.position_embedding.weight for m in (again, model))
     assert torch.equal(found, expected)
 
@@ -303,7 +303,7 @@ def test_4khd_is_known_by_its_separators_too(tmp_path):
     rules = load_processing(folder)
     assert rules.generation.name == "xc2_4khd_7b"
     assert rules.rules.side == 4  # by the stored table, not by img_size
-    assert load_model(folder, rules.generation, dtype=torch.float32).config.tiles
+    assert load_model(folder, dtype=torch.float32).config.tiles
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def checkpoint(name, seed=0):
 
 
 def loaded(folder, name, dtype=torch.float32, **options):
-    return load_model(folder, GENERATIONS[name], dtype=dtype, **options).eval()
+    return load_model(folder, dtype=dtype, **options).eval()
 
 
 def tuned(model, name, *, vision=False, **lora):

@@ -27,7 +27,7 @@ def golden_weight(name, shape, *, seed, v2):
 
 
 def golden_model(generation, *, attention="eager", dtype=torch.float32):
-    config = MiniCPMVConfig.from_folder(GOLDENS / generation)
+    config = MiniCPMVConfig.from_pretrained(GOLDENS / generation)
     config.name_or_path = ""
     config._attn_implementation = attention
     model = MiniCPMV(config).float()

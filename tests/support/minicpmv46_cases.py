@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.models.minicpmv46.modeling import native_class
+from minicpm_tune.models.loading import model_class
 from support.paths import GOLDENS
 
 NATIVE = ("v4_6", "v4_7")
@@ -46,13 +46,13 @@ def golden_config(name, *, mode="16x", attention="sdpa"):
 
 
 def our_model(name, **options):
-    model = native_class(GENERATIONS[name])(golden_config(name, **options))
+    model = model_class(GENERATIONS[name])(golden_config(name, **options))
     fill_by_name(model)
     return model.train()
 
 
 def transformers_model(name, **options):
-    model = getattr(transformers, native_class(GENERATIONS[name]).__name__)(golden_config(name, **options))
+    model = getattr(transformers, model_class(GENERATIONS[name]).__name__)(golden_config(name, **options))
     fill_by_name(model)
     return model.train()
 

@@ -63,7 +63,7 @@ def main() -> None:
 
 def run_ddp(generation, mode, checkpoint, rank):
     dist.init_process_group("gloo")
-    model = load_model(checkpoint, generation, dtype=torch.float32).train()
+    model = load_model(checkpoint, dtype=torch.float32).train()
     model.config.downsample_mode = mode
     model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -95,7 +95,7 @@ def run_zero3(generation, mode, checkpoint, rank):
         "gradient_clipping": 0.0,  # 1 by default
     }  # fmt: skip
     kept = HfDeepSpeedConfig(config)  # from_pretrained partitions while this object lives
-    model = load_model(checkpoint, generation, dtype=torch.float32).train()
+    model = load_model(checkpoint, dtype=torch.float32).train()
     del kept
     model.config.downsample_mode = mode
     model.gradient_checkpointing_enable({"use_reentrant": False})

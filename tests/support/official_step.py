@@ -19,8 +19,7 @@ def official_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     base = getattr(model, "get_base_model", lambda: model)()
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    hidden = base._run_llm(base.embed(**inputs), None, inputs.get("position_ids"))
-    logits = base.llm.lm_head(hidden).float()
+    logits = base(**inputs).logits.float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 

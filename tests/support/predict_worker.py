@@ -40,7 +40,7 @@ def main() -> None:
 
     rules = load_processing(checkpoint)
     kept = HfDeepSpeedConfig(CONFIG)  # from_pretrained partitions, and ZeRO-3 counts as on, while it lives
-    model = load_model(checkpoint, rules.generation, dtype=torch.float32)
+    model = load_model(checkpoint, dtype=torch.float32)
     engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
     trainer = SimpleNamespace(
         args=SimpleNamespace(world_size=2, process_index=dist.get_rank()),

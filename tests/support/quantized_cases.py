@@ -40,7 +40,7 @@ def save_released_int4(checkpoint, folder):
         bnb_4bit_compute_dtype=torch.float16,
         llm_int8_skip_modules=RELEASED_SKIP,
     )
-    config = MiniCPMVConfig.from_folder(checkpoint)
+    config = MiniCPMVConfig.from_pretrained(checkpoint)
     model = MiniCPMV.from_pretrained(
         checkpoint, config=config, dtype=torch.float16, quantization_config=settings
     )
@@ -49,7 +49,7 @@ def save_released_int4(checkpoint, folder):
 
 
 def load(folder, generation="v2_6", **kwargs):
-    return load_model(folder, GENERATIONS[generation], dtype=torch.float32, **kwargs).train()
+    return load_model(folder, dtype=torch.float32, **kwargs).train()
 
 
 def golden_loss(model, generation="v2_6", case="single"):

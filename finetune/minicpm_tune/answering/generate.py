@@ -86,7 +86,6 @@ def answer(
     batch: dict[str, Any] = {
         **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
     }
-    width = batch["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "pixel_values"):
         batch[name] = batch[name].to(model.device)
     if synced:
@@ -97,8 +96,6 @@ def answer(
         found = model.generate(
             **batch, eos_token_id=stops, pad_token_id=stops[0], streamer=streamer, **options
         )
-    if processing.generation.native:
-        found = found[:, width:]  # transformers' own classes give the prompt too
     return [decoded(row, tokenizer, stops) for row in found.tolist()]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
@@ -25,8 +26,59 @@ from minicpm_tune.errors import UserError
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
 
 
+# What a training or an export can need of a hub repository; pictures and other formats stay there.
+_HUB_PATTERNS = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_HUB_WEIGHTS = ("*.safetensors", "*.bin")
+
+
 class ModelFolderError(UserError):
     """A model folder that lacks something, or holds something that can't be used."""
+
+
+def resolve_model_folder(name_or_path: str, *, cache_dir: str | None = None, weights: bool = True) -> Path:
+    """Give the folder of a checkpoint, downloading it first when it is a hub id.
+
+    Downloads follow huggingface_hub's own settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN).
+    Where a repository has several weight formats, safetensors alone are downloaded.
+
+    Args:
+        name_or_path: A folder, or ``owner/name`` on the hub.
+        cache_dir: Where downloads go; huggingface_hub's default when None.
+        weights: False fetches the configuration and tokenizer files alone.
+
+    Raises:
+        ModelFolderError: When it is neither; the message says which of the two was tried.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelFolderError(
+                f"--model_name_or_path {name_or_path}: the folder has no config.json. Expected a MiniCPM-V checkpoint."
+            )
+        return folder.resolve()
+    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise ModelFolderError(
+            f"--model_name_or_path {name_or_path}: no such folder. Give a checkpoint's folder, or a hub id such "
+            "as openbmb/MiniCPM-V-2_6."
+        )
+    return _download(name_or_path, cache_dir=cache_dir, weights=weights)
+
+
+def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
+    try:
+        folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=list(_HUB_PATTERNS)))
+        if weights:
+            has_safetensors = (folder / "model.safetensors.index.json").is_file() or not (
+                folder / "pytorch_model.bin.index.json"
+            ).is_file()
+            patterns = [*_HUB_PATTERNS, _HUB_WEIGHTS[0] if has_safetensors else _HUB_WEIGHTS[1]]
+            folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"--model_name_or_path {hub_id}: no such folder here, and it can't be downloaded from the hub "
+            f"({error}). Check the name. Without a network, download the checkpoint elsewhere and give its folder."
+        ) from error
+    return folder
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _RELEASED_MODULES: dict[str, tuple[str, ...]] = {
     "embeddings": ("llm.model.embed_tokens",),
     "llm": ("llm",),
 }
-_NATIVE_MODULES = {
+_MINICPMV46_MODULES = {
     "vision": ("model.vision_tower",),
     "resampler": ("model.merger",),
     "embeddings": ("model.language_model.embed_tokens",),
@@ -57,6 +57,22 @@ _XC2_SMALL_IMAGE = 224  # pixels: 7b; vl-7b has 490
 
 
 @dataclass(frozen=True)
+class Downsampling:
+    """What a ``downsample_mode`` of 4.6 and 4.7 joins.
+
+    Attributes:
+        patches_per_feature: Patches that the vision tower joins into one feature.
+        patches_per_token: Patches that one placeholder token stands for, behind the merger.
+    """
+
+    patches_per_feature: int
+    patches_per_token: int
+
+
+DOWNSAMPLING = {"16x": Downsampling(4, 16), "4x": Downsampling(1, 4)}
+
+
+@dataclass(frozen=True)
 class Generation:
     """The properties of one generation that code may depend on.
 
@@ -65,25 +81,31 @@ class Generation:
         title: The name its users know.
         llm_type: What the official scripts call it in ``--llm_type``.
         accepted_llm_types: Every value of ``--llm_type`` that is right for it, older names included.
-        native: True when transformers itself has the model class (4.6, 4.7).
-        llm: The transformers model type that holds the weights under ``llm.``.
-        vision: ``siglip`` (NaViT, patches of any grid) or ``timm`` (V-2).
+        llm: The transformers model type that holds the LLM's weights.
+        family: The folder under ``models/`` that has its model class.
+        vision: ``siglip`` (NaViT, patches of any grid), ``timm`` (V-2), ``clip`` (InternLM-XComposer2) or
+            ``transformers`` (transformers' own tower of 4.6 and 4.7).
         positions: How the vision tower numbers patches: ``buckets`` (2-D, 70 x 70), ``one_row``
-            (the 2.5 quirk: padded patches attend, ids along one row) or ``resampled`` (V-2's table
-            resized per image).
+            (the 2.5 quirk: padded patches attend, ids along one row), ``resampled`` (V-2's table
+            resized per image) or ``table`` (all others).
         prompt: ``template`` (the checkpoint's chat template) or ``minicpm`` (V-2's own markers).
         image_ids: True when every image's placeholder starts with ``<image_id>i</image_id>``.
         slice_tag: The tag around each slice of a sliced image: ``image`` with an outer
             ``<slice>`` wrapper (V-2, 2.5) or ``slice`` without one.
         turn_end: The token that ends an answer.
         thinking: True when the template takes ``enable_thinking``.
-        video: True when the generation was trained on video frames.
-        temporal: True when frames are packed and carry ``temporal_ids``.
+        frames: How inference takes frames from a video: ``step`` (every so many), ``packs`` (several share a
+            placeholder and carry ``temporal_ids``) or ``seconds``; None: not trained on video.
+        video_ids: Whether videos are numbered as images are; transformers' processor of 4.6 does so.
+        image_ids_beside_video: Whether images are numbered in a conversation with a video.
+        upright_images: Whether inference turns images as their EXIF orientation says.
+        content_parts: Whether the chat template takes a message as a list of texts and images.
+        token_types: Whether the model takes ``mm_token_type_ids``.
+        downsampling: What each value of ``downsample_mode`` joins; empty: there is no such setting.
         modules: Part -> names of the modules (or parameters) that hold it. A parameter belongs to the
             first part one of whose names it starts with.
-        family: ``minicpmv`` or ``xcomposer2``: whose model class it is, unless ``native``.
-        layout: How images are cut: ``slices`` (2.0 to 4.5), ``native`` (transformers' rules), ``square``
-            (one square, the aspect not kept) or ``tiles`` (4khd).
+        slicing: How images are cut: ``adaptive`` (V-2 to V-4.5), ``minicpmv46`` (4.6, 4.7), ``square`` (one
+            square, the aspect not kept) or ``tiles`` (4khd).
         tokenizer: ``json`` (tokenizer.json) or ``sentencepiece`` (tokenizer.model).
         special_tokens: For SentencePiece tokenizers whose tokenizer_config.json does not list them.
         chat_template: For checkpoints that bring none.
@@ -100,7 +122,7 @@ class Generation:
     llm_type: str
     accepted_llm_types: tuple[str, ...]
     llm: str
-    native: bool = False
+    family: str = "minicpmv"
     vision: str = "siglip"
     positions: str = "buckets"
     prompt: str = "template"
@@ -108,11 +130,15 @@ class Generation:
     slice_tag: str = "slice"
     turn_end: str = "<|im_end|>"
     thinking: bool = False
-    video: bool = True
-    temporal: bool = False
+    frames: str | None = "step"
+    video_ids: bool = False
+    image_ids_beside_video: bool = False
+    upright_images: bool = False
+    content_parts: bool = False
+    token_types: bool = False
+    downsampling: dict[str, Downsampling] = field(default_factory=dict)
     modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
-    family: str = "minicpmv"
-    layout: str = "slices"
+    slicing: str = "adaptive"
     tokenizer: str = "json"
     special_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
@@ -155,12 +181,23 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _xcomposer2(name: str, title: str, *, layout: str) -> Generation:
+def _minicpmv46(name: str, title: str, *, video_ids: bool, token_types: bool) -> Generation:
+    """A row of the two generations that transformers itself has."""
+    return Generation(
+        name, title, "qwen", ("qwen", "qwen2"), "qwen3_5", family="minicpmv46", vision="transformers",
+        positions="table", thinking=True, frames="seconds",
+        video_ids=video_ids, image_ids_beside_video=True, upright_images=True, content_parts=True,
+        token_types=token_types, downsampling=DOWNSAMPLING, modules=_MINICPMV46_MODULES, slicing="minicpmv46",
+        saved_name_parts=2,
+    )  # fmt: skip
+
+
+def _xcomposer2(name: str, title: str, *, slicing: str) -> Generation:
     """A row of InternLM-XComposer2; the three differ in how they see images."""
     return Generation(
-        name, title, "internlm2", ("internlm2",), "internlm2", vision="clip", positions="table",
-        image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", video=False,
-        modules=_XCOMPOSER2_MODULES, family="xcomposer2", layout=layout, tokenizer="sentencepiece",
+        name, title, "internlm2", ("internlm2",), "internlm2", family="xcomposer2", vision="clip",
+        positions="table", image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", frames=None,
+        modules=_XCOMPOSER2_MODULES, slicing=slicing, tokenizer="sentencepiece",
         special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
         chat_template=_XCOMPOSER2_TEMPLATE, image_end="",
         lora_targets=r"model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
@@ -174,30 +211,23 @@ GENERATIONS: dict[str, Generation] = {
         Generation(
             "v2", "MiniCPM-V 2.0", "minicpm", ("minicpm",), "granite", vision="timm",
             positions="resampled", prompt="minicpm", image_ids=False, slice_tag="image",
-            turn_end="</s>", video=False, tokenizer="sentencepiece",
+            turn_end="</s>", frames=None, tokenizer="sentencepiece",
         ),
         Generation(
             "v2_5", "MiniCPM-Llama3-V 2.5", "llama3", ("llama3",), "llama", positions="one_row",
-            image_ids=False, slice_tag="image", turn_end="<|eot_id|>", video=False,
+            image_ids=False, slice_tag="image", turn_end="<|eot_id|>", frames=None,
         ),
         Generation("v2_6", "MiniCPM-V 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
         Generation("o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
         Generation("v4", "MiniCPM-V 4.0", "llama", ("llama",), "llama"),
         Generation(
-            "v4_5", "MiniCPM-V 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True,
-            temporal=True,
+            "v4_5", "MiniCPM-V 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, frames="packs"
         ),
-        Generation(
-            "v4_6", "MiniCPM-V 4.6", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES, layout="native", saved_name_parts=2,
-        ),
-        Generation(
-            "v4_7", "MiniCPM-V 4.7", "qwen", ("qwen", "qwen2"), "qwen3_5", native=True,
-            thinking=True, modules=_NATIVE_MODULES, layout="native", saved_name_parts=2,
-        ),
-        _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", layout="square"),
-        _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", layout="square"),
-        _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", layout="tiles"),
+        _minicpmv46("v4_6", "MiniCPM-V 4.6", video_ids=True, token_types=False),
+        _minicpmv46("v4_7", "MiniCPM-V 4.7", video_ids=False, token_types=True),
+        _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", slicing="square"),
+        _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", slicing="square"),
+        _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", slicing="tiles"),
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from minicpm_tune.checkpoints.model_folder import read_config
+from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors
 
@@ -42,11 +42,10 @@ class ReleasedConfig(PreTrainedConfig):
         raise NotImplementedError
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Any:
-        """Read ``folder``/config.json."""
-        config = cls(read_config(folder))
-        config.name_or_path = str(folder)
-        return config
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``from_pretrained`` makes the configuration of: the content of config.json in one piece."""
+        released, unused = super().get_config_dict(*args, **kwargs)
+        return {"released": released}, unused
 
     def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
         return getattr(self, "text_config", self)
@@ -73,13 +72,26 @@ class ReleasedConfig(PreTrainedConfig):
         (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
 
 
-class SavedAsReleased:
-    """Saves a model in the released form; comes before ``PreTrainedModel`` among a class's bases."""
+class ReleasedModel:
+    """Loads and saves the released form; comes before ``PreTrainedModel`` among a class's bases."""
 
     # Provided by the model class.
     config: Any
     state_dict: Any
     all_tied_weights_keys: dict[str, str]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers. All files of a hub id are downloaded, so that a save can carry them along.
+
+        ``minicpm_tune.load_model`` finds the class by itself, and also loads weights in 4 or 8 bit.
+        """
+        if pretrained_model_name_or_path is not None:
+            name = str(pretrained_model_name_or_path)
+            pretrained_model_name_or_path = resolve_model_folder(name, cache_dir=kwargs.get("cache_dir"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self,

@@ -35,7 +35,6 @@ def data_collator(
     pad_token_id: int = 0,
     packing: bool = False,
     padding_side: Literal["right", "left"] = "right",
-    cpu_copies: bool = False,
 ) -> Batch:
     """Make a batch.
 
@@ -44,7 +43,6 @@ def data_collator(
         pad_token_id: What ``input_ids`` are padded with; any valid id, since padding is never attended.
         packing: Whether rows may hold several samples; the model then tells them apart by ``position_ids``.
         padding_side: ``right`` for training; ``left`` for generation, so that the prompts end side by side.
-        cpu_copies: Whether the model reads the token ids on the CPU too.
 
     Returns:
         The batch, with the keys that ``Batch`` lists.
@@ -64,10 +62,9 @@ def data_collator(
         batch["temporal_ids"] = _temporal_ids(samples)
     if packing:
         batch["position_ids"] = _position_ids(placed, shape)
-    if cpu_copies:
+    if "labels" in samples[0]:
         copied = [batch["input_ids"], batch["attention_mask"], *([batch["position_ids"]] if packing else [])]
         batch["on_cpu"] = torch.stack(copied).numpy()
-    if "labels" in samples[0]:
         batch["labels"] = _labels(placed, shape)
         batch["supervised"] = supervised_places(batch["labels"])
         batch["provenance"] = _provenance(placed, shape, batch["supervised"])

@@ -223,7 +223,7 @@ class PromptWriter:
         return self._answer_header, body[len(self._answer_header) :]
 
     def _split_media(self, text: str, order) -> list[Piece]:
-        if self.generation.native:
+        if self.generation.content_parts:
             parts = re.split(r"<\|(?:image|video)_pad\|>", text)
         else:
             parts = text.split(_STAND_IN)
@@ -233,7 +233,7 @@ class PromptWriter:
         return [piece for piece in pieces if piece.text or piece.media]
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        if self.generation.native and (turn.role == "user" or len(turn.parts) > 1):
+        if self.generation.content_parts and (turn.role == "user" or len(turn.parts) > 1):
             return {"role": turn.role, "content": [_content_part(part) for part in turn.parts]}
         content = "".join(part if isinstance(part, str) else _STAND_IN for part in turn.parts)
         return {"role": turn.role, "content": content}

@@ -213,7 +213,7 @@ class Processing:
     ) -> list[Placeholder]:
         # Inference with a video runs without image ids up to 4.5 (released README files).
         has_video = any(picture.kind == "video" for picture in pictures)
-        numbered = self.style.image_ids and (self.generation.native or not has_video)
+        numbered = self.style.image_ids and (self.generation.image_ids_beside_video or not has_video)
         counts = {"image": 0, "video": 0}
         placeholders = []
         for picture, frames in zip(pictures, layouts, strict=True):
@@ -248,7 +248,7 @@ class Processing:
             "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
             "image_bound": torch.tensor(encoded.image_bound, dtype=torch.int64).reshape(-1, 2),
         }
-        if self.generation.name == "v4_7":
+        if self.generation.token_types:
             sample["mm_token_type_ids"] = token_types(input_ids, self.tokenizer, self.style)
         if cache is not None:
             sample["pictures"] = [found for found in known if found is not None]

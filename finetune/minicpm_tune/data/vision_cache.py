@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minicpm_tune.batch import PictureFeatures, SliceSources
+from minicpm_tune.batch import NewFeatures, PictureFeatures
 from minicpm_tune.checkpoints.model_generations import Generation, plain_name
 from minicpm_tune.checkpoints.weight_files import stored_tensors
 from minicpm_tune.data.files.index_cache import replacing
@@ -133,14 +133,13 @@ class FeatureWriter:
         self._thread: threading.Thread | None = None
         self._failed = False
 
-    def keep(self, sources: SliceSources | None) -> None:
+    def keep(self, new: NewFeatures | None) -> None:
         """Keep what a forward found."""
-        if sources is None or self._failed:
+        if new is None or self._failed:
             return
-        for (key, _), features in zip(sources.keys, sources.found, strict=False):
+        for key, features in new.entries:
             if key is not None:
                 self._put(key, features)
-        sources.found = []
 
     def _put(self, key: str, features: Tensor) -> None:
         if self._thread is None:
@@ -212,8 +211,8 @@ def open_cache(
         raise VisionCacheError(
             f"--cache_vision_features {folder}: can't be written to ({error}). Give a folder that can."
         ) from error
-    merges = generation.native and config.get("downsample_mode", "16x") != "4x"
-    return VisionCache(own, 4 if merges else 1, generation.positions == "one_row")
+    mode = generation.downsampling.get(config.get("downsample_mode", "16x"))
+    return VisionCache(own, mode.patches_per_feature if mode else 1, generation.positions == "one_row")
 
 
 def use_cache(

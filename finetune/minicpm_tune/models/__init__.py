@@ -1,0 +1,20 @@
+"""The models. One folder per family; beside them what families share.
+
+loading            a folder or hub id -> a model with its weights
+loss               the loss of supervised tokens, without all logits
+slices             the slices of a batch, and running a vision tower once on all of them
+attention          attention within slices and within packed samples
+quantization       the LLM in 4 or 8 bit
+parameter_parts    which parts train, and the table of parts
+speed_options      activation checkpointing, liger kernels
+chat_interface     ``model.chat``
+
+A family is a package with a function ``model_class(generation)``; ``Generation.family`` names it. The class it gives
+is a transformers model that
+
+- loads and saves a released folder with ``from_pretrained`` and ``save_pretrained``;
+- takes a ``batch.Batch`` (without ``provenance``) in ``forward`` and returns a ``loss.MiniCPMVOutput``;
+- generates from left-padded prompts of the same form, and returns the new tokens alone;
+- says with ``slice_grids(count)`` and ``slice_tokens(grid)`` how large images are in patches and tokens;
+- has ``chat`` from ``chat_interface.ChatMixin``.
+"""

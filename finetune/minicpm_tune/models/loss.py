@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.batch import IGNORE_INDEX, NewFeatures
 
 # Logits of one chunk, in elements: 2**26 is 256 MiB in fp32 (442 tokens at a vocabulary of 151,748).
 CHUNK_ELEMENTS = 2**26
@@ -47,6 +47,8 @@ class MiniCPMVOutput(ModelOutput):
         token_count: int64 scalar, supervised tokens. With labels.
         correct_count: int64 scalar, those predicted right. With labels.
         token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
+        new_features: What the vision tower gave for the pictures that were not cached. With labels and
+            ``--cache_vision_features``.
     """
 
     loss: Tensor | None = None
@@ -55,9 +57,15 @@ class MiniCPMVOutput(ModelOutput):
     token_count: Tensor | None = None
     correct_count: Tensor | None = None
     token_losses: Tensor | None = None
+    new_features: NewFeatures | None = None
 
     @classmethod
-    def of(cls, found: SupervisedLoss, num_items_in_batch: Tensor | int | None) -> MiniCPMVOutput:
+    def of(
+        cls,
+        found: SupervisedLoss,
+        num_items_in_batch: Tensor | int | None,
+        new_features: NewFeatures | None = None,
+    ) -> MiniCPMVOutput:
         """The output of a forward with labels; without ``num_items_in_batch`` the loss is the batch's mean."""
         count = found.token_count if num_items_in_batch is None else num_items_in_batch
         return cls(
@@ -66,6 +74,7 @@ class MiniCPMVOutput(ModelOutput):
             token_count=found.token_count,
             correct_count=found.correct_count,
             token_losses=found.token_losses,
+            new_features=new_features,
         )
 
 
@@ -164,7 +173,7 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
         hidden: [B, T, D] last hidden states.
         labels: [B, T] int64, token id or -100; position t is predicted from position t - 1.
         places: [N] numpy int64, the flattened positions whose next token is supervised, as
-            ``batching.supervised_places`` gives them. Without it they are looked for, and on a GPU the
+            ``batch.Batch.supervised`` gives them. Without it they are looked for, and on a GPU the
             program waits for the answer.
 
     Returns:

@@ -65,14 +65,13 @@ def loading_quantization(
 def _new_quantization(
     folder: Path, generation: Generation, bits: int, compute_dtype: torch.dtype
 ) -> Quantization:
-    """Quantise the LLM's blocks: everything else is named as exact, in names that the released class knows.
+    """Quantize the LLM's blocks: everything else is named as exact, in names that the released class knows.
 
     Besides vision and resampler these are o-2.6's speech parts, which are in the files and not run here.
     """
-    if generation.native or generation.family == "xcomposer2":
-        exact = {module for part in ("vision", "resampler") for module in generation.modules[part]}
-    else:
-        exact = {name.partition(".")[0] for name in tensor_names(folder)} - {"llm"}
+    modules = tuple(name for names in generation.modules.values() for name in names)
+    exact = {name.partition(".")[0] for name in tensor_names(folder) if not name.startswith(modules)}
+    exact |= {module for part in ("vision", "resampler") for module in generation.modules[part]}
     settings: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         settings = {

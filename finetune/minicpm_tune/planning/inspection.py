@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset import SupervisedDataset
 from minicpm_tune.batch import IGNORE_INDEX, Sample
+from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.row_check import for_rows
 from minicpm_tune.data.samples import load_processing
@@ -50,13 +51,7 @@ def inspect(values: argparse.Namespace) -> int:
 def open_data(values: argparse.Namespace) -> SupervisedDataset:
     """Open the rows with what the checkpoint says about text and images."""
     flags = DataFlags(**{one.name: getattr(values, one.name) for one in fields(DataFlags)})
-    folder = Path(values.model_name_or_path).expanduser()
-    if not folder.is_dir():
-        from minicpm_tune.models.loading import (
-            resolve_model_folder,  # brings in the model's modules, which a folder doesn't need
-        )
-
-        folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
+    folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
     processing = load_processing(folder, max_slice_nums=values.max_slice_nums, **flags.processing_options())
     return SupervisedDataset(
         values.data_path, processing, flags.data_options(values.model_max_length or None)

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 
 from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
-from minicpm_tune.models.loading import class_and_config
+from minicpm_tune.models.loading import model_class
 
-SLICE_SIDE = 32  # patches on the side of a full slice: 448 pixels / 14
 _TAG_TOKENS = 2  # tokens around a placeholder
 
 
@@ -60,7 +58,8 @@ class _Dequantized(torch.autograd.Function):
 
 def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
     """Make the model that a config.json describes on the meta device."""
-    kind, config = class_and_config(folder, generation)
+    kind = model_class(generation)
+    config = kind.config_class.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return kind(config)
@@ -76,12 +75,12 @@ def quantize_shapes(model: nn.Module, generation: Generation, *, bits: int, dtyp
 
 
 def largest_image(
-    config: Any, generation: Generation, *, slices: int, room: int
+    model: Any, generation: Generation, *, slices: int, room: int
 ) -> list[tuple[tuple[int, int], int]]:
     """The slices of an image that is cut as often as the limits allow.
 
     Args:
-        config: The model's configuration.
+        model: A model of any generation.
         generation: Its generation.
         slices: Most slices, the overview included.
         room: Most tokens.
@@ -89,21 +88,12 @@ def largest_image(
     Returns:
         For every slice, its (rows, columns) in patches and its tokens; empty when not even one fits.
     """
-    if generation.layout == "square":
-        tokens = config.side**2
-        return [((config.side, config.side), tokens)] * (tokens <= room)
-    if generation.layout == "tiles":
-        # Tiles in one row have the fewest separators; the whole image is one slice.
-        sizes = [(config.side, config.side * tiles) for tiles in range(max(slices - 1, 1), 0, -1)]
-        images = [(size, tile_tokens(size, config.side)) for size in sizes]
-        return [image for image in images if image[1] <= room][:1]
-    tokens = config.query_num if not generation.native else SLICE_SIDE**2 // _patches_per_token(config)
-    return [((SLICE_SIDE, SLICE_SIDE), tokens)] * min(slices, room // (tokens + _TAG_TOKENS))
-
-
-def _patches_per_token(config: Any) -> int:
-    # Two mergers of 2 x 2 patches each; mode 4x skips one.
-    return 4 if config.downsample_mode == "4x" else 16
+    tags = _TAG_TOKENS if generation.slice_tag else 0
+    for count in range(slices, 0, -1):
+        image = [(grid, model.slice_tokens(grid)) for grid in model.slice_grids(count)]
+        if sum(tokens + tags for _, tokens in image) <= room:
+            return image
+    return []
 
 
 def largest_batch(
@@ -126,7 +116,7 @@ def largest_batch(
     input_ids = torch.zeros(rows, length, dtype=torch.int64)
     labels = input_ids.clone()
     sizes, bounds, start = [], [], 1
-    for size, tokens in largest_image(config, generation, slices=slices, room=length - 1):
+    for size, tokens in largest_image(model, generation, slices=slices, room=length - 1):
         input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
         labels[:, start : start + tokens] = IGNORE_INDEX
         sizes.append(size)

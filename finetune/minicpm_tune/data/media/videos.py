@@ -65,12 +65,12 @@ def video_rules(
     Source: the released README files of 2.6 and 4.5 (``encode_video``), and transformers'
     MiniCPMV4_6VideoProcessor.
     """
-    if not generation.video:
+    if generation.frames is None:
         return None
-    if generation.native:
+    if generation.frames == "seconds":
         method, own_fps, own_frames = "seconds", 1.0, settings.get("max_num_frames", 128)
         slices = settings.get("max_slice_nums", 9) if settings.get("slice_mode", True) else 1
-    elif generation.temporal:
+    elif generation.frames == "packs":
         method, own_fps, own_frames, slices = "packs", 3.0, 180, 1
     else:
         method, own_fps, own_frames, slices = "step", 1.0, 64, 2

@@ -79,13 +79,13 @@ def read_rules(
         raise RulesError(
             f"--max_slice_nums: found {wishes.max_slice_nums}, expected at least 1. Use 1 to never cut images."
         )
-    if generation.layout != "native" and wishes.downsample_mode is not None:
+    if not generation.downsampling and wishes.downsample_mode is not None:
         raise RulesError(
             f"--downsample_mode: {generation.title} has none, expected MiniCPM-V 4.6 or 4.7. Leave it out."
         )
-    if generation.family != "xcomposer2":
+    if generation.slicing not in ("square", "tiles"):
         _refuse_xcomposer2_wishes(generation, wishes)
-    return _READERS[generation.layout](folder, config, generation, wishes)
+    return _READERS[generation.slicing](folder, config, generation, wishes)
 
 
 def _refuse_xcomposer2_wishes(generation: Generation, wishes: RequestedImageRules) -> None:
@@ -115,12 +115,12 @@ def _native_rules(
     folder: Path, config: Settings, generation: Generation, wishes: RequestedImageRules
 ) -> ImageRules:
     # Imported here: it brings in transformers' model package, which the other generations don't need.
-    from minicpm_tune.data.slicing.minicpmv46 import PATCHES_PER_TOKEN, NativeSliceRules
+    from minicpm_tune.data.slicing.minicpmv46 import NativeSliceRules
 
     processor = read_settings(folder, "processor_config.json")
     settings = processor.get("image_processor", {})
     mode = wishes.downsample_mode or settings.get("downsample_mode") or config.get("downsample_mode", "16x")
-    if mode not in PATCHES_PER_TOKEN:
+    if mode not in generation.downsampling:
         raise RulesError(f"--downsample_mode: found {mode!r}, expected 16x or 4x. Choose one of the two.")
     rules = NativeSliceRules(
         max_slice_nums=_slice_limit(wishes.max_slice_nums, settings, config, default=9),
@@ -133,10 +133,9 @@ def _native_rules(
         pad="<|image_pad|>",
         video_pad="<|video_pad|>",
         query_num=0,
-        patches_per_token=PATCHES_PER_TOKEN[mode],
+        patches_per_token=generation.downsampling[mode].patches_per_token,
         image_ids=image_ids,
-        # transformers' processor of 4.7 writes no number before a video, that of 4.6 does
-        video_ids=image_ids and config.get("model_type") == "minicpmv4_6",
+        video_ids=image_ids and generation.video_ids,
         frame_separator="",
     )
     return ImageRules(rules, style, mode, processor.get("video_processor", {}))
@@ -179,7 +178,9 @@ def _tile_rules(
     return ImageRules(rules, TileStyle(image_ids=False, slice_tag="", query_num=0, side=side), None, {})
 
 
-_READERS = {"slices": _slice_rules, "native": _native_rules, "square": _square_rules, "tiles": _tile_rules}
+_READERS = {
+    "adaptive": _slice_rules, "minicpmv46": _native_rules, "square": _square_rules, "tiles": _tile_rules,
+}  # fmt: skip
 
 
 def _slice_limit(wish: int | None, settings: Settings, config: Settings, *, default: int) -> int:

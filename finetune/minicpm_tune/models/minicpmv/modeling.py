@@ -1,43 +1,46 @@
 """MiniCPM-V from V-2 to V-4.5 as one class: vision tower, resampler, LLM.
 
 Key names, configuration and files are those of the released checkpoints; the code is ours and runs
-on current transformers. What differs between generations comes from ``generations.Generation``.
+on current transformers. What differs between generations comes from ``checkpoints.model_generations``.
 Letters: B rows, T tokens, S slices, P placeholders, Q tokens per placeholder, D width of the LLM.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 
-from minicpm_tune.batch import SliceSources
-from minicpm_tune.checkpoints.released_format import SavedAsReleased
-from minicpm_tune.models.attention import SliceLayout, masks_given, packed_mask
+from minicpm_tune.batch import NewFeatures, SliceSources
+from minicpm_tune.checkpoints.released_format import ReleasedModel
+from minicpm_tune.models.attention import masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
-from minicpm_tune.models.minicpmv.generation import GenerateMixin
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
-from minicpm_tune.models.tower_features import (
+from minicpm_tune.models.slices import (
+    FULL_SLICE,
+    PATCH,
+    Grid,
+    SliceLayout,
     VisionInput,
-    as_the_next_layer_rounds,
-    is_partitioned,
+    to_autocast_dtype,
     tower_features,
 )
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
 
-class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
 
     Args:
-        config: Made by ``MiniCPMVConfig.from_folder`` or from a released config.json.
+        config: Made by ``MiniCPMVConfig.from_pretrained``, or from the content of a released config.json.
     """
 
     config_class = MiniCPMVConfig
@@ -110,14 +113,22 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         elif isinstance(module, TimmTower):
             initialization.normal_(module.pos_embed, std=0.02)
 
+    def slice_grids(self, count: int) -> list[Grid]:
+        """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""
+        return [FULL_SLICE] * count
+
+    def slice_tokens(self, grid: Grid) -> int:
+        """Placeholder tokens of a slice of ``grid`` patches."""
+        return self.config.query_num
+
     def encode_slices(
         self,
         vision: VisionInput,
-        grids: list[tuple[int, int]],
+        grids: list[Grid],
         *,
         samples: list[int],
         packs: FramePacks | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, NewFeatures | None]:
         """Run vision tower and resampler once, on all slices of the batch.
 
         Args:
@@ -127,28 +138,25 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
             packs: Frames that share a placeholder (V-4.5 video); None otherwise.
 
         Returns:
-            [P, Q, D] embeddings in the order of the placeholders.
+            [P, Q, D] embeddings in the order of the placeholders, and the tower's features to be cached.
         """
         layout = SliceLayout.of(grids, samples)
-        features = tower_features(self._run_tower, vision, layout, partitioned=is_partitioned(self.vpm))
-        return self.resampler(features, layout, packs)
+        features, new = tower_features(self._run_tower, vision, layout, tower=self.vpm)
+        return self.resampler(features, layout, packs), new
 
     def _run_tower(self, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
         """[N, C] features in the layout's order; for None those of a dummy slice."""
         if pixel_values is None:
-            layout, size = SliceLayout.of([DUMMY_GRID]), 14 * DUMMY_GRID[0] * DUMMY_GRID[1]
+            layout, size = SliceLayout.of([DUMMY_GRID]), PATCH * DUMMY_GRID[0] * DUMMY_GRID[1]
             device = next(self.vpm.parameters()).device
-            pixel_values = torch.zeros((3, 14, size), dtype=torch.uint8, device=device)
-        patches = pixel_values.unflatten(-1, (-1, 14)).permute(2, 0, 1, 3).flatten(1)
+            pixel_values = torch.zeros((3, PATCH, size), dtype=torch.uint8, device=device)
+        patches = pixel_values.unflatten(-1, (-1, PATCH)).permute(2, 0, 1, 3).flatten(1)
         patches = (patches.to(torch.float32) / 255 - 0.5) / 0.5
-        patches = layout.arrange(patches.to(self._stem_dtype()))
+        patches = layout.arrange(patches.to(next(self.vpm.parameters()).dtype))
         vision_trains = any(parameter.requires_grad for parameter in self.vpm.parameters())
         with nullcontext() if vision_trains else torch.no_grad():
             features = self.vpm(patches, layout)
-        return as_the_next_layer_rounds(features)
-
-    def _stem_dtype(self) -> torch.dtype:
-        return next(self.vpm.parameters()).dtype
+        return to_autocast_dtype(features)
 
     def embed(
         self,
@@ -162,7 +170,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         dummy: bool = False,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, NewFeatures | None]:
         """Token embeddings with the placeholders replaced by image embeddings.
 
         Args:
@@ -171,31 +179,31 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
             tgt_sizes: [S, 2] (rows, columns) in patches; tensor or array, best on the CPU.
             image_bound: [P, 3] (row, start, end) of each run of Q placeholder tokens.
             temporal_ids: [S, 2] (placeholder, time or -1), or None when every slice has its own.
-            position_ids: [B, T], given when rows are packed.
+            position_ids: [B, T], given when rows are packed; best on the CPU.
             dummy: Run the vision tower on a dummy slice when the batch has no image, so that
                 every rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which slices' features are known, see ``batch.SliceSources``.
+            slice_sources: Which slices' features are cached.
             known_features: Those features.
 
         Returns:
-            [B, T, D].
+            [B, T, D], and the vision tower's features to be cached.
 
         Raises:
             ValueError: When slices, placeholders and tokens do not fit each other.
         """
         embeddings = self.get_input_embeddings()(input_ids) * self.embedding_scale
-        grids = [] if tgt_sizes is None else [tuple(size) for size in tgt_sizes.tolist()]
+        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         if not grids:
             if not dummy:
-                return embeddings
-            features = self.encode_slices(VisionInput(None), [DUMMY_GRID], samples=[0], packs=None)
-            return embeddings + features.sum().to(embeddings.dtype) * 0
+                return embeddings, None
+            features, _ = self.encode_slices(VisionInput(None), [DUMMY_GRID], samples=[0], packs=None)
+            return embeddings + features.sum().to(embeddings.dtype) * 0, None
         bounds = image_bound.tolist()
         packs = None if temporal_ids is None else FramePacks.of(temporal_ids)
         placeholder_of = range(len(grids)) if packs is None else [int(p) for p in temporal_ids[:, 0].tolist()]
         check_bounds(bounds, len(grids) if packs is None else len(packs.sizes), queries=self.config.query_num)
         sample_of = self._samples(bounds, position_ids)
-        features = self.encode_slices(
+        features, new = self.encode_slices(
             VisionInput(pixel_values, slice_sources, known_features),
             grids,
             samples=[sample_of[index] for index in placeholder_of],
@@ -205,14 +213,10 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         index = (starts[:, None] + torch.arange(self.config.query_num)).flatten()
         index = index.to(embeddings.device, non_blocking=True)
         flat = embeddings.flatten(0, 1).index_copy(0, index, features.flatten(0, 1).to(embeddings.dtype))
-        return flat.view_as(embeddings)
+        return flat.view_as(embeddings), new
 
     def _samples(self, bounds: list[list[int]], position_ids: Tensor | None) -> list[int]:
-        """The sample of each placeholder: its row, or its segment of a packed row.
-
-        The latter, in 2.5 alone, is the one thing that a packed step reads back from the device: in front of
-        the step's work, where little is waited for.
-        """
+        """The sample of each placeholder: its row, or its segment of a packed row (needed in 2.5 alone)."""
         if position_ids is None or self.config.generation.positions != "one_row":
             return [row for row, _, _ in bounds]
         segments = (position_ids == 0).flatten().cumsum(0).view_as(position_ids).cpu()
@@ -230,6 +234,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         supervised: Any = None,
+        on_cpu: Any = None,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
         **kwargs: Any,
@@ -250,8 +255,9 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
-            slice_sources: Which slices' features are known, see ``batch.SliceSources``.
-            known_features: Those features.
+            on_cpu: The first three arguments once more, see ``batch.Batch``; 2.5 reads packed positions there.
+            slice_sources: See ``embed``, as the next.
+            known_features: See ``embed``.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
 
         Returns:
@@ -262,9 +268,10 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         ]
         if unknown:
             raise TypeError(f"MiniCPMV.forward does not know the arguments {', '.join(unknown)}.")
-        embeddings = self.embed(
+        positions = position_ids if on_cpu is None or position_ids is None else torch.from_numpy(on_cpu[2])
+        embeddings, new = self.embed(
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
-            temporal_ids=temporal_ids, position_ids=position_ids, dummy=labels is not None,
+            temporal_ids=temporal_ids, position_ids=positions, dummy=labels is not None,
             slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
         mask = attention_mask if labels is None and position_ids is None else None
@@ -272,7 +279,7 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
         if labels is None:
             return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
         found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
-        return MiniCPMVOutput.of(found, num_items_in_batch)
+        return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
     def _run_llm(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         flash = "flash" in str(self.config._attn_implementation)
@@ -288,3 +295,54 @@ class MiniCPMV(GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, Gener
                 inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
             )
         return output.last_hidden_state.view(shape)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: Any = None,
+        dummy: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Generate from prompts with images: their embeddings go into the LLM's own ``generate``.
+
+        Args:
+            input_ids: [B, T] int64, several prompts padded on the LEFT.
+            attention_mask: [B, T], 1 at real tokens; needed when padded.
+            pixel_values: As for ``embed``, as the three that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            temporal_ids: See ``embed``.
+            dummy: Run the vision tower even without an image, so that no process waits for another.
+            **options: For ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
+        """
+        embeddings, _ = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
+            temporal_ids=temporal_ids, dummy=dummy,
+        )  # fmt: skip
+        with self._new_tokens_scaled():
+            return self.llm.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
+
+    @contextmanager
+    def _new_tokens_scaled(self) -> Iterator[None]:
+        """V-2: scale the embeddings of generated tokens too; the prompt's are scaled in ``embed``."""
+        if self.embedding_scale == 1:
+            yield
+            return
+        scale = self.embedding_scale
+        hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * scale)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The LLM's own; adapters look for it on the whole model."""
+        return self.llm.prepare_inputs_for_generation(*args, **kwargs)

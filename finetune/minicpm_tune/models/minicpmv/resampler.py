@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicpm_tune.models.attention import SliceLayout, attend_within_slices
+from minicpm_tune.models.attention import attend_within_slices
+from minicpm_tune.models.slices import SliceLayout
 
 HEAD_WIDTH = 128
 

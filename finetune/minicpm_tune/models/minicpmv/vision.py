@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from minicpm_tune.models.attention import SliceLayout, attend_within_slices
+from minicpm_tune.models.attention import attend_within_slices
+from minicpm_tune.models.slices import PATCH, PatchEmbedding, SliceLayout
 
-PATCH = 14
 TABLE_SIDE = 70  # 980 pixels / 14: the position table of the NaViT tower is 70 x 70.
 TIMM_TABLE_SIDE = 27
 
@@ -28,17 +28,6 @@ TIMM_ENCODERS = {
     "vit_so400m_patch14_siglip_384.webli": (1152, 27, 16, 4304),
     "vit_minicpmv_tiny_test": (64, 3, 4, 239),
 }
-
-
-class PatchEmbedding(nn.Conv2d):
-    """The stem convolution, applied to patches that are cut out already.
-
-    Stride and kernel are both the patch side, so the convolution is one linear map per patch.
-    """
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[N, 3 * 14 * 14] -> [N, C]."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 @lru_cache(maxsize=4096)
@@ -103,7 +92,7 @@ class NaViTTower(nn.Module):
     Args:
         config: The checkpoint's ``vision_config``.
         drop_last_layer: ``drop_vision_last_layer`` of the checkpoint.
-        positions: ``buckets`` or ``one_row``, see ``generations.Generation``.
+        positions: ``buckets`` or ``one_row``, see ``model_generations.Generation``.
     """
 
     def __init__(self, config: SiglipVisionConfig, *, drop_last_layer: bool, positions: str):
@@ -120,16 +109,18 @@ class NaViTTower(nn.Module):
     def forward(self, patches: Tensor, layout: SliceLayout) -> Tensor:
         """[N, 588] patches in the layout's order -> [N, C] features in the same order.
 
-        In 2.5 a slice shorter than the longest of its sample is filled up with zero patches, which
+        In 2.5 a slice shorter than the longest of its sample is padded with zero patches, which
         take part in attention, and the grid is seen as one long row; the released code does so (its
-        mask is indexed wrongly), and the weights were trained so. It is reproduced per sample, as
+        mask is indexed wrongly), and the weights were trained that way. It is reproduced per sample, as
         inference sees it, so that batching does not change a sample's features.
         """
+        kept = None
         if self.positions == "one_row":
-            patches, layout, kept = layout.filled_up(patches)
-            positions = layout.positions(one_row_positions, by_length=True)
+            patches, layout, kept = layout.padded_per_sample(patches)
+            numbers = [one_row_positions(length) for length in layout.lengths]
         else:
-            kept, positions = None, layout.positions(bucket_positions)
+            numbers = [bucket_positions(*grid) for grid in layout.grids]
+        positions = torch.from_numpy(np.concatenate(numbers))
         hidden = self.embeddings(patches, positions.to(patches.device, non_blocking=True))
         # The layout travels in the mask's place, the one argument that transformers hands through to
         # the attention function; see _siglip_attention.

@@ -20,7 +20,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.utils.generic import maybe_autocast
 
-from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
+from minicpm_tune.models.minicpmv46.layout import SampleLayout
 
 # Log decay at a reset: exp(-10000) is exactly 0 in fp32, so nothing of the old state is left. It stands
 # only on the last token of a chunk, where no later cumulative sum loses digits by its size.

@@ -17,27 +17,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
-from minicpm_tune.batch import IGNORE_INDEX, SliceSources
-from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.released_format import SavedAsReleased
+from minicpm_tune.batch import IGNORE_INDEX, NewFeatures, SliceSources
+from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
+from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
-from minicpm_tune.models.minicpmv46.generation import NativeGenerateMixin
-from minicpm_tune.models.minicpmv46.packed_layout import SampleLayout
-from minicpm_tune.models.minicpmv46.placeholder_runs import VisualRuns
+from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SampleLayout
 from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
-from minicpm_tune.models.tower_features import VisionInput
+from minicpm_tune.models.slices import FULL_SLICE, Grid, VisionInput
+
+# What transformers calls the kinds of slices, see ``PlaceholderRuns``.
+_KINDS = ((1, "image", "target_sizes"), (2, "video", "target_sizes_videos"))
 
 
-class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
-    """What 4.6 and 4.7 share; stands before transformers' class in the order of bases."""
+class _TrainingForward(ReleasedModel, ChatMixin):
+    """What is added to 4.6 and 4.7; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
     # Made by transformers' class.
@@ -51,6 +53,14 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
         self.lm_head = as_lm_head(self.lm_head)
         use_slice_modules(self.model)
         use_packed_delta_nets(self.model.language_model)
+
+    def slice_grids(self, count: int) -> list[Grid]:
+        """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""
+        return [FULL_SLICE] * count
+
+    def slice_tokens(self, grid: Grid) -> int:
+        """Placeholder tokens of a slice of ``grid`` patches."""
+        return grid[0] * grid[1] // DOWNSAMPLING[self.config.downsample_mode].patches_per_token
 
     def forward(
         self,
@@ -88,8 +98,8 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
             supervised: See ``places`` of ``loss.supervised_loss``.
             on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
                 ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
-            slice_sources: Which slices' features are known, see ``batch.SliceSources``; as in ``MiniCPMV.forward``.
-            known_features: Those features, as in ``MiniCPMV.forward``.
+            slice_sources: Which slices' features are cached.
+            known_features: Those features.
             **kwargs: transformers' own arguments; here they must be None or False.
 
         Returns:
@@ -106,17 +116,19 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
             _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
         )
         vision = VisionInput(pixel_values, slice_sources, known_features)
-        hidden = self._last_hidden(input_ids, host, vision, tgt_sizes)
+        hidden, new = self._last_hidden(input_ids, host, vision, tgt_sizes)
         if labels is None:
             return MiniCPMVOutput(logits=self.lm_head(hidden))
         if position_ids is not None and supervised is None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
         found = supervised_loss(self.lm_head, hidden, labels, supervised)
-        return MiniCPMVOutput.of(found, num_items_in_batch)
+        return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
-    def _last_hidden(self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any) -> Tensor:
-        """[B, T, D] last hidden states of a batch.
+    def _last_hidden(
+        self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any
+    ) -> tuple[Tensor, NewFeatures | None]:
+        """[B, T, D] last hidden states of a batch, and the vision tower's features to be cached.
 
         Args:
             input_ids: As in ``forward``, like the last two.
@@ -130,16 +142,19 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
         samples = SampleLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
         kinds = self.kinds_of(ids)
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
-        runs = VisualRuns.of(kinds, grids, mode=config.downsample_mode)
-        embeddings = self._embed(input_ids, vision, runs)
-        return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs))
+        runs = PlaceholderRuns.of(kinds, grids, mode=config.downsample_mode)
+        embeddings, new = self._embed(input_ids, vision, runs)
+        return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs)), new
 
-    def _embed(self, input_ids: Tensor, vision: VisionInput, runs: VisualRuns) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor, vision: VisionInput, runs: PlaceholderRuns
+    ) -> tuple[Tensor, NewFeatures | None]:
         """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
         embeddings = self.get_input_embeddings()(input_ids)
-        features = encode_slices(self.model, vision, runs.grids).to(embeddings.dtype)
+        features, new = encode_slices(self.model, vision, runs.grids)
         places = runs.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
-        return embeddings.flatten(0, 1).index_copy(0, places, features).view_as(embeddings)
+        flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
+        return flat.view_as(embeddings), new
 
     def _run_llm(self, embeddings: Tensor, samples: SampleLayout, rope: Tensor | None) -> Tensor:
         """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
@@ -151,7 +166,7 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
         """
         placed, seen = samples, embeddings
         flash: dict[str, Any] = {}
-        if self._one_row():
+        if self.takes_one_row():
             # The variable-length kernels take the samples of all rows as one row.
             placed, seen = samples.as_one_row(), samples.take(embeddings)[None]
             longest = max(samples.samples)
@@ -181,11 +196,92 @@ class _NativeMiniCPMV(SavedAsReleased, NativeGenerateMixin, ChatMixin):
         ).last_hidden_state
         return samples.put(hidden[0]) if flash else hidden
 
-    def _one_row(self) -> bool:
+    def takes_one_row(self) -> bool:
+        """Whether the LLM is given the samples of all rows as one row, without padding."""
         return "flash" in str(self.config.text_config._attn_implementation)
 
-    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor | None:
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: PlaceholderRuns) -> Tensor | None:
         return None
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        dummy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, also for prompts in this project's form.
+
+        Several prompts are padded on the LEFT; leave ``position_ids`` out.
+
+        Args:
+            inputs: [B, T] int64, or ``input_ids`` by name, with ``attention_mask`` when padded.
+            pixel_values: [3, 14, 14 * N] uint8 with ``tgt_sizes``; or transformers' own form.
+            tgt_sizes: [S, 2] (rows, columns) in patches, of images and video frames; given, even if empty,
+                it says that the prompts are in this project's form.
+            image_bound: Not needed, as in ``forward``.
+            dummy: Run the vision tower even without a slice, so that no process waits for another.
+            **kwargs: As for transformers.
+
+        Returns:
+            [B, new tokens] int64 without the prompt, as the other families give; for prompts in transformers'
+            form what transformers gives, prompt included.
+
+        Raises:
+            ValueError: When a prompt is padded on the right.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "generate: found a prompt padded on the right, expected padding on the left. "
+                "New tokens go behind the last one, which must be a real one."
+            )
+        input_ids = kwargs.get("input_ids", inputs)
+        kwargs |= self.own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
+        generate = super().generate  # type: ignore[misc]
+        if tgt_sizes is None:
+            return generate(inputs, pixel_values=pixel_values, **kwargs)
+        if len(tgt_sizes) or dummy:
+            kwargs |= self._encoded(input_ids, pixel_values, tgt_sizes)
+        found = generate(inputs, **kwargs)
+        if isinstance(found, Tensor):
+            return found[:, input_ids.shape[1] :]
+        found.sequences = found.sequences[:, input_ids.shape[1] :]
+        return found
+
+    def _encoded(self, input_ids: Any, pixel_values: Any, tgt_sizes: Any) -> dict[str, Any]:
+        """Image embeddings of a batch of prompts, in the form that transformers' ``generate`` takes.
+
+        Given pixels it would encode them itself, and repeat them for every beam in the wrong order (5.23).
+        """
+        kinds = self.kinds_of(input_ids.cpu())
+        grids = [(rows, columns) for rows, columns in torch.as_tensor(tgt_sizes).tolist()]
+        runs = PlaceholderRuns.of(kinds, grids, mode=self.config.downsample_mode)
+        with torch.no_grad():
+            encoded, _ = encode_slices(self.model, VisionInput(pixel_values), runs.grids)
+        features = encoded.split(list(runs.lengths))
+        outputs: dict[str, Any] = {}
+        sizes: dict[str, Tensor] = {}
+        for kind, name, size_name in _KINDS:
+            own = [part for part, found in zip(features, runs.run_kinds, strict=True) if found == kind]
+            if own:
+                # A list, as ``forward`` wants it; transformers' annotation knows one tensor only.
+                outputs[name] = BaseModelOutputWithPooling(pooler_output=own)  # type: ignore[arg-type]
+                sizes[size_name] = runs.sizes_of(kind)
+        return {"mm_encoder_outputs": outputs, **sizes}
+
+    def kinds_of(self, ids: Tensor) -> Tensor:
+        """[B, T] 0 text, 1 image, 2 video frame."""
+        return (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
+
+    def own_arguments(
+        self, mm_token_type_ids: Tensor | None, input_ids: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Arguments of transformers' forward and generate that only one generation has."""
+        return {}
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
@@ -203,17 +299,17 @@ def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) ->
 
 
 class MiniCPMV4_6ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801, the name in config.json
-    _NativeMiniCPMV, modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
+    _TrainingForward, modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
 ):
     """MiniCPM-V 4.6."""
 
 
 class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
-    _NativeMiniCPMV, modeling_minicpmv4_7.MiniCPMV4_7ForConditionalGeneration
+    _TrainingForward, modeling_minicpmv4_7.MiniCPMV4_7ForConditionalGeneration
 ):
     """MiniCPM-V 4.7: 4.6 with rotary positions that lay an image's slices out on one canvas."""
 
-    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: VisualRuns) -> Tensor:
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: PlaceholderRuns) -> Tensor:
         """[3, tokens of all samples] canvas positions, each sample's computed alone, on the CPU."""
         real = mask.bool()
         rows = [
@@ -236,18 +332,3 @@ class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
         # The rotary offset of an earlier prompt must not reach this one.
         self.model.rope_deltas = None
         return {"mm_token_type_ids": self.kinds_of(input_ids).int()}
-
-
-_CLASSES: dict[str, type[nn.Module]] = {
-    "v4_6": MiniCPMV4_6ForConditionalGeneration,
-    "v4_7": MiniCPMV4_7ForConditionalGeneration,
-}
-
-
-def native_class(generation: Generation) -> Any:
-    """Give the class of a generation that transformers itself has.
-
-    Raises:
-        KeyError: For a generation that is not native.
-    """
-    return _CLASSES[generation.name]

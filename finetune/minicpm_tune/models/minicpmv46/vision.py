@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicpm_tune.models.attention import SliceLayout, attend_within_slices
-from minicpm_tune.models.tower_features import VisionInput, is_partitioned, tower_features
+from minicpm_tune.batch import NewFeatures
+from minicpm_tune.models.attention import attend_within_slices
+from minicpm_tune.models.slices import PATCH, Grid, SliceLayout, VisionInput, tower_features
 
 
 class SliceAttention(nn.Module):
@@ -144,7 +145,9 @@ def use_slice_modules(model: Any) -> None:
     model.merger.__class__ = SliceMerger
 
 
-def encode_slices(model: Any, vision: VisionInput, grids: Sequence[tuple[int, int]]) -> Tensor:
+def encode_slices(
+    model: Any, vision: VisionInput, grids: Sequence[Grid]
+) -> tuple[Tensor, NewFeatures | None]:
     """Run tower and merger once, on all slices of the batch.
 
     Args:
@@ -153,23 +156,21 @@ def encode_slices(model: Any, vision: VisionInput, grids: Sequence[tuple[int, in
         grids: [S] (rows, columns) of each slice, in patches.
 
     Returns:
-        [tokens of all slices, LLM width], in the batch's order. When the batch has no slice, a dummy
-        slice is run and none of its tokens given: every rank has the same collectives, and every
-        trained parameter gets a gradient (of zeros).
+        [tokens of all slices, LLM width], in the batch's order, and the tower's features to be cached. When the
+        batch has no slice, a dummy slice is run and none of its tokens given: every rank has the same
+        collectives, and every trained parameter gets a gradient (of zeros).
     """
     count = None
     if not grids:
         count, grids, vision = 0, [_smallest_grid(model.config)], VisionInput(None)
     layout = SliceLayout.of(grids)
-    features = tower_features(
-        partial(_run_tower, model), vision, layout, partitioned=is_partitioned(model.vision_tower)
-    )
+    features, new = tower_features(partial(_run_tower, model), vision, layout, tower=model.vision_tower)
     joined = 1 if model.config.downsample_mode == "4x" else 2  # patches of a token's side behind the tower
     sizes = torch.tensor([(rows // joined, columns // joined) for rows, columns in layout.grids])
     (merged,) = model.merger(features[None], sizes)
     per_token = sum(layout.lengths) // merged.shape[0]
     tokens = replace(layout, lengths=tuple(length // per_token for length in layout.lengths))
-    return tokens.restore(merged)[:count] + _skipped_merger(model)
+    return tokens.restore(merged)[:count] + _skipped_merger(model), new
 
 
 def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
@@ -177,9 +178,9 @@ def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> 
     if pixel_values is None:
         rows, columns = _smallest_grid(model.config)
         layout = SliceLayout.of([(rows, columns)])
-        pixel_values = torch.zeros((3, 14, 14 * rows * columns), dtype=torch.uint8, device=model.device)
+        pixel_values = torch.zeros((3, PATCH, PATCH * rows * columns), dtype=torch.uint8, device=model.device)
     return model.vision_tower(
-        normalised(pixel_values, model.vision_tower.dtype, layout),
+        _normalized(pixel_values, model.vision_tower.dtype, layout),
         target_sizes=torch.tensor(layout.grids),
         use_vit_merger=model.config.downsample_mode != "4x",
         layout=layout,
@@ -204,18 +205,18 @@ def _skipped_merger(model: Any) -> Tensor:
     return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
 
 
-def normalised(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout | None = None) -> Tensor:
+def _normalized(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout) -> Tensor:
     """uint8 patches -> what transformers' vision tower takes.
 
     Args:
         pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side, in the batch's order.
         dtype: The tower's.
-        layout: When given, the slices are brought into its order.
+        layout: The order into which the slices are brought.
 
     Returns:
         [1, 3, 14, 14 * N], values -1 to 1.
     """
-    if layout is not None and list(layout.order) != sorted(layout.order):
-        patches = pixel_values.unflatten(-1, (-1, 14)).permute(2, 0, 1, 3)
+    if list(layout.order) != sorted(layout.order):
+        patches = pixel_values.unflatten(-1, (-1, PATCH)).permute(2, 0, 1, 3)
         pixel_values = layout.arrange(patches).permute(1, 2, 0, 3).flatten(2)
     return ((pixel_values.to(torch.float32) / 255 - 0.5) / 0.5).to(dtype)[None]

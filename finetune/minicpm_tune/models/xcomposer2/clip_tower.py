@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
-from minicpm_tune.models.minicpmv.vision import PATCH, PatchEmbedding
+from minicpm_tune.models.slices import PATCH, PatchEmbedding
 
 # openai/clip-vit-large-patch14-336. The released config.json has no sizes of the tower; a small
 # checkpoint says its own in ``vision_config``.
@@ -106,7 +106,7 @@ class VisionTower(nn.Module):
         return self.tower(patches)
 
 
-def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def normalized(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [S, 3, ...] -> CLIP's values, in ``dtype``; computed in fp32."""
     shape = (1, 3, *[1] * (pixels.dim() - 2))
     mean, deviation = (torch.tensor(values, device=pixels.device).view(shape) for values in (MEAN, DEVIATION))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -59,17 +58,16 @@ class XComposer2Config(ReleasedConfig):
     @property
     def tiles(self) -> bool:
         """Whether images are cut into tiles (4khd)."""
-        return self.generation.layout == "tiles"
+        return self.generation.slicing == "tiles"
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> XComposer2Config:
-        """Read ``folder``/config.json, and the names and shapes of the weights where there are any."""
-        folder = Path(folder)
-        released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = tensor_names(folder) if has_weights(folder) else ()
-        config = cls(released, tensors=tensors, stored_positions=position_rows(folder))
-        config.name_or_path = str(folder)
-        return config
+    def get_config_dict(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """config.json, and the names and shapes of the weights where there are any."""
+        content, unused = super().get_config_dict(name_or_path, *args, **kwargs)
+        folder = Path(name_or_path)
+        if has_weights(folder):
+            content |= {"tensors": tensor_names(folder), "stored_positions": position_rows(folder)}
+        return content, unused
 
 
 def _llm_config(released: dict[str, Any]) -> LlamaConfig:

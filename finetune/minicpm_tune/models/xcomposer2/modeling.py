@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from minicpm_tune.batch import SliceSources
-from minicpm_tune.checkpoints.released_format import SavedAsReleased
+from minicpm_tune.batch import NewFeatures, SliceSources
+from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
+from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.attention import masks_given, packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
-from minicpm_tune.models.tower_features import VisionInput
+from minicpm_tune.models.slices import Grid, VisionInput
 from minicpm_tune.models.xcomposer2.clip_tower import (
     CLIPEmbeddings,
     VisionTower,
@@ -31,7 +32,6 @@ from minicpm_tune.models.xcomposer2.clip_tower import (
     resized_positions,
 )
 from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
-from minicpm_tune.models.xcomposer2.generation import XComposer2GenerateMixin
 from minicpm_tune.models.xcomposer2.internlm2 import ImageTokens, InternLM2Model, keep_partial
 from minicpm_tune.models.xcomposer2.vision import check_bounds, encode_dummy, encode_images
 
@@ -39,11 +39,11 @@ from minicpm_tune.models.xcomposer2.vision import check_bounds, encode_dummy, en
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
 
 
-class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 
     Args:
-        config: Made by ``XComposer2Config.from_folder`` or from a released config.json.
+        config: Made by ``XComposer2Config.from_pretrained``, or from the content of a released config.json.
     """
 
     config_class = XComposer2Config
@@ -123,6 +123,14 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         keep_partial(self.get_submodule(target), module)
         super().set_submodule(target, module, strict)
 
+    def slice_grids(self, count: int) -> list[Grid]:
+        """(rows, columns) in patches of an image; 4khd's as ``count`` - 1 tiles in a row, which need fewest tokens."""
+        return [(self.config.side, self.config.side * (max(count - 1, 1) if self.config.tiles else 1))]
+
+    def slice_tokens(self, grid: Grid) -> int:
+        """Placeholder tokens of an image of ``grid`` patches."""
+        return tile_tokens(grid, self.config.side) if self.config.tiles else grid[0] * grid[1]
+
     def embed(
         self,
         input_ids: Tensor,
@@ -133,7 +141,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         dummy: bool = False,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
-    ) -> tuple[Tensor, ImageTokens | None]:
+    ) -> tuple[Tensor, ImageTokens | None, NewFeatures | None]:
         """Token embeddings with the placeholders replaced by image embeddings.
 
         Args:
@@ -143,11 +151,11 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
             image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
             dummy: Run vision tower, projector and partial LoRA even without an image, so that every
                 rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which images' features are known, see ``batch.SliceSources``; None: none.
+            slice_sources: Which images' features are cached.
             known_features: Those features.
 
         Returns:
-            [B, T, D], and the places of the image tokens.
+            [B, T, D], the places of the image tokens, and the vision tower's features to be cached.
 
         Raises:
             ValueError: When images, placeholders and tokens do not fit each other.
@@ -158,20 +166,20 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         )
         if not grids:
             if not dummy:
-                return embeddings, None
+                return embeddings, None, None
             nothing = encode_dummy(self).to(embeddings.dtype)
             place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
-            return embeddings + nothing, ImageTokens(place, real=False)
+            return embeddings + nothing, ImageTokens(place, real=False), None
         bounds = image_bound.tolist()
         check_bounds(bounds, grids, side=self.config.side, tiles=self.config.tiles)
-        features = encode_images(self, VisionInput(pixel_values, slice_sources, known_features), grids)
+        features, new = encode_images(self, VisionInput(pixel_values, slice_sources, known_features), grids)
         width = input_ids.shape[1]
         places = torch.cat(
             [torch.arange(row * width + start, row * width + end) for row, start, end in bounds]
         )
         places = places.to(embeddings.device, non_blocking=True)
         flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
-        return flat.view_as(embeddings), ImageTokens(places)
+        return flat.view_as(embeddings), ImageTokens(places), new
 
     def forward(
         self,
@@ -185,6 +193,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         supervised: Any = None,
+        on_cpu: Any = None,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
         past_key_values: Any = None,
@@ -208,6 +217,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            on_cpu: Not needed here, see ``batch.Batch``.
             slice_sources: See ``embed``, as the next.
             known_features: See ``embed``.
             past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
@@ -229,7 +239,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
                 past_key_values=past_key_values,
             )  # fmt: skip
         assert input_ids is not None, "a batch has input_ids"
-        embeddings, image = self.embed(
+        embeddings, image, new = self.embed(
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
             dummy=labels is not None, slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
@@ -238,7 +248,7 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         if labels is None:
             return MiniCPMVOutput(logits=self.output(hidden))
         found = supervised_loss(self.output, hidden, labels, supervised)
-        return MiniCPMVOutput.of(found, num_items_in_batch)
+        return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
     def _run_llm(
         self, embeddings: Tensor, image: ImageTokens | None, mask: Tensor | None, position_ids: Tensor | None
@@ -258,6 +268,67 @@ class XComposer2(XComposer2GenerateMixin, ChatMixin, SavedAsReleased, PreTrained
         return CausalLMOutputWithPast(
             logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
         )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        dummy: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Generate from prompts with images, which are encoded once and known as images in the first step.
+
+        Args:
+            input_ids: [B, T] int64, several prompts padded on the LEFT.
+            attention_mask: [B, T], 1 at real tokens; needed when padded.
+            pixel_values: As for ``embed``, as the two that follow.
+            tgt_sizes: See ``embed``.
+            image_bound: See ``embed``.
+            dummy: Run the vision tower even without an image, so that no process waits for another.
+            **options: For ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
+        """
+        embeddings, image, _ = self.embed(
+            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound, dummy=dummy
+        )
+        is_image = None
+        if image is not None:
+            is_image = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+            if image.real:
+                is_image.view(-1)[image.places] = True
+        # A mask, not places: beams repeat what is [B, T].
+        return super().generate(  # type: ignore[misc]
+            inputs_embeds=embeddings, attention_mask=attention_mask, image_mask=is_image, **options
+        )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(  # type: ignore[misc]
+            {k: v for k, v in model_kwargs.items() if k != "image_mask"}
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own, with the image tokens in the first step, which reads the prompt."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if image_mask is not None and inputs.get("inputs_embeds") is not None:
+            places = image_mask.flatten().nonzero()[:, 0]
+            real = bool(places.numel())
+            inputs["image_tokens"] = ImageTokens(places if real else places.new_zeros(1), real)
+        return inputs
 
     def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """All of them; but for the tower's unused norm where the source checkpoint lacks it."""

@@ -1,0 +1,190 @@
+"""The slices of a batch: how they lie side by side, and running the vision tower once on all of them.
+
+With ``--cache_vision_features`` a sample brings the tower's features of the images that were seen before, and the
+pixels of the others alone. Letters: N patches or feature tokens of all slices, S slices, C width of the tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minicpm_tune.batch import NewFeatures, SliceSources
+
+PATCH = 14  # pixels on a patch's side, in every tower
+Grid = tuple[int, int]
+FULL_SLICE: Grid = (32, 32)  # patches of a slice as large as the towers were trained on, 448 pixels
+
+
+class PatchEmbedding(nn.Conv2d):
+    """The stem convolution of a tower, applied to patches that are cut out already.
+
+    Stride and kernel are both the patch side, so the convolution is one linear map per patch.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[..., 3 * 14 * 14] -> [..., C]."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """The slices of a batch, ordered so that those of equal length are neighbors.
+
+    Equal lengths side by side turn attention within slices into a few dense batches (views, no
+    copies) where there is no variable-length kernel.
+
+    Attributes:
+        grids: [S] (rows, columns) in patches, in the layout's order.
+        lengths: [S] tokens per slice, in the layout's order.
+        order: [S] which slice of the batch stands at each place of the layout.
+        samples: [S] number of the sample each slice belongs to, in the layout's order.
+    """
+
+    grids: tuple[Grid, ...]
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    samples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grids: Sequence[Grid], samples: Sequence[int] | None = None) -> SliceLayout:
+        """Order slices given in the batch's order by their length.
+
+        Args:
+            grids: [S] (rows, columns) in patches.
+            samples: [S] sample of each slice; needed only by the 2.5 tower.
+        """
+        order = sorted(range(len(grids)), key=lambda index: grids[index][0] * grids[index][1])
+        ordered = tuple(grids[index] for index in order)
+        return cls(
+            grids=ordered,
+            lengths=tuple(rows * columns for rows, columns in ordered),
+            order=tuple(order),
+            samples=tuple(0 if samples is None else samples[index] for index in order),
+        )
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        """Bring [N, ...] tokens from the batch's order into the layout's."""
+        pieces = tokens.split(self.batch_lengths())
+        return torch.cat([pieces[index] for index in self.order])
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Bring [N, ...] tokens from the layout's order back into the batch's."""
+        pieces = tokens.split(list(self.lengths))
+        return torch.cat([pieces[place] for place in self.places()])
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """[S] indices that bring one entry per slice back into the batch's order."""
+        return torch.tensor(self.places()).to(device, non_blocking=True)
+
+    def in_batch_order(self) -> tuple[list[Grid], list[int]]:
+        """[S] grids and [S] samples, in the batch's order."""
+        places = self.places()
+        return [self.grids[place] for place in places], [self.samples[place] for place in places]
+
+    def batch_lengths(self) -> list[int]:
+        """Tokens per slice, in the batch's order."""
+        return [self.lengths[place] for place in self.places()]
+
+    def places(self) -> list[int]:
+        """[S] where each slice of the batch stands in the layout."""
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+    def padded_per_sample(self, tokens: Tensor) -> tuple[Tensor, SliceLayout, Tensor]:
+        """Pad every slice with zero tokens to the longest of its sample (the 2.5 quirk).
+
+        Returns:
+            The padded tokens, their layout (grids of the real patches), and [N] indices of the real
+            tokens among them.
+        """
+        longest: dict[int, int] = {}
+        for sample, length in zip(self.samples, self.lengths, strict=True):
+            longest[sample] = max(longest.get(sample, 0), length)
+        pieces, kept, start = [], [], 0
+        lengths = tuple(longest[sample] for sample in self.samples)
+        for piece, full in zip(tokens.split(list(self.lengths)), lengths, strict=True):
+            pieces.append(F.pad(piece, (0, 0, 0, full - piece.shape[0])))
+            kept.append(torch.arange(start, start + piece.shape[0]))
+            start += full
+        layout = SliceLayout(self.grids, lengths, self.order, self.samples)
+        return torch.cat(pieces), layout, torch.cat(kept)
+
+
+@dataclass(frozen=True)
+class VisionInput:
+    """What a batch has of its slices.
+
+    Attributes:
+        pixel_values: [3, 14, 14 * patches] uint8, patches of the slices side by side, cached ones left out.
+        sources: Which slices' features are cached; None: none.
+        known_features: [tokens, C] of the cached slices, as the tower gave them.
+    """
+
+    pixel_values: Tensor | None
+    sources: SliceSources | None = None
+    known_features: Tensor | None = None
+
+
+def tower_features(
+    run: Callable[[Tensor | None, SliceLayout], Tensor],
+    vision: VisionInput,
+    layout: SliceLayout,
+    *,
+    tower: nn.Module,
+) -> tuple[Tensor, NewFeatures | None]:
+    """Give the tower's features of all slices, running it only on those that are not cached.
+
+    Args:
+        run: Gives [tokens, C] in the layout's order for pixels and their layout. For None and any layout it
+            runs the tower on a dummy slice, and its result is not used.
+        vision: What there is of the slices.
+        layout: All slices of the batch.
+        tower: The tower's module. Where ZeRO-3 has partitioned it, running it is a collective, and a process
+            without anything to run must take part.
+
+    Returns:
+        [N, C] in the layout's order, and those that can be cached now.
+    """
+    sources, known_features = vision.sources, vision.known_features
+    if sources is None:
+        return run(vision.pixel_values, layout), None
+    grids, samples = layout.in_batch_order()
+    chosen = np.flatnonzero(~sources.known).tolist()
+    found: list[Tensor] = []
+    if chosen:
+        part = SliceLayout.of([grids[index] for index in chosen], [samples[index] for index in chosen])
+        features = run(vision.pixel_values, part)
+        # In 4.6 and 4.7 the tower joins four patches into a token.
+        merged = sum(part.lengths) // features.shape[0]
+        found = list(features.split([length // merged for length in part.lengths]))
+        found = [found[place] for place in part.places()]
+    elif any(hasattr(parameter, "ds_id") for parameter in tower.parameters()):
+        run(None, layout)
+    if known_features is None:
+        pieces = found
+    else:
+        lengths = [
+            rows * columns for (rows, columns), known in zip(grids, sources.known, strict=True) if known
+        ]
+        merged = sum(lengths) // known_features.shape[0]
+        known = iter(known_features.split([length // merged for length in lengths]))
+        new = iter(found)
+        pieces = [next(known) if is_known else next(new) for is_known in sources.known]
+    return torch.cat([pieces[index] for index in layout.order]), _by_picture(found, sources.keys)
+
+
+def _by_picture(slices: list[Tensor], keys: list[tuple[str | None, int]]) -> NewFeatures:
+    rest = iter(slices)
+    return NewFeatures([(key, torch.cat([next(rest) for _ in range(count)]).detach()) for key, count in keys])
+
+
+def to_autocast_dtype(features: Tensor) -> Tensor:
+    """Round features as the layer behind the tower does under autocast; what is cached is then half as large."""
+    device = features.device.type
+    autocast = not features.is_meta and torch.is_autocast_enabled(device)
+    return features.to(torch.get_autocast_dtype(device)) if autocast else features
