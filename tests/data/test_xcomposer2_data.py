@@ -11,14 +11,14 @@ from minicpm_tune.data.slicing.image_rules import RulesError
 from minicpm_tune.data.slicing.xcomposer2 import TileRules
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
-from minicpm_tune.models.xcomposer2.clip_tower import normalised
+from minicpm_tune.models.xcomposer2.clip_tower import normalized
 from minicpm_tune.models.xcomposer2.vision import as_image
 from support.data_helpers import chat, processing
 from support.data_helpers import turns_of as read_turns
 from support.xcomposer2_cases import THREE, about, arrays, golden_images, rules, turns_of
 
 END, NEWLINE, EOS = 574, 561, 2  # [UNUSED_TOKEN_145], "\n", </s> of the small tokenizer
-PIXEL_TOLERANCE = 1e-6  # 0: the same uint8 values, normalised in fp32
+PIXEL_TOLERANCE = 1e-6  # 0: the same uint8 values, normalized in fp32
 # Cases in which the released training code writes what its own inference does not.
 NOT_AS_INFERENCE = ("sys", "noph")
 CASES = [(name, case) for name in THREE for case in about(name)["cases"] if case not in NOT_AS_INFERENCE]
@@ -139,7 +139,7 @@ def test_pixels_equal_the_released_ones(name, case):
     for number, (rows, columns) in enumerate(sample["tgt_sizes"].tolist()):
         end = start + 14 * rows * columns
         strip = sample["pixel_values"][:, :, start:end]
-        found = normalised(as_image(strip, rows, columns)[None], torch.float32)[0]
+        found = normalized(as_image(strip, rows, columns)[None], torch.float32)[0]
         expected = arrays(name)[f"{case}.0.pix{number}_sub"]
         assert list(found.shape) == about(name)["cases"][case]["rows"][0]["images"][number]["pixel_shape"]
         assert np.abs(found[:, ::24, ::24].numpy() - expected).max() < PIXEL_TOLERANCE
