@@ -172,7 +172,10 @@ def test_a_stream_that_fails_fails_for_its_reader():
 
 
 def test_a_reader_who_leaves_a_stream_stops_it():
-    pieces = asking("v2_6").chat(None, QUESTION, stream=True, sampling=False, max_new_tokens=4000)
+    model, steps, most = asking("v2_6"), [], 500
+    counter = model.llm.register_forward_hook(lambda *_: steps.append(1))
+    length = {"min_new_tokens": most, "max_new_tokens": most}
+    pieces = model.chat(None, QUESTION, stream=True, sampling=False, **length)
     next(pieces)
     pieces.close()  # would take minutes otherwise
 
