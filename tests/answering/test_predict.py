@@ -159,15 +159,15 @@ def test_several_processes_write_the_lines_of_one(data, tmp_path):
 def test_an_output_of_other_settings_is_not_continued(data, tmp_path):
     output = tmp_path / "out.jsonl"
     run(data, output, "--limit", 1)
-    with pytest.raises(PredictionFileError, match=r"written with max_new_tokens 6, now it is 7"):
+    with pytest.raises(PredictionFileError, match=r"written with max_new_tokens 6, but now it is 7"):
         run(data, output, "--max_new_tokens", 7)
     assert len(run(data, output, "--max_new_tokens", 7, "--limit", 2, "--overwrite", "true")) == 2
     (tmp_path / "out.jsonl.summary.json").unlink()
-    with pytest.raises(PredictionFileError, match="it is not known what wrote it"):
+    with pytest.raises(PredictionFileError, match="so nobody can tell which model wrote it"):
         run(data, output)
     output.write_text('{"row": 1}\nnonsense\n')
     (tmp_path / "out.jsonl.summary.json").write_text('{"settings": {}}')
-    with pytest.raises(PredictionFileError, match="line 2 is no prediction"):
+    with pytest.raises(PredictionFileError, match="line 2 is not a prediction"):
         PredictionFile(output).prepare({}, overwrite=False)
 
 

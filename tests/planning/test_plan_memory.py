@@ -35,7 +35,7 @@ OFFICIAL_TABLE = {"lora": {2: 14.4, 4: 13.6, 8: 13.1}, "full": {2: 16.0, 4: 15.8
 
 def real_model(generation, folder, training):
     """The planned model with weights, on the CPU."""
-    base = model = load_model(folder, dtype=torch.float32)
+    base = model = load_model(folder, generation, dtype=torch.float32)
     if training.method == "full":
         freeze(model, generation, vision=training.tune_vision, resampler=True, llm=True)
     else:
@@ -259,7 +259,7 @@ def test_the_command_prints_parts_that_add_up(tmp_path):
     first, *lines = finished.stdout.splitlines()
     assert first == "MiniCPM-V 2.6, qlora, bf16: GiB per GPU (GPUs: 1)"
     assert lines.pop().strip().endswith("is fitted to the official table, not measured.")
-    assert "in the CPUs' memory" in lines.pop()
+    assert "RAM of the machine, for all GPUs together" in lines.pop()
     values = {line.rsplit(maxsplit=1)[0].strip(): float(line.rsplit(maxsplit=1)[1]) for line in lines}
     total = values.pop("total")
     assert {"surcharge", "gathered weights"} <= values.keys()

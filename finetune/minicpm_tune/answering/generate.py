@@ -1,7 +1,6 @@
 """How a model answers: prompts -> a batch padded on the left -> new tokens -> texts.
 
-Generation uses the key/value cache of transformers' ``generate``. Letters: B prompts, T tokens of the
-longest prompt.
+Generation itself, with its key/value cache, is transformers' ``generate``.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from minicpm_tune.batch import Sample
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import Processing
 
-# Ends of a text besides the generation's own turn end, as the released code's terminators have them.
+# What ends a text besides the generation's own turn end; the terminators of the released code.
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-# The released chat's two ways to answer; ``sampling=True`` is its default.
+# The two ways in which the released chat answers; its default is ``sampling=True``.
 RELEASED_SAMPLING = {
     "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05,
 }  # fmt: skip
@@ -47,7 +46,7 @@ def generation_options(values: Namespace) -> dict[str, Any]:
 
 
 def stop_ids(processing: Processing) -> list[int]:
-    """The tokens that end an answer: the generation's turn end, and the ends of a text it knows.
+    """The tokens that end an answer: the generation's turn end, and the ends of a text in its vocabulary.
 
     Example:
         A MiniCPM-V 2.6 checkpoint gives the ids of ``<|im_end|>`` and ``<|endoftext|>``.
@@ -73,8 +72,8 @@ def answer(
         model: A model of any generation, with or without an adapter.
         processing: The checkpoint's ``Processing``.
         samples: The prompts, from ``Processing.encode_prompt``.
-        streamer: Gets the tokens as they come; one prompt, no beams.
-        synced: Other processes hold parts of the weights (ZeRO-3) and must run as many steps.
+        streamer: Gets the tokens as they come; needs a single prompt and no beams.
+        synced: Whether other processes hold parts of the weights (ZeRO-3), so that all must run equally many steps.
         **options: transformers' generation options: ``max_new_tokens``, ``do_sample``, ``top_p``, ...
 
     Returns:
@@ -86,6 +85,7 @@ def answer(
     batch: dict[str, Any] = {
         **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
     }
+    width = batch["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "pixel_values"):
         batch[name] = batch[name].to(model.device)
     if synced:
@@ -96,11 +96,13 @@ def answer(
         found = model.generate(
             **batch, eos_token_id=stops, pad_token_id=stops[0], streamer=streamer, **options
         )
-    return [decoded(row, tokenizer, stops) for row in found.tolist()]
+    if processing.generation.native:
+        found = found[:, width:]  # transformers' own classes give the prompt too
+    return [decode(row, tokenizer, stops) for row in found.tolist()]
 
 
-def decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> str:
-    """The text of new tokens up to the first that ends it; marks such as ``<box>`` stay in it."""
+def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> str:
+    """The text of new tokens up to the first stop token; marks such as ``<box>`` stay in it."""
     end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
     return _text(tokenizer, ids[:end]).strip()
 
@@ -110,10 +112,10 @@ def _text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
 
 
 class TextPieces(BaseStreamer):
-    """Turns the tokens of one answer into pieces of text, none of which is changed later.
+    """Turns the tokens of one answer into pieces of text that never change later.
 
-    The pieces joined are the answer: white space at its two ends is left out, and a character is
-    given when all its bytes are there.
+    Joined, the pieces are the answer, without white space at its ends. A character comes when all its bytes are
+    there.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
@@ -125,7 +127,9 @@ class TextPieces(BaseStreamer):
         self.tokenizer, self.stops, self.give = tokenizer, set(stops), give
         self.ids: list[int] = []
         self._prompt_seen = self._ended = False
-        self._start = self._shown = 0  # tokens in front of _shown are given; _start gives them context
+        self._start = self._shown = (
+            0  # tokens before _shown are given; those from _start on are their context
+        )
         self._held = ""
         self._any = False
 
@@ -163,7 +167,7 @@ class TextPieces(BaseStreamer):
 
 
 def stream(model: Any, processing: Processing, sample: Sample, **options: Any) -> Iterator[str]:
-    """Give an answer piece by piece while it is generated, in another thread.
+    """Give an answer piece by piece, while another thread generates it.
 
     Args:
         model: As for ``answer``.

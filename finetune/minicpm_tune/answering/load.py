@@ -1,4 +1,4 @@
-"""A model ready to answer: checkpoint, adapter, device and precision put together."""
+"""A model ready to answer: checkpoint, adapter, device and precision."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from typing import Any
 
 import torch
 
-from minicpm_tune.checkpoints.model_folder import resolve_model_folder, stored_dtype
+from minicpm_tune.checkpoints.model_folder import stored_dtype
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
-from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.loading import load_model, resolve_model_folder
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.hardware import best_precision
 
 logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Above this size of its files a checkpoint stays in 16 bit on a CPU too, in bytes.
+# A checkpoint whose files are larger than this, in bytes, stays in 16 bit on a CPU too.
 _SMALL_CHECKPOINT = 2**31
 
 
 class InferenceError(UserError):
-    """A wish for a model that can't be served; the message says what to change."""
+    """A model that can't be loaded as asked."""
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is asked, and how it is held; the names are those of the flags.
+    """Which model answers, and how it is loaded; the names are those of the flags.
 
     Attributes:
-        model_name_or_path: A checkpoint's folder or hub id; None takes the adapter's base. An adapter's
-            folder is understood too.
+        model_name_or_path: A checkpoint's folder or Hub id, or an adapter's folder; None takes the base of
+            ``adapter``.
         adapter: Folder of an adapter, or None.
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         device: ``auto`` or a torch device.
-        load_4bit: Whether the LLM is held in 4 bit.
+        load_4bit: Whether the LLM is loaded in 4 bit.
         attn_implementation: transformers' attention for the LLM.
-        cache_dir: Where hub checkpoints are kept.
+        cache_dir: Where checkpoints from the Hub are kept.
         max_slice_nums: Most slices an image is cut into; None takes the checkpoint's.
         video_fps: Frames taken per second of video; None takes the generation's.
         max_num_frames: Most frames of a video; None takes the generation's.
-        enable_thinking: Whether the model is to think first.
-        allow_other_base: Whether the adapter may be put on a model it was not trained on.
+        enable_thinking: Whether the model thinks first.
+        allow_other_base: Whether the adapter may go on a model it was not trained on.
     """
 
     model_name_or_path: str | None = None
@@ -83,14 +83,14 @@ def resolve_base(
     name = model_name_or_path or (found.base_name if found else "")
     if not name:
         raise InferenceError(
-            "no model is given, expected --model_name_or_path (or an --adapter that names its base). Add it."
+            "no model is given, expected --model_name_or_path, or an --adapter that names its base. Add one of them."
         )
     return resolve_model_folder(name, cache_dir=cache_dir), found
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model's files, looked at but not loaded.
+    """A model's files, examined but not loaded.
 
     Attributes:
         folder: The base model's folder.
@@ -104,10 +104,10 @@ class FoundModel:
 
 
 def find_model(choice: ModelChoice) -> FoundModel:
-    """Find a model's files, and see that they belong together.
+    """Find a model's files, and check that they belong together.
 
     Raises:
-        InferenceError: When no model is named, or it can't think as wished.
+        InferenceError: When no model is named, or ``enable_thinking`` is set for one without a thinking mode.
         AdapterError: When the adapter belongs to another model.
     """
     folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
@@ -131,14 +131,14 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
     """Load a model, with its adapter, ready to answer.
 
     Args:
-        choice: Which model, and how it is held.
-        found: Its files, if they were looked for already.
+        choice: Which model, and how it is loaded.
+        found: Its files, when ``find_model`` has found them already.
 
     Returns:
         The model in eval mode on its device, and the checkpoint's ``Processing``.
 
     Raises:
-        InferenceError: When the device is not there.
+        InferenceError: When there is no such device.
         AdapterError: When the adapter does not fit.
     """
     found = found or find_model(choice)
@@ -146,10 +146,11 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
     device = choose_device(choice.device)
     model: Any = load_model(
         found.folder,
+        generation,
         dtype=choose_dtype(choice.dtype, found.folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
-        # Straight to the GPU: quantised layers can't all be moved later, and the CPU need not hold the model.
+        # Straight to the GPU: quantized layers can't all move later, and RAM need not hold the model.
         **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )
     if adapter is not None:
@@ -163,35 +164,35 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
     return model.eval(), found.processing
 
 
-def choose_device(wish: str) -> torch.device:
-    """The wished device; ``auto``: this process's GPU, else the CPU.
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is this process's GPU, or the CPU where there is none.
 
     Raises:
-        InferenceError: When it is not there.
+        InferenceError: When there is no such device.
     """
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(wish)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InferenceError(
-            f"--device {wish}: found no such kind, expected auto, cpu, cuda or cuda:N."
+            f"--device {name}: no such device, expected auto, cpu, cuda or cuda:N. Choose one of them."
         ) from error
     if device.type == "cuda":
         index = local_rank() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise InferenceError(
-                f"--device {wish}: found {torch.cuda.device_count()} GPUs, expected more than {index}. Use "
-                "--device cpu."
+                f"--device {name}: found {torch.cuda.device_count()} GPUs, expected at least {index + 1}. Use --device "
+                "cpu, or a lower number."
             )
         device = torch.device("cuda", index)
     return device
 
 
-def choose_dtype(wish: str, folder: Path, device: torch.device) -> torch.dtype:
-    """The wished precision; ``auto``: what suits the device and the size of the checkpoint."""
-    if wish != "auto":
-        return DTYPE_NAMES[wish]
+def choose_dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
+    """The precision of that name; ``auto`` is what suits the device and the size of the checkpoint."""
+    if name != "auto":
+        return DTYPE_NAMES[name]
     stored = stored_dtype(folder)
     if stored == torch.float32:
         return stored

@@ -1,6 +1,6 @@
-"""How well an answer fits the one expected: exact match, ANLS, ROUGE-L.
+"""How well an answer matches the expected one: exact match, ANLS, ROUGE-L.
 
-Every metric is a number from 0 to 1 for one answer; a data set's is their mean.
+Every metric gives one answer a number from 0 to 1; a data set gets their mean.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 ANLS_THRESHOLD = 0.5
-# Text before an answer in which a model thought (V-4.5 and later); the opening tag may stand in the prompt.
+# What a model thought before its answer (V-4.5 and later); the opening tag may be part of the prompt.
 _THOUGHTS = re.compile(r"\A.*</think>\s*", re.DOTALL)
 # Scripts without spaces between words: every character is a word. Else a run of letters and digits is one.
 _WORDS = re.compile(
@@ -30,7 +30,7 @@ def without_thoughts(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 when the two texts are the same but for white space, else 0.
+    """1 when the two texts differ in white space at most, else 0.
 
     Example:
         >>> exact_match(" two  cats", "two cats"), exact_match("Two cats", "two cats")
@@ -40,7 +40,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def anls(prediction: str, answer: str) -> float:
-    """Average normalised Levenshtein similarity of one answer: small slips count a little, others fully.
+    """Average normalized Levenshtein similarity (ANLS) of one answer: small slips cost little, larger ones all.
 
     1 - edits / length of the longer text, or 0 when that is below one half; case does not count.
 

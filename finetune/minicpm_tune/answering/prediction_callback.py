@@ -1,7 +1,7 @@
-"""Answers to a few evaluation rows during training: metrics, and examples to look at in TensorBoard.
+"""``--predict_with_generate``: answers to a few evaluation rows during training, as metrics and in TensorBoard.
 
-Attached with ``trainer.add_callback(PredictionCallback(...))``; runs at every evaluation, before the best
-checkpoint is chosen, so that ``--metric_for_best_model eval_anls`` works.
+The callback runs at every evaluation, before the best checkpoint is chosen, so that ``--metric_for_best_model
+eval_anls`` works.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PICTURE_SIDE = 448  # longest side of a shown picture, in pixels
 class PredictionCallback(TrainerCallback):
     """Lets the model answer evaluation rows at every evaluation.
 
-    The rows are shared out among the processes. Under ZeRO-3, where every step needs all of them, each
-    process runs the same number of batches and steps.
+    The processes share the rows. Under ZeRO-3, where every step needs all processes, each runs the same number of
+    batches and steps.
 
     Args:
         trainer: The trainer; its model answers.
         rows: The evaluation rows, as questions.
         samples: How many of them are answered, spread evenly over the file.
-        batch_size: Rows at once on each process.
+        batch_size: Rows that each process answers at once.
         max_new_tokens: Longest answer, in tokens.
     """
 
@@ -68,12 +68,12 @@ class PredictionCallback(TrainerCallback):
             self._show(lines, step=state.global_step)
 
     def answers(self) -> list[dict[str, Any]]:
-        """Answer the rows on all processes; every process gets all lines, in the order of the rows."""
+        """Answer the rows on all processes; each gets all lines, in the order of the rows."""
         world, rank = self.trainer.args.world_size, self.trainer.args.process_index
         mine = self.indices[rank::world]
         synced = is_deepspeed_zero3_enabled()
         if synced and self.indices:
-            # Ranks with fewer rows answer some of theirs again; the answers are dropped below.
+            # Ranks with fewer rows answer some of theirs again; those answers are dropped below.
             most = len(self.indices[::world])
             mine = (mine or self.indices[:1]) * most
             mine = mine[:most]
@@ -89,7 +89,7 @@ class PredictionCallback(TrainerCallback):
 
     @contextmanager
     def _ready_to_answer(self) -> Iterator[Any]:
-        """The model in eval mode and in the run's precision; its mode is put back at the end."""
+        """The model in eval mode and in the run's precision; its mode is restored at the end."""
         model: Any = self.trainer.model
         was_training = model.training
         model.eval()
@@ -100,7 +100,7 @@ class PredictionCallback(TrainerCallback):
             model.train(was_training)
 
     def _show(self, lines: Sequence[dict[str, Any]], *, step: int) -> None:
-        """Write a few rows with their first picture to TensorBoard."""
+        """Show a few rows with their first picture in TensorBoard."""
         writer = next(
             (
                 callback.tb_writer
@@ -124,7 +124,7 @@ def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _as_text(line: dict[str, Any]) -> str:
-    """Markdown, as TensorBoard renders it; the texts are set as code, so that none of them is markup."""
+    """Markdown for TensorBoard, the texts set as code, so that none of them acts as markup."""
     parts = [
         f"**{name}**\n\n{_code(line[name])}" for name in ("question", "answer", "prediction") if line[name]
     ]

@@ -1,7 +1,7 @@
-"""The output file of a batch prediction: one JSON object per line, written so that a stopped run can go on.
+"""The output file of a batch prediction: one JSON object per line, written so that a stopped run can continue.
 
-One process appends to the file itself. Of several each appends to a part of its own; the parts are put
-together, in the order of the rows, when all have ended, or when the next run starts.
+A single process appends to the file itself. Of several, each appends to a part of its own; the parts are joined, in
+the order of the rows, when all have ended, or when the next run starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Line = dict[str, Any]
 
 
 class PredictionFileError(UserError):
-    """An output file that belongs to another run; the message says what to do."""
+    """An output file that belongs to another run, or can't be written."""
 
 
 class PredictionFile:
@@ -38,22 +38,22 @@ class PredictionFile:
 
     @property
     def settings_path(self) -> Path:
-        """Where the run's settings and, at its end, its scores are kept."""
+        """Where the run's settings are kept, and its scores when it has ended."""
         return self.path.with_name(self.path.name + ".summary.json")
 
     def prepare(self, settings: Line, *, overwrite: bool) -> None:
-        """Make ready to go on, by one process before any other reads: join parts, drop a half-written line.
+        """Join the parts of a stopped run and drop a half-written line; one process does so before any other reads.
 
         Args:
             settings: What decides the answers: model, data, options.
-            overwrite: Start over.
+            overwrite: Whether to start over.
 
         Raises:
             PredictionFileError: When the file was written with other settings, or can't be written.
         """
         if self.path.is_dir():
             raise PredictionFileError(
-                f"--output {self.path}: found a folder, expected a file to write. Name one in it."
+                f"--output {self.path}: found a folder, expected a file to write. Name a file in it."
             )
         with self.writing():
             self._prepare(settings, overwrite=overwrite)
@@ -63,15 +63,15 @@ class PredictionFile:
         """Turn the system's refusal to write into a message.
 
         Raises:
-            PredictionFileError: With the system's reason; the rows written so far stay.
+            PredictionFileError: With the system's reason; the lines written so far stay.
         """
         try:
             yield
         except OSError as error:
             reason, _ = system_reason(error, self.path.parent)
             raise PredictionFileError(
-                f"--output {self.path}: it can't be written: {reason}. Free space, or give a file where you may write; "
-                "the same command goes on with the rows that are not answered yet."
+                f"--output {self.path}: can't be written: {reason}. Free some space, or name a file in a folder you "
+                "may write to. The same command then continues with the rows that are not answered yet."
             ) from error
 
     def _prepare(self, settings: Line, *, overwrite: bool) -> None:
@@ -91,31 +91,31 @@ class PredictionFile:
     def _check(self, settings: Line) -> None:
         if not self.settings_path.is_file():
             raise PredictionFileError(
-                f"--output {self.path}: the file is there, but not {self.settings_path.name}, so it is not "
-                "known what wrote it. Give another file, or start over with --overwrite true."
+                f"--output {self.path}: the file exists, but {self.settings_path.name} does not, so nobody can tell "
+                "which model wrote it. Name another file, or start over with --overwrite true."
             )
         known = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
         changed = [name for name in settings if known.get(name) != settings[name]]
         if changed:
             name = changed[0]
             raise PredictionFileError(
-                f"--output {self.path}: it was written with {name} {known.get(name)!r}, now it is "
-                f"{settings[name]!r}. Give another file, or start over with --overwrite true."
+                f"--output {self.path}: the lines in it were written with {name} {known.get(name)!r}, but now it is "
+                f"{settings[name]!r}. Name another file, or start over with --overwrite true."
             )
 
     def done(self) -> list[Line]:
-        """The lines that are written already."""
+        """The lines written so far."""
         return read_lines(self.path)
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Write lines, and see them on the disk."""
+        """Write lines, and wait until they are on the disk."""
         with self.writing(), self.own.open("a", encoding="utf-8") as file:
             file.writelines(_dump(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, scores: Line) -> list[Line]:
-        """Join the parts, by one process after all have written, and keep the scores; give all lines."""
+        """Join the parts and keep the scores; one process does so after all have written. Returns all lines."""
         lines = [line for path in (self.path, *self._parts()) for line in read_lines(path)]
         lines.sort(key=lambda line: line["row"])
         if self.world > 1:
@@ -136,31 +136,29 @@ class PredictionFile:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a file; a last line that was cut off in writing is left out.
+    """The complete lines of a file; a half-written last line is left out.
 
     Raises:
-        PredictionFileError: When a line in the middle is no prediction.
+        PredictionFileError: When another line is not a prediction.
     """
     if not path.is_file():
         return []
     lines = []
-    pieces = path.read_bytes().split(b"\n")
-    for number, piece in enumerate(
-        pieces[:-1], start=1
-    ):  # behind the last newline stands nothing, or half a line
+    *whole, _ = path.read_bytes().split(b"\n")  # what follows the last newline is nothing, or half a line
+    for number, piece in enumerate(whole, start=1):
         try:
             line = json.loads(piece)
             lines.append({**line, "row": int(line["row"])})
         except (ValueError, KeyError, TypeError) as error:
             raise PredictionFileError(
-                f"{path}: line {number} is no prediction ({error!r}), expected a JSON object with 'row'. "
-                "Give another --output, or start over with --overwrite true."
+                f"{path}: line {number} is not a prediction ({error!r}), expected a JSON object with 'row'. Name "
+                "another --output, or start over with --overwrite true."
             ) from error
     return lines
 
 
 def write_whole(path: Path, lines: Iterable[Line]) -> None:
-    """Write a file under another name first, so that it is never there by half."""
+    """Write a file under another name first, so that nobody ever finds half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(_dump(line) + "\n" for line in lines), encoding="utf-8")
     partial.replace(path)
