@@ -308,6 +308,17 @@ def test_missing_tensors_in_a_saved_model_are_noticed(tmp_path):
         check_saved(tmp_path / "saved", checkpoint("v2_6"), taller=False)
 
 
+def test_a_base_with_a_surplus_copy_of_its_tied_output_layer_can_be_merged_into(tmp_path):
+    base = copied(checkpoint("v4_6"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(saved_adapter(tmp_path / "adapter", "v4_6", base=base), "v4_6")
+    run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert "lm_head.weight" not in tensor_names(tmp_path / "merged")
+    assert (logits(loaded(tmp_path / "merged", "v4_6"), "v4_6") - expected).abs().max() < LOGIT_TOLERANCE
+
+
 def test_an_adapter_without_a_record_has_none(tmp_path):
     saved_adapter(tmp_path / "adapter", "v2_6", complete=False)
     assert read_fingerprint(tmp_path / "adapter") is None

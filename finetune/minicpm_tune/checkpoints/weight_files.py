@@ -66,7 +66,7 @@ def _shard_names(index: Path) -> list[str]:
     """The files that an index names; names that lead out of the folder would read any file of this machine."""
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
-        if Path(name).name != name or "\\" in name:
+        if name in (".", "..") or "/" in name or "\\" in name:
             raise WeightFileError(
                 f"{index}: found the shard name {name!r}, expected a file name without a folder. Download the model "
                 "again, from a source that you trust."
