@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.logs import silence_libraries
-from minicpm_tune.settings.help_page import show_help_when_asked
+from minicpm_tune.settings.command_line import answer_or_check
 from minicpm_tune.training.stop_signals import end_at_interrupt
 
 if __name__ == "__main__":
-    # Before the imports below: torch and transformers take seconds, which --help need not wait for and in which
-    # Ctrl-C may come.
-    show_help_when_asked(sys.argv[1:])
+    # Before the imports below: torch and transformers take seconds, which --help and a mistake need not wait for and
+    # in which Ctrl-C may come.
     end_at_interrupt()
+    answer_or_check(sys.argv[1:])
     silence_libraries()
 
 from transformers import PreTrainedModel, set_seed

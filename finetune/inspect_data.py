@@ -16,8 +16,8 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from minicpm_tune.settings.command_flags import CommandParser, add_switch
+from minicpm_tune.settings.command_line import flag_names
 from minicpm_tune.settings.data_arguments import DataFlags
-from minicpm_tune.settings.help_page import flag_names
 from minicpm_tune.training.process_lifecycle import run_command
 
 

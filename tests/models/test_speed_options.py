@@ -13,7 +13,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import SpeedOptionError, apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import parse_arguments
-from minicpm_tune.settings.checks import UsageError, optimizer_problems
+from minicpm_tune.settings.checks import UsageError
 from support import finetune_runs, processes
 from support.golden_models import full_batch, golden_model
 from support.paths import SUPPORT
@@ -89,24 +89,6 @@ def test_liger_kernels_give_the_losses_without():
     expected = model(**batch).loss.item()
     apply_liger(model, SimpleNamespace(use_liger_kernel=True))
     assert model(**batch).loss.item() == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit"]
-)
-def test_optimizers_that_run_here_are_not_refused(name):
-    assert list(optimizer_problems(name)) == []
-
-
-def test_an_optimizer_that_is_not_there_is_named_with_what_it_needs():
-    (problem,) = optimizer_problems("adam_w8bit")
-    assert problem.endswith("Did you mean adamw_8bit?")
-    (problem,) = optimizer_problems("muon")
-    assert "no such optimizer" in problem
-    (problem,) = optimizer_problems("galore_adamw_8bit")
-    assert "pip install galore-torch" in problem
-    (problem,) = optimizer_problems("adamw_torch_8bit")
-    assert "pip install torchao" in problem
 
 
 def test_compiling_is_refused_with_the_reason(tmp_path):

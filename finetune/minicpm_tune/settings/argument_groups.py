@@ -243,6 +243,21 @@ class RunOptions:
         default="adamw_torch",
         metadata={"help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ..."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations in a row without an improvement of --metric_for_best_model "
+            "(eval_loss unless set). --load_best_model_at_end true ends with the best model instead of the last."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Smaller changes are no improvement, with --early_stopping_patience."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Must stay false: ResilientTrainer handles losses that are not finite."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: a row holds more than the model's text."}
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib.util
 import logging
 import os
-import re
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 from minicpm_tune import output_folder, processes
 from minicpm_tune.settings.argument_groups import (
@@ -24,23 +23,14 @@ from minicpm_tune.settings.argument_groups import (
     RunOptions,
     TuningOptions,
 )
-from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
+from minicpm_tune.settings.checks import UsageError, raise_problems
+from minicpm_tune.settings.command_line import read_command_line
 from minicpm_tune.settings.deepspeed_setup import (
     drop_automatic_scheduler,
     read_deepspeed_config,
     start_on_cpu,
 )
-from minicpm_tune.settings.hardware import apply_settings, data_workers, has_accelerator
-from minicpm_tune.settings.legacy_flags import LegacyFlagError, translate
-
-__all__ = [
-    "DataArguments",
-    "LoraArguments",
-    "ModelArguments",
-    "TrainingArguments",
-    "UsageError",
-    "parse_arguments",
-]
+from minicpm_tune.settings.hardware import accelerator_count, apply_settings, data_workers, has_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +65,17 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         self.dataloader_pin_memory &= not self.use_cpu
         self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
+        if self.metric_for_best_model is None and (
+            self.early_stopping_patience is not None or self.save_strategy == "best"
+        ):
+            self.metric_for_best_model = "loss"
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false", ""):
+            self.fsdp = self.fsdp.lower() == "true"
         if isinstance(self.deepspeed, str):
             self._read_deepspeed(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
             self.ddp_find_unused_parameters = False
-        # Trainer's filter hides losses that are not finite, and waits for the device after every batch to do so;
-        # ResilientTrainer looks once per step, and does not apply such a step.
-        self.logging_nan_inf_filter = False
         super().__post_init__()
         # What was asked for; speed_options takes it over from Trainer and clears the flag.
         self.checkpoints_llm = bool(self.gradient_checkpointing)
@@ -149,17 +142,8 @@ class Arguments(NamedTuple):
     lora: LoraArguments
 
 
-class _Parser(HfArgumentParser):
-    """Raises instead of printing the usage of two hundred flags and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into ours: without its list of spellings."""
-        text = re.sub(r"argument (--[\w-]+)\S*:", r"\1:", message)
-        raise UsageError(f"{text}. finetune.py --help lists every argument.")
-
-
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Parse and check a command line.
+    """Read and check a command line.
 
     Args:
         argv: The words after the script's name; flags of the official guides included.
@@ -170,50 +154,58 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Raises:
         UsageError: With every problem that can be seen without the model.
     """
-    try:
-        translation = translate(argv)
-    except LegacyFlagError as error:
-        raise UsageError(str(error)) from error
-    # Full names only: with abbreviations a misspelt flag may be taken for another.
-    groups: Any = [ModelArguments, DataArguments, TrainingArguments, LoraArguments]
-    parser = _Parser(groups, add_help=False, allow_abbrev=False)
-    values, unknown = parser.parse_known_args(translation.argv)
-    raise_problems(_unknown_flags(unknown, _flag_names(parser)))
-    model, data, lora = (_pick(group, values) for group in (ModelArguments, DataArguments, LoraArguments))
-    check_arguments(model, data, Namespace(**_values_of(TrainingArguments, values)), lora)
-    os.environ.update(translation.environment)
-    for note in translation.notes:
+    line = read_command_line(argv)
+    raise_problems([*hardware_problems(line.model, line.training)])
+    os.environ.update(line.environment)
+    for note in line.notes:
         _note(note)
-    if values.do_train is None:
-        values.do_train = bool(data.data_path)
-    return Arguments(model, data, _pick(TrainingArguments, values), lora)
+    if line.training.do_train is None:
+        line.training.do_train = bool(line.data.data_path)
+    try:
+        training = TrainingArguments(**vars(line.training))
+    except ValueError as error:  # what the checks above don't know of
+        raise UsageError(f"transformers refuses these arguments: {error}") from error
+    return Arguments(line.model, line.data, training, line.lora)
+
+
+def hardware_problems(model: ModelArguments, training: Namespace) -> Iterator[str]:
+    """What is wrong with a command line on this machine."""
+    accelerators = 0 if training.use_cpu else accelerator_count()
+    started = processes.local_world_size()
+    if accelerators and started > accelerators:
+        yield (
+            f"{started} processes were started, but this machine has {accelerators} GPUs. "
+            f"Set GPUS_PER_NODE={accelerators} (or less)."
+        )
+    for flag in ("fp16", "fp16_full_eval", "tf32"):
+        if getattr(training, flag) and not accelerators:
+            yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false."
+    if training.ddp_backend not in (None, "nccl", "gloo") or (
+        training.ddp_backend == "nccl" and not accelerators
+    ):
+        yield f"--ddp_backend {training.ddp_backend} does not work on this machine. Leave it out."
+    yield from _process_problems(training, accelerators)
+    if model.attn_implementation == "flash_attention_2":
+        if not accelerators:
+            yield "--attn_implementation flash_attention_2 needs a GPU. Use sdpa, the default."
+        elif importlib.util.find_spec("flash_attn") is None:
+            yield (
+                "--attn_implementation flash_attention_2 needs the flash-attn package: "
+                "pip install flash-attn, or use sdpa, the default."
+            )
+
+
+def _process_problems(training: Namespace, accelerators: int) -> Iterator[str]:
+    """The same for what depends on the number of processes."""
+    if training.fsdp not in (None, "", "false") and processes.world_size() < 2:
+        yield "--fsdp divides the model among several processes, and one was started. Leave it out, or start more."
+    workers = training.dataloader_num_workers
+    if (data_workers(accelerator=bool(accelerators)) if workers is None else workers) == 0:
+        for flag in ("dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
+            if getattr(training, flag) is not None:
+                yield f"--{flag} is about processes that load data, and there are none: add --dataloader_num_workers 2."
 
 
 def _note(text: str | None) -> None:
     if text is not None and processes.rank() == 0:
         logger.info(text)
-
-
-def _values_of(group: type, values: Namespace) -> dict[str, Any]:
-    return {item.name: getattr(values, item.name) for item in fields(group) if item.init}
-
-
-def _pick(group: type, values: Namespace) -> Any:
-    return group(**_values_of(group, values))
-
-
-def _flag_names(parser: HfArgumentParser) -> list[str]:
-    return [name for name in parser._option_string_actions if "_" in name or "-" not in name[2:]]
-
-
-def _unknown_flags(words: list[str], known: list[str]) -> list[str]:
-    """One problem per word that no argument took, with the nearest flag."""
-    problems = []
-    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for flag in flags:
-        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-        advice = f"Did you mean {near[0]}?" if near else "finetune.py --help lists every argument."
-        problems.append(f"unknown argument {flag}. {advice}")
-    if not flags:
-        problems = [f"{word!r} belongs to no argument. Arguments start with --." for word in words]
-    return problems

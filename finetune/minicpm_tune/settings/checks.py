@@ -5,8 +5,6 @@ All problems are collected and raised once, before weights are loaded or process
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import math
 import os
 import re
@@ -17,10 +15,9 @@ from pathlib import Path
 from minicpm_tune import output_folder
 from minicpm_tune.data.files.mixtures import missing_sources
 from minicpm_tune.errors import UserError
-from minicpm_tune.processes import local_world_size
 from minicpm_tune.settings.argument_groups import DataArguments, LoraArguments, ModelArguments
 from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_deepspeed_config
-from minicpm_tune.settings.hardware import accelerator_count
+from minicpm_tune.settings.trainer_checks import trainer_problems
 
 _AT_LEAST_ONE = (
     "model_max_length",
@@ -61,10 +58,8 @@ def check_arguments(
         *_numbers(training, lora),
         *_model_folder(model),
         *_data_files(data, training),
-        *_hardware(model, training),
-        *_no_effect_here(training),
         *_vision_cache(training),
-        *optimizer_problems(training.optim),
+        *trainer_problems(training),
         *_deepspeed(training),
         *_output_folder(training),
     ]
@@ -201,47 +196,6 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
         yield f"--image_folder: there is no folder {data.image_folder!r}."
 
 
-def _hardware(model: ModelArguments, training: Namespace) -> Iterator[str]:
-    accelerators = 0 if training.use_cpu else accelerator_count()
-    processes = local_world_size()
-    if accelerators and processes > accelerators:
-        yield (
-            f"{processes} processes were started, but this machine has {accelerators} GPUs. "
-            f"Set GPUS_PER_NODE={accelerators} (or less)."
-        )
-    for flag in ("fp16", "fp16_full_eval"):
-        if getattr(training, flag) and not accelerators:
-            yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false (a CPU can do bf16)."
-    if training.bf16 and training.fp16:
-        yield "--bf16 true and --fp16 true contradict each other. Keep one."
-    if model.attn_implementation == "flash_attention_2":
-        if not accelerators:
-            yield "--attn_implementation flash_attention_2 needs a GPU. Use sdpa, the default."
-        elif importlib.util.find_spec("flash_attn") is None:
-            yield (
-                "--attn_implementation flash_attention_2 needs the flash-attn package: "
-                "pip install flash-attn, or use sdpa, the default."
-            )
-
-
-def _no_effect_here(training: Namespace) -> Iterator[str]:
-    """Flags of transformers' Trainer that this trainer could only ignore, or that would break a batch."""
-    if training.remove_unused_columns:
-        yield "--remove_unused_columns true would drop columns this project needs. Use false, the default."
-    if training.label_names not in (None, ["labels"]):
-        yield f"--label_names is {training.label_names}, expected labels: a row's labels have that name."
-    if training.label_smoothing_factor:
-        yield "--label_smoothing_factor is not supported: the loss never builds all logits. Use 0."
-    if training.torch_compile or training.torch_compile_backend or training.torch_compile_mode:
-        yield (
-            "--torch_compile is not supported: batches differ in tokens, slices and supervised tokens, and every new "
-            "shape would be compiled anew (a first step of a two-layer model took minutes). Leave it out; "
-            "--use_liger_kernel true fuses the LLM's small operations on a GPU."
-        )
-    if training.do_predict:
-        yield "--do_predict is not supported by finetune.py. Remove it."
-
-
 def _vision_cache(training: Namespace) -> Iterator[str]:
     if training.cache_vision_features is None:
         return
@@ -292,36 +246,3 @@ def _output_folder(training: Namespace) -> Iterator[str]:
         f"--output_dir {str(folder)!r} holds {state}. Give another folder, continue that run with "
         "--resume_from_checkpoint true, or start over with --overwrite_output_dir true, which deletes it."
     )
-
-
-# What a name starts with or contains, and the module it needs (transformers 5.23).
-_NEEDS = (
-    (r"galore_", "galore_torch", "galore-torch"),
-    (r"apollo_", "apollo_torch", "apollo-torch"),
-    (r"(ada)?lomo$", "lomo_optim", "lomo-optim"),
-    (r"grokadamw$", "grokadamw", "grokadamw"),
-    (r"schedule_free_", "schedulefree", "schedulefree"),
-    (r"stable_adamw$", "optimi", "torch-optimi"),
-    (r"adamw_torch_[48]bit$", "torchao", "torchao"),
-    (r"adamw_anyprecision$", "torchdistx", "torchdistx"),
-    (r"adamw_torch_xla$", "torch_xla", "torch-xla"),
-    (r"adamw_torch_npu_fused$", "torch_npu", "torch-npu"),
-    (r".*(bnb|8bit|paged_|lion|ademamix)", "bitsandbytes", "bitsandbytes"),
-)
-
-
-def optimizer_problems(name: str) -> Iterator[str]:
-    """What is wrong with ``--optim``."""
-    from transformers.training_args import OptimizerNames
-
-    known = [each.value for each in OptimizerNames]
-    if str(getattr(name, "value", name)) not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        instead = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(known)}."
-        yield f"--optim {name}: the installed transformers has no such optimizer. {instead}"
-        return
-    for pattern, module, package in _NEEDS:
-        if re.match(pattern, name):
-            if importlib.util.find_spec(module) is None:
-                yield f"--optim {name} needs the package {package}: pip install {package}, or choose another optimizer."
-            return

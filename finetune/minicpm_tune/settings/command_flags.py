@@ -6,21 +6,25 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes full names only, and ends with one message and exit code 1 on a mistake."""
+    """Takes full names only, each flag once, and ends with one message and exit code 1 on a mistake."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """Read the flags; of a misspelt one the nearest is named, before what is missing because of it."""
-        self.refuse_unknown(sys.argv[1:] if args is None else args)
+        """Read the flags. A misspelt one is reported before what is missing because of it."""
+        words = sys.argv[1:] if args is None else args
+        self.refuse_unknown(words)
+        self.refuse_repeated(words)
         return super().parse_args(args, namespace)
 
     def refuse_unknown(self, words: Sequence[str], also_known: Collection[str] = ()) -> None:
@@ -29,27 +33,167 @@ class CommandParser(argparse.ArgumentParser):
         for word in words:
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
-                near = difflib.get_close_matches(flag, sorted(known), n=1)
-                self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+                near = nearest(flag, known)
+                self.error(f"unknown flag {flag}" + (f"; did you mean {near}?" if near else ""))
+
+    def refuse_repeated(self, words: Sequence[str]) -> None:
+        """End with a message when a flag that takes one value is given twice: only the last would count."""
+        seen: set[str] = set()
+        for flag in (word.partition("=")[0] for word in words):
+            action = self._option_string_actions.get(flag)
+            if flag in seen and not isinstance(action, argparse._AppendAction):
+                self.error(f"{flag} is given twice; give it once")
+            if action is not None:
+                seen.add(flag)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the list of all flags."""
-        sys.stderr.write(f"\nerror: {message}. {self.prog} --help lists every flag.\n")
+        text = message.removeprefix("argument ")
+        end = "" if text.endswith((".", "?")) else "."
+        sys.stderr.write(f"\nerror: {text}{end} {self.prog} --help lists every flag.\n")
         raise SystemExit(1)
 
 
+def nearest(flag: str, known: Iterable[str]) -> str | None:
+    """The known flag that a misspelt one must have meant; None when none is near.
+
+    Example:
+        >>> nearest("--lerning_rate", ["--learning_rate"]), nearest("--early_stop", ["--learning_rate"])
+        ('--learning_rate', None)
+    """
+    names = sorted(known)
+    longer = [name for name in names if name.startswith(flag) and len(flag) > len("--xxx")]
+    close = difflib.get_close_matches(flag, names, n=1, cutoff=0.8)
+    return next(iter([*close, *longer]), None)
+
+
+def unknown_flags(
+    words: Sequence[str], parser: argparse.ArgumentParser, *, foreign: Mapping[str, str]
+) -> Iterator[str]:
+    """One problem for each flag that a parser does not know.
+
+    Args:
+        words: The command line.
+        parser: Knows its flags.
+        foreign: Flags of other trainers -> what to use here.
+    """
+    known = parser._option_string_actions
+    for flag in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
+        if flag in known:
+            continue
+        if flag[2:] in foreign:
+            yield f"unknown argument {flag}. Here it is {foreign[flag[2:]]}."
+        elif near := nearest(flag, known):
+            yield f"unknown argument {flag}. Did you mean {near}?"
+        else:
+            yield f"unknown argument {flag}. finetune.py --help-all lists every argument."
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """Write flags as their fields are called: ``--learning-rate=1`` becomes ``--learning_rate=1``."""
+    return [_with_underscores(word) if word.startswith("--") else word for word in words]
+
+
+def _with_underscores(word: str) -> str:
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def add_fields(parser: argparse._ActionsContainer, group: type, names: Collection[str] | None = None) -> None:
+    """Add a flag for each field of a dataclass.
+
+    Args:
+        parser: Gets the flags.
+        group: The dataclass; its fields have ``help``, and may have ``choices``, ``nargs`` and ``const``.
+        names: Only these fields.
+    """
+    hints = get_type_hints(group)
+    for one in fields(group):
+        if names is not None and one.name not in names:
+            continue
+        kinds = [kind for kind in get_args(hints[one.name]) or [hints[one.name]] if kind is not NoneType]
+        kind = list if get_origin(hints[one.name]) is list or get_origin(kinds[0]) is list else kinds[0]
+        how = flag_reader(kind, item=_item(hints[one.name]), choices=one.metadata.get("choices"))
+        how |= {name: one.metadata[name] for name in ("nargs", "const") if name in one.metadata}
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        text = one.metadata["help"].replace("%", "%%")
+        parser.add_argument(f"--{one.name}", default=default, help=text, **how)
+        if kind is bool and default is True:
+            parser.add_argument(
+                f"--no_{one.name}", dest=one.name, action="store_false", help=argparse.SUPPRESS
+            )
+
+
+def _item(hint: Any) -> type:
+    """What a list holds: ``int`` of ``list[int] | None``."""
+    lists = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is list]
+    return get_args(lists[0])[0] if lists else str
+
+
+def flag_reader(
+    kind: Any, *, item: type = str, choices: Sequence[Any] | None = None, optional: bool = False
+) -> dict[str, Any]:
+    """How a value is read, as arguments of ``add_argument``.
+
+    Args:
+        kind: ``bool``, ``int``, ``float``, ``str``, ``dict`` (JSON, or a file's name), ``list``, or a tuple of choices.
+        item: What a list holds.
+        choices: The values it takes.
+        optional: Whether the flag alone means ``true``.
+    """
+    if isinstance(kind, tuple):
+        kind, choices = str, kind
+    if choices is not None:
+        how: dict[str, Any] = {"type": _one_of(choices), "metavar": "CHOICE"}
+    else:
+        readers: dict[Any, Any] = {bool: switch, int: whole_number, float: number}
+        how = {"type": readers.get(item if kind is list else kind, str)}
+    if kind is list:
+        how["nargs"] = "+"
+    if kind is bool or optional:
+        how |= {"nargs": "?", "const": True if kind is bool else "true"}
+    return how
+
+
+def _one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
+    by_text = {str(choice): choice for choice in choices}
+
+    def read(text: str) -> Any:
+        if text not in by_text:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(by_text)}")
+        return by_text[text]
+
+    return read
+
+
 def switch(text: str) -> bool:
-    """true or false, as the other scripts take it.
+    """true or false, in any of the usual spellings.
 
     Example:
         >>> switch("True"), switch("0")
         (True, False)
     """
-    if text.lower() in ("true", "1", "yes"):
+    if text.lower() in ("true", "t", "1", "yes", "y"):
         return True
-    if text.lower() in ("false", "0", "no"):
+    if text.lower() in ("false", "f", "0", "no", "n"):
         return False
     raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
+
+
+def whole_number(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number, also as 1e-6."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number") from None
 
 
 def count(text: str) -> int:

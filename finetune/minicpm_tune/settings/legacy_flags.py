@@ -1,10 +1,11 @@
-"""Flags of older guides, mapped to what transformers 5 and this project call them.
+"""Flags of older guides and of other trainers, and what they are called here.
 
-The official guides were written for transformers 4. What it renamed is renamed here, what it dropped is
-taken out, and each change gives one note for the log. InternLM-XComposer2's guide has names of its own for
-three of the flags that MiniCPM-V's has.
+The official guides were written for transformers 4. What transformers renamed is renamed here, what it dropped is
+left out, and each change gives one note for the log. InternLM-XComposer2's guide has names of its own for a few
+flags that MiniCPM-V's has too. Flags of ms-swift and LLaMA-Factory are refused with the name they have here: their
+values often mean something else.
 
-Source: transformers 5.23.0, training_args.py, compared with 4.56.
+Source: transformers 5.23.0, training_args.py, compared with 4.56; ms-swift 3.9 and LLaMA-Factory 0.9, argument files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ RENAMED = {
     "xpu_backend": "ddp_backend",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "max_length": "model_max_length",  # InternLM-XComposer2
 }
 
 DROPPED = {
@@ -36,6 +38,76 @@ DROPPED = {
     "ray_scope": "it was for hyperparameter search with ray",
     "tpu_num_cores": "it was for TPUs",
     "include_tokens_per_second": "tokens per second are always logged",
+    "trust_remote_code": "no code of a model folder is needed here, and none is run",
+}
+
+# Switch -> what it means when true, and when false.
+_SWITCHES = {
+    "group_by_length": ("--train_sampling_strategy group_by_length", ""),
+    "include_inputs_for_metrics": ("--include_for_metrics inputs", ""),
+    "adafactor": ("--optim adafactor", ""),
+    "fix_vit": ("--tune_vision false", "--tune_vision true"),  # InternLM-XComposer2
+    "fix_sampler": ("--tune_resampler false", "--tune_resampler true"),  # InternLM-XComposer2
+}
+
+# Single values that were renamed.
+_VALUES = {
+    ("optim", "adamw_hf"): "--optim adamw_torch",
+    ("include_num_input_tokens_seen", "true"): "--include_num_input_tokens_seen all",
+    ("include_num_input_tokens_seen", "false"): "--include_num_input_tokens_seen no",
+}
+
+FOREIGN = {
+    "adapter_name_or_path": "--lora_weight_path",
+    "adapters": "--lora_weight_path",
+    "additional_target": "--lora_modules_to_save",
+    "aligner_lr": "--resampler_lr",
+    "attn_impl": "--attn_implementation",
+    "cutoff_len": "--model_max_length",
+    "dataset": "--data_path",
+    "dataset_dir": "--data_path, which takes paths",
+    "dataset_num_proc": "--dataloader_num_workers",
+    "early_stop_interval": "--early_stopping_patience",
+    "early_stopping_steps": "--early_stopping_patience",
+    "eval_dataset": "--eval_data_path",
+    "finetuning_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
+    "flash_attn": "--attn_implementation",
+    "fps": "--video_fps",
+    "freeze_aligner": "--tune_resampler, with the opposite value",
+    "freeze_llm": "--tune_llm, with the opposite value",
+    "freeze_multi_modal_projector": "--tune_resampler, with the opposite value",
+    "freeze_vision_tower": "--tune_vision, with the opposite value",
+    "freeze_vit": "--tune_vision, with the opposite value",
+    "image_dir": "--image_folder",
+    "image_max_pixels": "--max_slice_nums (slices of 448 x 448 pixels)",
+    "init_weights": "--init_lora_weights",
+    "lora_rank": "--lora_r",
+    "lora_target": "--lora_target_modules",
+    "loraplus_lr_ratio": "--lora_lr_ratio",
+    "lorap_lr_ratio": "--lora_lr_ratio",
+    "max_pixels": "--max_slice_nums (slices of 448 x 448 pixels)",
+    "max_samples": "--data_path FILE#COUNT",
+    "media_dir": "--image_folder",
+    "model": "--model_name_or_path",
+    "model_id_or_path": "--model_name_or_path",
+    "modules_to_save": "--lora_modules_to_save",
+    "neat_packing": "--packing",
+    "preprocessing_num_workers": "--dataloader_num_workers",
+    "quantization_bit": "--q_lora true --quant_bits",
+    "resume_lora": "--lora_weight_path",
+    "sft_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
+    "split_dataset_ratio": "--eval_data_path, a file of its own",
+    "system": "the system message of a row",
+    "target_modules": "--lora_target_modules",
+    "template": "not needed: the model folder says how conversations are written",
+    "torch_dtype": "--bf16 true or --fp16 true",
+    "train_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
+    "tuner_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
+    "val_dataset": "--eval_data_path",
+    "val_size": "--eval_data_path, a file of its own",
+    "video_fps_max_frames": "--max_num_frames",
+    "video_maxlen": "--max_num_frames",
+    "vit_lr": "--vision_lr",
 }
 
 
@@ -57,6 +129,11 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
+    def replace(self, flag: _Flag, new: str) -> None:
+        """Write other flags in the place of one."""
+        self.argv += new.split()
+        self.notes.append(f"{flag.text} is now {new or 'the default'}.")
+
 
 @dataclass(frozen=True)
 class _Flag:
@@ -70,7 +147,13 @@ class _Flag:
     @property
     def is_true(self) -> bool:
         """How the parser reads a switch: without a value it is on."""
-        return not self.values or self.values[0].lower() in ("true", "yes", "t", "y", "1")
+        return not self.values or self.values[0].lower() in ("true", "yes", "1")
+
+    @property
+    def value(self) -> str:
+        if len(self.values) != 1:
+            raise LegacyFlagError(f"--{self.name} has {len(self.values)} values, expected one.")
+        return self.values[0]
 
 
 def translate(argv: list[str]) -> Translation:
@@ -96,14 +179,21 @@ def translate(argv: list[str]) -> Translation:
     given = {flag.name for flag, _ in flags if flag}
     result = Translation()
     for flag, words in flags:
-        if flag is None or not _is_old(flag):
+        if flag is None:
             result.argv += words
         elif flag.name in DROPPED:
-            result.notes.append(f"{flag.text} was dropped by transformers: {DROPPED[flag.name]}.")
+            result.notes.append(f"{flag.text} is left out: {DROPPED[flag.name]}.")
         elif flag.name in RENAMED:
-            _rename(flag, RENAMED[flag.name], result)
+            result.argv += [f"--{RENAMED[flag.name]}", *flag.values]
+            result.notes.append(f"{flag.text} is now {' '.join([f'--{RENAMED[flag.name]}', *flag.values])}.")
+        elif flag.name in _SWITCHES:
+            result.replace(flag, _SWITCHES[flag.name][not flag.is_true])
+        elif (new := _VALUES.get((flag.name, " ".join(flag.values).lower()))) is not None:
+            result.replace(flag, new)
+        elif flag.name in _SPECIAL:
+            _SPECIAL[flag.name](flag, given, result)
         else:
-            REWRITTEN[flag.name](flag, given, result)
+            result.argv += words
     return result
 
 
@@ -125,94 +215,36 @@ def _flag(words: list[str]) -> _Flag | None:
     return _Flag(name.replace("-", "_"), ((value,) if equals else ()) + tuple(words[1:]))
 
 
-def _is_old(flag: _Flag) -> bool:
-    if flag.name == "optim":
-        return flag.values == ("adamw_hf",)
-    return flag.name in RENAMED or flag.name in DROPPED or flag.name in REWRITTEN
-
-
-def _rename(flag: _Flag, name: str, result: Translation) -> None:
-    new = [f"--{name}", *flag.values]
-    result.argv += new
-    result.notes.append(f"{flag.text} is now {' '.join(new)}.")
-
-
-def _one_value(flag: _Flag) -> str:
-    if len(flag.values) != 1:
-        raise LegacyFlagError(f"--{flag.name} takes one value, got {len(flag.values)}.")
-    return flag.values[0]
-
-
 def _batch_size(flag: _Flag, given: set[str], result: Translation) -> None:
-    value = _one_value(flag)
-    new = ["--per_device_train_batch_size", value]
+    """InternLM-XComposer2's, for training and evaluation at once."""
+    new = f"--per_device_train_batch_size {flag.value}"
     if "per_device_eval_batch_size" not in given:
-        new += ["--per_device_eval_batch_size", value]
-    result.argv += new
-    result.notes.append(f"{flag.text} is now {' '.join(new)}.")
+        new += f" --per_device_eval_batch_size {flag.value}"
+    result.replace(flag, new)
 
 
 def _warmup_ratio(flag: _Flag, given: set[str], result: Translation) -> None:
-    value = _one_value(flag)
     try:
-        ratio = float(value)
+        ratio = float(flag.value)
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio < 1:
         raise LegacyFlagError(
-            f"--warmup_ratio is {value!r}, expected a share of all steps from 0 to below 1 (for a number of "
-            "steps use --warmup_steps)."
+            f"--warmup_ratio is {flag.value!r}, expected a share of all steps from 0 to below 1. For a number of "
+            "steps use --warmup_steps."
         )
     if "warmup_steps" in given:
-        result.notes.append(f"{flag.text} is left out: --warmup_steps is given as well, and takes its place.")
+        result.notes.append(f"{flag.text} is left out: --warmup_steps is given as well and takes its place.")
         return
-    result.argv += ["--warmup_steps", value]
-    result.notes.append(f"{flag.text} is now --warmup_steps {value} (below 1 it is a share of all steps).")
+    result.argv += ["--warmup_steps", flag.value]
+    result.notes.append(
+        f"{flag.text} is now --warmup_steps {flag.value} (below 1 it is a share of all steps)."
+    )
 
 
 def _logging_dir(flag: _Flag, given: set[str], result: Translation) -> None:
-    value = _one_value(flag)
-    result.environment["TENSORBOARD_LOGGING_DIR"] = value
-    result.notes.append(f"{flag.text} is now the environment variable TENSORBOARD_LOGGING_DIR={value}.")
-
-
-def _group_by_length(flag: _Flag, given: set[str], result: Translation) -> None:
-    new = ["--train_sampling_strategy", "group_by_length"] if flag.is_true else []
-    result.argv += new
-    result.notes.append(f"{flag.text} is now {' '.join(new) or 'the default'}.")
-
-
-def _include_inputs(flag: _Flag, given: set[str], result: Translation) -> None:
-    new = ["--include_for_metrics", "inputs"] if flag.is_true else []
-    result.argv += new
-    result.notes.append(f"{flag.text} is now {' '.join(new) or 'the default'}.")
-
-
-def _max_length(flag: _Flag, given: set[str], result: Translation) -> None:
-    """InternLM-XComposer2's name for the longest row."""
-    _rename(flag, "model_max_length", result)
-
-
-def _fixed(part: str) -> Callable[[_Flag, set[str], Translation], None]:
-    """InternLM-XComposer2's way to say which part does not train."""
-
-    def rewrite(flag: _Flag, given: set[str], result: Translation) -> None:
-        new = [f"--tune_{part}", "false" if flag.is_true else "true"]
-        result.argv += new
-        result.notes.append(f"{flag.text} is now {' '.join(new)}.")
-
-    return rewrite
-
-
-def _adafactor(flag: _Flag, given: set[str], result: Translation) -> None:
-    new = ["--optim", "adafactor"] if flag.is_true else []
-    result.argv += new
-    result.notes.append(f"{flag.text} is now {' '.join(new) or 'the default'}.")
-
-
-def _optim(flag: _Flag, given: set[str], result: Translation) -> None:
-    result.argv += ["--optim", "adamw_torch"]
-    result.notes.append(f"{flag.text} is now --optim adamw_torch (transformers dropped its own AdamW).")
+    result.environment["TENSORBOARD_LOGGING_DIR"] = flag.value
+    result.notes.append(f"{flag.text} is now the environment variable TENSORBOARD_LOGGING_DIR={flag.value}.")
 
 
 def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None:
@@ -221,24 +253,13 @@ def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None
             f"{flag.text}: transformers 5 always writes safetensors. Remove the flag; "
             "merge_lora.py --safe_serialization false writes .bin files of a finished model."
         )
-    result.notes.append(f"{flag.text} is what transformers always does now.")
+    result.replace(flag, "")
 
 
-def _trust_remote_code(flag: _Flag, given: set[str], result: Translation) -> None:
-    result.notes.append(f"{flag.text} is left out: no code of a checkpoint is needed here, and none is run.")
-
-
-REWRITTEN: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
+_SPECIAL: dict[str, Callable[[_Flag, set[str], Translation], None]] = {
     "batch_size": _batch_size,
     "warmup_ratio": _warmup_ratio,
     "logging_dir": _logging_dir,
-    "group_by_length": _group_by_length,
-    "include_inputs_for_metrics": _include_inputs,
-    "adafactor": _adafactor,
-    "max_length": _max_length,
-    "fix_vit": _fixed("vision"),
-    "fix_sampler": _fixed("resampler"),
-    "optim": _optim,
     "save_safetensors": _save_safetensors,
-    "trust_remote_code": _trust_remote_code,
 }
+REWRITTEN = (*_SWITCHES, *_SPECIAL)

@@ -1,0 +1,214 @@
+"""``finetune.py``'s command line, read and checked without importing torch or transformers, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+import time
+from argparse import Namespace
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, NoReturn, TypeVar
+
+from minicpm_tune import __version__
+from minicpm_tune.errors import UserError
+from minicpm_tune.processes import local_rank
+from minicpm_tune.settings.argument_groups import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunOptions,
+    TuningOptions,
+)
+from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
+from minicpm_tune.settings.command_flags import add_fields, flag_reader, unknown_flags, with_underscores
+from minicpm_tune.settings.legacy_flags import (
+    DROPPED,
+    FOREIGN,
+    RENAMED,
+    REWRITTEN,
+    LegacyFlagError,
+    translate,
+)
+from minicpm_tune.settings.trainer_arguments import TRAINER_ARGUMENTS
+
+OWN_GROUPS = (ModelArguments, DataArguments, TuningOptions, LoraArguments, RunOptions)
+_HIDDEN = ("local_rank", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+# Torchrun ends all processes soon after the first has failed; the message of one is enough.
+_LATER = 3.0  # seconds
+_USAGE = """usage: finetune_lora.sh | finetune_ds.sh [arguments]
+       torchrun [--nproc_per_node N] finetune.py --model_name_or_path MODEL --data_path ROWS [arguments]
+
+Fine-tune a MiniCPM-V or InternLM-XComposer2 model. The launchers set sensible values and use every GPU.
+A switch takes true or false; alone it means true.
+"""
+_MORE = (
+    "--help-all also lists the arguments of transformers' Trainer. Each acts, or is refused with a reason.\n"
+)
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line says, checked.
+
+    Attributes:
+        model: Its model arguments.
+        data: Its data arguments.
+        lora: Its adapter arguments.
+        training: A value for every field of ``settings.arguments.TrainingArguments``.
+        notes: A sentence for every old flag.
+        environment: Variables that take the place of old flags.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    training: Namespace
+    notes: list[str]
+    environment: dict[str, str]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}. finetune.py --help lists the arguments.")
+
+
+def read_command_line(argv: list[str]) -> CommandLine:
+    """Read and check a command line, as far as that needs neither the model nor the hardware.
+
+    Args:
+        argv: The words after the script's name; flags of the official guides included.
+
+    Raises:
+        UsageError: With every problem found.
+    """
+    try:
+        translation = translate(with_underscores(argv))
+    except LegacyFlagError as error:
+        raise UsageError(str(error)) from error
+    parser = _parser()
+    raise_problems([*unknown_flags(translation.argv, parser, foreign=FOREIGN)])
+    values = parser.parse_args(translation.argv)
+    model, data, lora = (pick(group, values) for group in (ModelArguments, DataArguments, LoraArguments))
+    training = Namespace(**{name: getattr(values, name) for name in _training_names()})
+    if isinstance(training.report_to, list):
+        training.report_to = [name for text in training.report_to for name in text.split(",") if name]
+    if training.optim_target_modules == ["all-linear"]:
+        training.optim_target_modules = "all-linear"  # transformers takes a list's items for parts of names
+    check_arguments(model, data, training, lora)
+    return CommandLine(model, data, lora, training, translation.notes, translation.environment)
+
+
+def pick(group: type[Group], values: Namespace) -> Group:
+    """Make a group of its values among all."""
+    return group(**{item.name: getattr(values, item.name) for item in fields(group) if item.init})  # type: ignore[arg-type]
+
+
+def answer_or_check(argv: list[str]) -> None:
+    """Answer ``--help``, ``--help-all`` and ``--version``, and refuse a wrong command line.
+
+    Call before torch is imported: all of this takes a fraction of a second.
+
+    Raises:
+        SystemExit: With 0 after an answer, with 1 after a message about a mistake.
+    """
+    width = shutil.get_terminal_size((100, 24)).columns
+    if "--version" in argv:
+        _leave(f"minicpm_tune {__version__}\n")
+    if "--help-all" in argv:
+        _leave(render_help(width, everything=True))
+    if "--help" in argv or "-h" in argv:
+        _leave(render_help(width))
+    try:
+        read_command_line(argv)
+    except UserError as error:
+        if local_rank():
+            time.sleep(_LATER)
+        sys.stderr.write(f"\nerror: {error}\n")
+        raise SystemExit(1) from None
+
+
+def _leave(text: str) -> NoReturn:
+    sys.stdout.write(text)
+    raise SystemExit(0)
+
+
+def flag_names() -> set[str]:
+    """Every flag that ``finetune.py`` takes, old names included."""
+    own = {item.name for group in OWN_GROUPS for item in fields(group)}
+    return {f"--{name}" for name in own | {*TRAINER_ARGUMENTS, *RENAMED, *DROPPED, *REWRITTEN}}
+
+
+def _training_names() -> list[str]:
+    own = [item.name for group in (TuningOptions, RunOptions) for item in fields(group)]
+    return [*own, *(name for name in TRAINER_ARGUMENTS if name not in own)]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="finetune.py", add_help=False, allow_abbrev=False)
+    own = {item.name for group in OWN_GROUPS for item in fields(group)}
+    for group in OWN_GROUPS:
+        add_fields(parser, group)
+    for name, argument in TRAINER_ARGUMENTS.items():
+        if name not in own:
+            how = flag_reader(argument.kind, optional=argument.optional)
+            parser.add_argument(f"--{name}", default=argument.default, **how)
+            if argument.kind is bool and argument.default is True:
+                parser.add_argument(f"--no_{name}", dest=name, action="store_false")
+    return parser
+
+
+def render_help(width: int = 100, *, everything: bool = False) -> str:
+    """The help page.
+
+    Args:
+        width: Of the screen, in characters.
+        everything: Whether the arguments of transformers' Trainer are listed too; their texts are read from
+            transformers, which takes seconds.
+    """
+    pages = [_USAGE]
+    for group in OWN_GROUPS:
+        pages.append(_page(group._argument_group_name, fields(group), width))
+    if everything:
+        from transformers import TrainingArguments
+
+        own = {item.name for group in OWN_GROUPS for item in fields(group)}
+        inherited = [item for item in fields(TrainingArguments) if item.name not in {*own, *_HIDDEN}]
+        pages.append(_page("transformers' Trainer", inherited, width))
+    else:
+        pages.append(_MORE)
+    pages.append(_old_names(width))
+    return "\n".join(pages)
+
+
+def _page(title: str, items: Any, width: int) -> str:
+    lines = [f"{title}:"]
+    for item in items:
+        lines.append(f"  --{item.name}")
+        lines += textwrap.wrap(_text(item), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"
+
+
+def _text(item: Field) -> str:
+    text = " ".join(str(item.metadata["help"]).replace("%%", "%").split())
+    argument = TRAINER_ARGUMENTS.get(item.name)
+    if argument is not None and argument.refusal:
+        return f"Not supported: {argument.refusal}."
+    if choices := item.metadata.get("choices"):
+        text += f" One of: {', '.join(map(str, choices))}."
+    if item.default not in (None, "", MISSING):
+        shown = str(item.default).lower() if isinstance(item.default, bool) else item.default
+        text += f" (default: {shown})"
+    return text
+
+
+def _old_names(width: int) -> str:
+    renamed = [f"--{old} (now --{new})" for old, new in RENAMED.items()]
+    others = [f"--{name}" for name in REWRITTEN if name not in TRAINER_ARGUMENTS]
+    dropped = [f"--{name}" for name in DROPPED]
+    text = f"{', '.join(renamed + others)}. Without effect: {', '.join(dropped)}."
+    lines = textwrap.wrap(text, width - 6, break_on_hyphens=False)
+    return "Old names that still work:\n" + textwrap.indent("\n".join(lines), " " * 6) + "\n"
