@@ -1,5 +1,5 @@
-# Sourced by finetune_lora.sh and finetune_ds.sh, after their variables: finds python, looks at the
-# hardware, and settles what was left open. Works under any POSIX shell.
+# The body of finetune_lora.sh and finetune_ds.sh, which set the variables: checks the command line, looks at the
+# hardware, settles what was left open, and starts the processes. Works under any POSIX shell.
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
@@ -58,6 +58,77 @@ torchrun() {
     exec "$PYTHON" "$HERE/start_processes.py" "$@"
 }
 
+# One flag per line; a flag given to the launcher comes later and wins.
+LAUNCHER_FLAGS=${LAUNCHER_FLAGS:-$#}
+if [ -n "$FSDP" ]; then DEEPSPEED=; fi
+steps=$MAX_STEPS
+if [ -n "$EPOCHS" ]; then steps=-1; fi
+eval_strategy=${EVAL_DATA:+steps}
+eval_strategy=${eval_strategy:-no}
+precision=$PRECISION
+for word in "$@"; do
+    case $word in
+        # Ours must not contradict it: the other precision, or a number of steps that would overrule the epochs.
+        --bf16 | --bf16=* | --fp16 | --fp16=*) precision=fp32 ;;
+        --num_train_epochs | --num_train_epochs=*) steps=-1 ;;
+    esac
+done
+case $TUNE in
+    lora)
+        set -- \
+            --tune_llm false \
+            --use_lora true \
+            --lora_target_modules "llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)" \
+            "$@"
+        ;;
+    full) set -- --tune_llm true "$@" ;;
+esac
+set -- \
+    --model_name_or_path "$MODEL" \
+    --llm_type "$LLM_TYPE" \
+    --data_path "$DATA" \
+    ${EVAL_DATA:+--eval_data_path "$EVAL_DATA"} \
+    --remove_unused_columns false \
+    --label_names "labels" \
+    --prediction_loss_only false \
+    --do_train \
+    ${EVAL_DATA:+--do_eval} \
+    --tune_vision true \
+    --model_max_length "$MODEL_MAX_Length" \
+    --max_slice_nums 9 \
+    --max_steps "$steps" \
+    ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
+    --eval_steps "$EVAL_STEPS" \
+    --output_dir "$OUTPUT_DIR" \
+    --logging_strategy "steps" \
+    --per_device_train_batch_size 1 \
+    --per_device_eval_batch_size 1 \
+    --gradient_accumulation_steps 1 \
+    --eval_strategy "$eval_strategy" \
+    --save_strategy "steps" \
+    --save_steps "$SAVE_STEPS" \
+    --save_total_limit 10 \
+    --learning_rate "$LEARNING_RATE" \
+    --weight_decay 0.1 \
+    --adam_beta2 0.95 \
+    --warmup_steps 0.01 \
+    --lr_scheduler_type "cosine" \
+    --logging_steps 1 \
+    --activation_checkpointing true \
+    ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
+    ${FSDP:+--fsdp "$FSDP"} \
+    --report_to "tensorboard" \
+    "$@"
+
+# Help and mistakes first: looking at the hardware takes seconds.
+PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m minicpm_tune.settings.command_line \
+    ${MAX_RESTARTS:+--resume_from_checkpoint true} "$@" || exit 1
+for word in "$@"; do
+    case $word in
+        -h | --help | --help-all | --version) exit 0 ;;
+    esac
+done
+
 if ! found=$("$PYTHON" "$HERE/minicpm_tune/settings/hardware.py" "$MASTER_PORT"); then
     say "$PYTHON can't look at the hardware (message above)."
     say "Is everything installed there? $PYTHON -m pip install -r $HERE/requirements.txt"
@@ -67,32 +138,24 @@ read -r device processes best_precision cores free_port <<END
 $found
 END
 
-GPUS_PER_NODE=${GPUS_PER_NODE:-$processes}
-case $GPUS_PER_NODE in
+processes=${GPUS_PER_NODE:-$processes}
+case $processes in
     *[!0-9]* | 0*)
         say "GPUS_PER_NODE is '$GPUS_PER_NODE', expected a number from 1 (or unset, to use what is there)."
         exit 1
         ;;
 esac
+port=$MASTER_PORT
 if [ "$NNODES" = 1 ] && [ "$free_port" != "$MASTER_PORT" ]; then
-    say "Port $MASTER_PORT is taken on this machine; using $free_port. Set MASTER_PORT to choose another."
-    MASTER_PORT=$free_port
+    say "Port $MASTER_PORT is in use on this machine; using $free_port. Set MASTER_PORT to choose another."
+    port=$free_port
 fi
 
-# A flag on the command line comes after ours and wins. Ours must not contradict it: the other precision,
-# or a number of steps that would overrule the epochs asked for.
-for word in "$@"; do
-    case $word in
-        --bf16 | --bf16=* | --fp16 | --fp16=*) PRECISION=fp32 ;;
-        --num_train_epochs | --num_train_epochs=*) MAX_STEPS=-1 ;;
-    esac
-done
-PRECISION=${PRECISION:-$best_precision}
-BF16=false
-FP16=false
-case $PRECISION in
-    bf16) BF16=true ;;
-    fp16) FP16=true ;;
+bf16=false
+fp16=false
+case ${precision:-$best_precision} in
+    bf16) bf16=true ;;
+    fp16) fp16=true ;;
     fp32) ;;
     *)
         say "PRECISION is '$PRECISION', expected bf16, fp16 or fp32 (or unset, to choose by the hardware)."
@@ -102,7 +165,7 @@ esac
 
 if [ "$device" = cpu ]; then
     # Without these torchrun gives each process one thread, and DeepSpeed warns about a missing GPU.
-    threads=$((cores / GPUS_PER_NODE))
+    threads=$((cores / processes))
     if [ "$threads" -lt 1 ]; then threads=1; fi
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
     # Threads that wait for each other by spinning take ten times as long when something else runs too.
@@ -111,5 +174,19 @@ if [ "$device" = cpu ]; then
     export OMP_NUM_THREADS OMP_WAIT_POLICY DS_ACCELERATOR
 fi
 
-EVAL_STRATEGY=${EVAL_DATA:+steps}
-EVAL_STRATEGY=${EVAL_STRATEGY:-no}
+# For the command that continues a stopped run, see minicpm_tune/settings/next_commands.py.
+LAUNCHER=$HERE/$(basename -- "$0")
+export LAUNCHER LAUNCHER_FLAGS
+
+torchrun \
+    --nproc_per_node "$processes" \
+    --nnodes "$NNODES" \
+    --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" \
+    --master_port "$port" \
+    "$HERE/finetune.py" \
+    --bf16 "$bf16" \
+    --bf16_full_eval "$bf16" \
+    --fp16 "$fp16" \
+    --fp16_full_eval "$fp16" \
+    "$@"

@@ -123,11 +123,11 @@ def test_epochs_that_are_asked_for_are_not_overruled_by_the_steps(stage):
     assert call.value("--max_steps") == "-1"
 
 
-def test_a_taken_port_is_replaced_on_one_machine_only_and_said(stage):
+def test_a_port_in_use_is_replaced_on_one_machine_only_and_named(stage):
     stage.hardware("cpu 1 fp32 8 45454")
     done, call = stage.start("finetune_lora.sh", MODEL="m", DATA="d")
     assert call.value("--master_port") == "45454"
-    assert "Port 6001 is taken on this machine; using 45454" in done.stderr
+    assert "Port 6001 is in use on this machine; using 45454" in done.stderr
     done, call = stage.start("finetune_lora.sh", MODEL="m", DATA="d", NNODES="2")
     assert (call.value("--master_port"), done.stderr) == ("6001", "")
 
@@ -247,12 +247,62 @@ def test_the_parser_knows_what_the_launchers_say(launcher, stage):
     assert lora.lora_r == 64
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_flags_stand_one_per_line(launcher):
-    text = (FINETUNE / launcher).read_text()
-    command = text[text.index("\ntorchrun") :]
-    for line in command.strip().splitlines()[1:]:
-        assert len(re.findall(r"(?<!\S)(?:\$\{\w+:\+)?--\w+", line)) <= 1, line
+def test_flags_stand_one_per_line():
+    for line in (FINETUNE / "launcher.sh").read_text().splitlines():
+        if line.startswith("    --") or line.startswith("    ${"):
+            assert len(re.findall(r"(?<!\S)(?:\$\{\w+:\+)?--\w+", line)) <= 1, line
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_epochs_rates_and_intervals_are_variables(shell, stage):
+    chosen = {"EPOCHS": "3", "LEARNING_RATE": "2e-5", "SAVE_STEPS": "20", "EVAL_STEPS": "10"}
+    _, call = stage.start("finetune_lora.sh", shell=shell, MODEL="m", DATA="d", EVAL_DATA="e", **chosen)
+    expected = {
+        "--num_train_epochs": "3", "--max_steps": "-1", "--learning_rate": "2e-5", "--save_steps": "20",
+        "--eval_steps": "10",
+    }  # fmt: skip
+    assert {flag: call.value(flag) for flag in expected} == expected
+    _, call = stage.start("finetune_lora.sh", shell=shell, MODEL="m", DATA="d")
+    assert "--num_train_epochs" not in call.argv
+    assert (call.value("--learning_rate"), call.value("--save_steps")) == ("1e-6", "1000")
+
+
+def test_fsdp_takes_the_place_of_deepspeed(stage):
+    _, call = stage.start("finetune_ds.sh", MODEL="m", DATA="d", FSDP="full_shard auto_wrap")
+    assert call.value("--fsdp") == "full_shard auto_wrap"
+    assert "--deepspeed" not in call.argv
+
+
+@pytest.fixture
+def real(tmp_path):
+    """A launcher with the real python, in a folder without a model."""
+    env = {**processes.environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def start(launcher, *words, **variables):
+        return processes.run(
+            ["sh", FINETUNE / launcher, *words], env={**env, **variables}, cwd=tmp_path, limit=60
+        )
+
+    return start
+
+
+@pytest.mark.parametrize("launcher", ALL_LAUNCHERS)
+@pytest.mark.parametrize("word", ["--help", "-h", "--version"])
+def test_help_and_version_are_answered_by_every_launcher(word, launcher, real):
+    done = real(launcher, word)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("minicpm_tune 0." if word == "--version" else "--lora_target_modules") in done.stdout
+
+
+def test_mistakes_show_before_the_hardware_is_looked_at(real):
+    """A python that finds torch broken would say so first."""
+    done = real("finetune_lora.sh", "--lerning_rate", "1", MODEL="nowhere", DATA="no.json", GPUS_PER_NODE="x")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: unknown argument --lerning_rate. Did you mean --learning_rate?"
+    done = real("finetune_lora.sh", MODEL="nowhere", DATA="no.json", GPUS_PER_NODE="x")
+    assert "1. --model_name_or_path: there is no folder 'nowhere'" in done.stderr
+    assert "2. --data_path: there is no file 'no.json'" in done.stderr
+    assert "GPUS_PER_NODE" not in done.stderr
 
 
 def test_without_torchrun_the_same_python_starts_its_module(stage):
@@ -274,7 +324,8 @@ def test_without_torchrun_the_same_python_starts_its_module(stage):
 
 
 def test_a_python_without_the_requirements_says_how_to_install_them(stage):
-    stage.program("python", "raise SystemExit('No module named torch')")
+    asked = "sys.argv[1].endswith('hardware.py')"
+    stage.program("python", "import sys", f"if {asked}: raise SystemExit('No module named torch')")
     done, _ = stage.start("finetune_lora.sh", MODEL="m", DATA="d")
     assert done.returncode == 1
     assert "-m pip install -r" in done.stderr

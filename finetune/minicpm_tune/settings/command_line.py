@@ -212,3 +212,7 @@ def _old_names(width: int) -> str:
     text = f"{', '.join(renamed + others)}. Without effect: {', '.join(dropped)}."
     lines = textwrap.wrap(text, width - 6, break_on_hyphens=False)
     return "Old names that still work:\n" + textwrap.indent("\n".join(lines), " " * 6) + "\n"
+
+
+if __name__ == "__main__":
+    answer_or_check(sys.argv[1:])
