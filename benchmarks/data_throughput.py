@@ -29,7 +29,7 @@ for folder in ("finetune", "demo"):
 from dataset import SupervisedDataset, data_collator
 from minicpm_tune.data.media.images import ImageOptions, open_image
 from minicpm_tune.data.samples import Processing, load_processing
-from minicpm_tune.data.slicing.adaptive import cut_into_patches, patch_columns
+from minicpm_tune.data.slicing.layouts import cut_into_patches, patch_columns
 
 SIZE = (1344, 1008)
 

@@ -42,9 +42,7 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     arguments = parse_arguments(_argv(wish, checkpoint, on_gpu=on_gpu))
     model_args, data_args, training, lora = arguments
-    processing = load_processing(
-        checkpoint, max_slice_nums=training.max_slice_nums, **data_args.processing_options()
-    )
+    processing = load_processing(checkpoint, data_args)
     datasets = read_data(arguments, processing)
     set_seed(training.seed)
     generation = processing.generation

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,27 +73,23 @@ def write_rows(folder: Path, count: int) -> Path:
 def keep_check(path: Path, model: Path) -> None:
     """Check the different rows as finetune.py does, and keep what the check of all would find."""
     from dataset import SupervisedDataset
-    from minicpm_tune.data.files.check_cache import FileCheck, check_path
+    from minicpm_tune.data.check_cache import FileCheck, check_path
     from minicpm_tune.data.row_check import check_row, for_rows
     from minicpm_tune.data.samples import load_processing
-    from minicpm_tune.settings.argument_groups import TuningOptions
-    from minicpm_tune.settings.data_arguments import DataFlags
+    from minicpm_tune.settings.data_arguments import DataArguments
 
-    flags: Any = DataFlags()
-    processing = load_processing(
-        model, max_slice_nums=TuningOptions().max_slice_nums, **flags.processing_options()
-    )
+    processing = load_processing(model, DataArguments())
     start = time.perf_counter()
-    rows = SupervisedDataset(path, processing, flags.data_options(TuningOptions().model_max_length))
-    print(f"{rows.row_count:,} rows, indexed in {time.perf_counter() - start:.2f} s")
+    rows = SupervisedDataset(path, processing)
+    print(f"{rows.mixture.row_count:,} rows, indexed in {time.perf_counter() - start:.2f} s")
     start = time.process_time()
-    some = range(min(DIFFERENT, rows.row_count))
+    some = range(min(DIFFERENT, rows.mixture.row_count))
     lengths = [found.length for found in for_rows(rows, some, check_row, title="checking", workers=0)]
     rate = len(some) / (time.process_time() - start)
     print(
-        f"first check: {rate:,.0f} rows per CPU second, {rows.row_count / rate:,.0f} for all (once per file)"
+        f"first check: {rate:,.0f} rows per CPU second, {rows.mixture.row_count / rate:,.0f} for all (once per file)"
     )
-    every = np.resize(np.array(lengths, dtype=np.int32), rows.row_count)
+    every = np.resize(np.array(lengths, dtype=np.int32), rows.mixture.row_count)
     FileCheck(every, {}).save(check_path(rows, 0, decoded=False))
 
 

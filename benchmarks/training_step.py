@@ -35,6 +35,7 @@ from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
+from minicpm_tune.settings.data_arguments import DataArguments
 
 KEPT = "+ packing, features kept"
 SAMPLES, BATCH, CAPACITY = 48, 8, 1024
@@ -54,7 +55,7 @@ def draw_samples(processing: Processing) -> list[dict[str, Any]]:
         conversation = parse_row({"image": "x.png", "conversations": turns})
         side = (280, 260) if number % 4 == 0 else (112, 98)
         picture = Picture.of(Image.fromarray(random.integers(0, 255, (*side, 3), dtype=np.uint8)))
-        sample = processing.encode(conversation.turns, [picture], limit=CAPACITY)
+        sample = processing.encode(conversation.turns, [picture])
         samples.append({**sample, "origin": (0, number)})
     return samples
 
@@ -120,7 +121,7 @@ def main() -> None:
     row = GENERATIONS[options.generation]
     with tempfile.TemporaryDirectory() as name:
         folder = make_checkpoint(Path(name), row.name, size="demo")
-        processing = load_processing(folder)
+        processing = load_processing(folder, DataArguments.of_checkpoint(model_max_length=CAPACITY))
         model = load_model(folder, dtype=torch.float32).train()
     samples = draw_samples(processing)
     tokens = sum(len(sample["input_ids"]) for sample in samples)

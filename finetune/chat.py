@@ -118,7 +118,7 @@ class Conversation:
         from minicpm_tune.data.media.videos import open_video
         from minicpm_tune.errors import RowError
 
-        generation, rules = self.processing.generation, self.processing.video
+        generation, rules = self.processing.generation, self.processing.media.video
         options = ImageOptions(Path(), upright=generation.upright_images)
         if kind == "image":
             picture = open_image(path, options)

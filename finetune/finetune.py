@@ -26,13 +26,14 @@ if __name__ == "__main__":
 
 from transformers import PreTrainedModel, set_seed
 
-from dataset import SupervisedDataset, data_collator, padding_sample
+from dataset import SupervisedDataset, data_collator
 from minicpm_tune.answering.prediction_callback import PredictionCallback
 from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation, check_llm_type
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
 from minicpm_tune.lora.continuing import check_continued, new_or_continued_adapter
@@ -78,7 +79,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     record.add_rows(*datasets)
     model = read_model(arguments, folder)
     model = choose_what_trains(arguments, model, processing.generation)
-    files = datasets[0].source_names if datasets[0] else []
+    files = datasets[0].mixture.names if datasets[0] else []
     context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
     trainer = build_trainer(arguments, model, folder, processing, datasets, context)
 
@@ -98,7 +99,7 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     model, data, training, lora = arguments
     with training.main_process_first(desc="model files"):
         folder = resolve_model_folder(model.model_name_or_path, cache_dir=training.cache_dir)
-    processing = load_processing(folder, max_slice_nums=training.max_slice_nums, **data.processing_options())
+    processing = load_processing(folder, data)
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
     quantization = stored_quantization(folder)
@@ -119,9 +120,9 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     def read(path: str | None) -> SupervisedDataset:
         assert path is not None  # check_arguments has seen to it
         with training.main_process_first(desc="index of the data files"):
-            rows = SupervisedDataset(path, processing, data.data_options(training.model_max_length))
+            rows = SupervisedDataset(path, processing)
         rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
-        rows.check_rows()
+        rows.lengths = check_rows(rows)
         return rows
 
     evaluates = training.do_eval or training.eval_strategy != "no"
@@ -181,7 +182,7 @@ def build_trainer(
         features = use_cache(
             training.cache_vision_features, folder, model, given, precision=training.computes_in
         )
-    padding = padding_sample(processing)
+    padding = processing.padding_sample()
     trainer = CPMTrainer(
         model=model,
         args=training,
@@ -194,7 +195,7 @@ def build_trainer(
             packing=training.packing,
         ),
         padding_sample=padding,
-        lengths=train_rows.lengths() if train_rows is not None and needs_lengths else None,
+        lengths=train_rows.lengths if train_rows is not None and needs_lengths else None,
         run_context=context,
         feature_writer=features,
         after_save=partial(
@@ -205,7 +206,7 @@ def build_trainer(
         callbacks=[LossCurve()],
     )
     if training.predict_with_generate:
-        rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing, data.data_options(None)))
+        rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing))
         trainer.add_callback(
             PredictionCallback(
                 trainer,

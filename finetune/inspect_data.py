@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
-from types import NoneType
-from typing import get_args, get_type_hints
 
-from minicpm_tune.settings.command_flags import CommandParser, add_switch
+from minicpm_tune.settings.command_flags import CommandParser, add_fields
 from minicpm_tune.settings.command_line import flag_names
-from minicpm_tune.settings.data_arguments import DataFlags
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.training.process_lifecycle import run_command
 
 
@@ -27,22 +25,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="The checkpoint: a folder or a hub id.")
     parser.add_argument("--data_path", required=True, help="The rows, in any form that finetune.py takes.")
     parser.add_argument(
-        "--model_max_length", type=int, default=2048, help="Longest sequence, in tokens; 0 for no limit."
-    )
-    parser.add_argument(
-        "--max_slice_nums",
-        type=int,
-        default=9,
-        help="Most slices an image is cut into, the overview not counted.",
-    )
-    parser.add_argument(
         "--per_device_train_batch_size",
         type=int,
         default=1,
         help="Rows in a batch, for the share of padding.",
     )
     parser.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
-    _add_data_flags(parser)
+    names = {one.name for one in fields(DataArguments)} - {"data_path", "eval_data_path"}
+    add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
     output = parser.add_argument_group("Output")
     output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
     output.add_argument(
@@ -66,20 +56,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     if ignored:
         sys.stderr.write(f"ignored, as they say nothing about data: {' '.join(ignored)}\n")
     return values
-
-
-def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``DataFlags``, with their own help texts."""
-    group = parser.add_argument_group("Data, as in training")
-    hints = get_type_hints(DataFlags)
-    for one in fields(DataFlags):
-        # ``str | None`` is read as str. Not ``one.type``: HfArgumentParser writes over it.
-        kind = next(kind for kind in (get_args(hints[one.name]) or [hints[one.name]]) if kind is not NoneType)
-        text, choices = one.metadata["help"].replace("%", "%%"), one.metadata.get("choices")
-        if kind is bool:
-            add_switch(group, f"--{one.name}", default=bool(one.default), help=text)
-        else:
-            group.add_argument(f"--{one.name}", type=kind, default=one.default, choices=choices, help=text)
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def run(values: argparse.Namespace) -> None:
 
 
 def _rows(values: argparse.Namespace, processing: Any) -> Any:
-    from dataset import DataOptions, SupervisedDataset
+    from dataset import SupervisedDataset
     from minicpm_tune.answering.prediction_rows import PredictionRows
 
-    options = DataOptions(model_max_length=None, image_folder=values.image_folder)
-    rows = SupervisedDataset(values.data_path, processing, options)
+    arguments = replace(processing.arguments, image_folder=values.image_folder)
+    rows = SupervisedDataset(values.data_path, replace(processing, arguments=arguments))
     return PredictionRows(rows, thinking=values.enable_thinking, system_prompt=values.system_prompt)
 
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minicpm_tune.batch import Provenance, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.models.parameter_parts import count_parts
@@ -62,7 +63,9 @@ class CPMTrainer(ResilientTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._meter = ThroughputMeter()
-        self._source_losses = SourceLosses(self.train_dataset.rows.source_names if self.train_dataset else [])
+        self._source_losses = SourceLosses(
+            self.train_dataset.rows.mixture.names if self.train_dataset else []
+        )
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
         self._eval_sums: Tensor | None = None
 
@@ -70,7 +73,7 @@ class CPMTrainer(ResilientTrainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
-        order = _order((train_dataset or self.train_dataset).rows, seed=seed, shuffle=True)
+        order = _order((train_dataset or self.train_dataset).rows.mixture, seed=seed, shuffle=True)
         if args.train_sampling_strategy == "group_by_length":
             order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
@@ -97,7 +100,7 @@ class CPMTrainer(ResilientTrainer):
         return loader
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        order = _order(eval_dataset.rows, seed=self.args.seed, shuffle=False)
+        order = _order(eval_dataset.rows.mixture, seed=self.args.seed, shuffle=False)
         return EpochSampler(order, multiple=self.args.eval_batch_size * self.args.world_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -195,5 +198,5 @@ class CPMTrainer(ResilientTrainer):
         return output["loss"].detach(), None, None
 
 
-def _order(rows: Any, *, seed: int, shuffle: bool) -> Order:
-    return lambda epoch: rows.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)
+def _order(mixture: Mixture, *, seed: int, shuffle: bool) -> Order:
+    return lambda epoch: mixture.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DataOptions, SupervisedDataset
-from minicpm_tune.data import row_check
-from minicpm_tune.data.files import check_cache
-from minicpm_tune.data.files.check_cache import FileCheck, Finding, check_path
+from dataset import SupervisedDataset
+from minicpm_tune.data import check_cache, row_check
+from minicpm_tune.data.check_cache import FileCheck, Finding, check_path
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
 from support.data_helpers import chat, on_two_ranks, processing
 
@@ -20,7 +20,7 @@ LOOKED_AT = 6
 @pytest.fixture
 def looks(monkeypatch, tmp_path):
     """The rows that were looked at; files of ten rows count as large."""
-    monkeypatch.setattr(check_cache, "KEPT_FROM", 10)
+    monkeypatch.setattr(check_cache, "STORED_FROM", 10)
     monkeypatch.setattr(check_cache, "_LOOKED_AT", LOOKED_AT)
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     found, check_row = [], row_check.check_row
@@ -44,14 +44,14 @@ def write(folder, *, rows=ROWS, name="rows.jsonl", answer="Yes."):
 
 
 def opened(path, name="v2_6", **options):
-    return SupervisedDataset(path, processing(name), DataOptions(**{"check_images": "header", **options}))
+    return SupervisedDataset(path, processing(name, **{"check_images": "header", **options}))
 
 
 def checked(path, looks, name="v2_6", **options):
-    """The lengths, and how many rows were looked at for them."""
+    """The checked data set, and how many rows were looked at for it."""
     looks.clear()
     rows = opened(path, name, **options)
-    rows.check_rows()
+    rows.lengths = check_rows(rows)
     return rows, len(looks)
 
 
@@ -61,8 +61,8 @@ def test_a_file_that_was_checked_is_only_sampled_the_next_time(tmp_path, looks):
     assert number == ROWS
     second, number = checked(path, looks)
     assert number == LOOKED_AT
-    assert np.array_equal(first.lengths(), second.lengths())
-    assert second.lengths().dtype == np.int32
+    assert np.array_equal(first.lengths, second.lengths)
+    assert second.lengths.dtype == np.int32
 
 
 def test_what_the_check_depends_on_makes_it_anew(tmp_path, looks, monkeypatch):
@@ -79,11 +79,11 @@ def test_what_the_check_depends_on_makes_it_anew(tmp_path, looks, monkeypatch):
 
 def test_only_the_new_file_of_a_mixture_is_checked(tmp_path, looks):
     first = write(tmp_path)
-    alone = checked(first, looks)[0].lengths()
+    alone = checked(first, looks)[0].lengths
     second = write(tmp_path, rows=20, name="more.jsonl", answer="Perhaps, perhaps not.")
     rows, number = checked(f"{second},{first}", looks)
     assert number == LOOKED_AT + 20
-    assert np.array_equal(rows.lengths()[20:], alone)
+    assert np.array_equal(rows.lengths[20:], alone)
     assert checked(f"{first},{second}", looks)[1] == 2 * LOOKED_AT
 
 
@@ -99,14 +99,14 @@ def test_rows_that_were_mended_are_used_again(tmp_path, looks):
     path = write(tmp_path)
     (tmp_path / "own" / "10.png").unlink()
     (tmp_path / "own" / "20.png").unlink()
-    assert checked(path, looks, on_bad_row="skip")[0]._left_out == {10, 20}
+    assert checked(path, looks, on_bad_row="skip")[0].left_out == {10, 20}
     again, number = checked(path, looks, on_bad_row="skip")
-    assert again._left_out == {10, 20}
+    assert again.left_out == {10, 20}
     assert number <= LOOKED_AT + 2
     Image.new("RGB", (40, 30)).save(tmp_path / "own" / "10.png")
     mended = checked(path, looks, on_bad_row="skip")[0]
-    assert mended._left_out == {20}
-    assert mended.lengths()[10] == checked(write(tmp_path), looks)[0].lengths()[10]
+    assert mended.left_out == {20}
+    assert mended.lengths[10] == checked(write(tmp_path), looks)[0].lengths[10]
 
 
 def test_findings_survive_the_file(tmp_path, looks):
@@ -129,9 +129,9 @@ def test_several_processes_use_what_was_found_before(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     text = json.dumps({"conversations": chat("Yes?", "No.")})
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([text] * check_cache.KEPT_FROM))
-    rows = SupervisedDataset(path, processing("v2_6"), DataOptions(model_max_length=512))
-    lengths = np.full(check_cache.KEPT_FROM, len(rows.plan(0).encoded.input_ids), dtype=np.int32)
+    path.write_text("\n".join([text] * check_cache.STORED_FROM))
+    rows = SupervisedDataset(path, processing("v2_6", model_max_length=512))
+    lengths = np.full(check_cache.STORED_FROM, len(rows.plan(0).encoded.input_ids), dtype=np.int32)
     bad = {7: Finding(1, rows.describe(7, OfAKindError("odd")), dropped=True)}
     FileCheck(lengths, bad).save(check_path(rows, 0, decoded=False))
     found = on_two_ranks(path, "skip")

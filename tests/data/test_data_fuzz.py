@@ -8,12 +8,13 @@ import random
 import pytest
 from PIL import Image
 
-from dataset import DataOptions, SupervisedDataset
-from minicpm_tune.data.files.json_rows import open_rows
+from dataset import SupervisedDataset
+from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.data.media.images import ImageOptions, open_image
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.errors import DataError, RowError
-from support.data_helpers import chat, processing
+from support.data_helpers import chat, limited, processing
 
 SEEDS = [
     {
@@ -115,7 +116,7 @@ def test_mutated_rows_give_a_right_sample_or_a_named_problem(name, folder):
             ]
             if None in pictures:
                 continue  # videos are mutated with their files below
-            sample = prepared.encode(conversation.turns, pictures, limit=512)
+            sample = limited(prepared, 512).encode(conversation.turns, pictures)
         except RowError:
             refused += 1
             continue
@@ -151,11 +152,9 @@ def test_mutated_rows_never_break_a_data_set(folder):
     rows = [mutated(draw.choice(SEEDS), draw) for _ in range(300)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    dataset = SupervisedDataset(
-        path, processing("v2_6"), DataOptions(on_bad_row="skip", model_max_length=512)
-    )
-    lengths = dataset.lengths()
-    samples = [dataset[index] for index in range(dataset.row_count)]
+    dataset = SupervisedDataset(path, processing("v2_6", on_bad_row="skip", model_max_length=512))
+    lengths = check_rows(dataset)
+    samples = [dataset[index] for index in range(dataset.mixture.row_count)]
     assert [len(sample["input_ids"]) for sample in samples] == lengths.tolist()
     assert sum(sample["origin"] is None for sample in samples) > 50
 

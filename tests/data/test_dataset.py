@@ -7,16 +7,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import DataOptions, SupervisedDataset, data_collator, padding_sample
+from dataset import SupervisedDataset, data_collator
 from minicpm_tune.data.bad_rows import BadRowLog
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
+from minicpm_tune.settings.data_arguments import DataArguments
 from support.data_helpers import BAD_ROWS, WIDE, chat, good, processing, supervised_text, write_rows
 from support.paths import IMAGES
 
 
 def data(tmp_path, rows, name="v2_6", **options):
-    return SupervisedDataset(write_rows(tmp_path, rows), processing(name), DataOptions(**options))
+    return SupervisedDataset(write_rows(tmp_path, rows), processing(name, **options))
 
 
 def test_a_sample_knows_its_row(tmp_path):
@@ -24,7 +25,11 @@ def test_a_sample_knows_its_row(tmp_path):
     assert rows[1]["origin"] == (0, 1)
     assert supervised_text(rows[1], rows.processing.tokenizer) == "Answer 1.<|im_end|>"
     assert rows[1]["pixel_values"].dtype == torch.uint8
-    assert (len(rows), rows.row_count, rows.epoch_order(seed=0, epoch=0, shuffle=False)) == (2, 2, [0, 1])
+    assert (len(rows), rows.mixture.row_count, rows.mixture.epoch_order(seed=0, epoch=0, shuffle=False)) == (
+        2,
+        2,
+        [0, 1],
+    )
 
 
 def test_images_are_found_beside_the_data_file_or_in_the_image_folder(tmp_path):
@@ -41,7 +46,7 @@ def test_images_are_found_beside_the_data_file_or_in_the_image_folder(tmp_path):
 def test_the_check_names_file_row_id_and_remedy_of_every_bad_row(tmp_path):
     rows = data(tmp_path, BAD_ROWS, model_max_length=512)
     with pytest.raises(DataError) as caught:
-        rows.check_rows()
+        check_rows(rows)
     lines = str(caught.value).splitlines()
     assert lines[0] == "5 of 6 rows can't be used:"
     file = tmp_path / "train.json"
@@ -61,7 +66,7 @@ def test_the_check_names_file_row_id_and_remedy_of_every_bad_row(tmp_path):
 def test_the_check_shows_twenty_problems_and_the_total(tmp_path):
     rows = data(tmp_path, [{"id": number} for number in range(25)])
     with pytest.raises(DataError) as caught:
-        rows.check_rows()
+        check_rows(rows)
     lines = str(caught.value).splitlines()
     assert lines[0] == "25 of 25 rows can't be used:"
     assert len(lines) == 1 + 20 + 2
@@ -75,7 +80,7 @@ def test_several_processes_find_the_same(tmp_path):
 
 def test_lengths_are_those_of_the_samples(tmp_path):
     rows = data(tmp_path, [good(0), good(1, WIDE), BAD_ROWS[1]], on_bad_row="skip")
-    assert rows.lengths().tolist() == [len(rows[index]["input_ids"]) for index in range(3)]
+    assert check_rows(rows).tolist() == [len(rows[index]["input_ids"]) for index in range(3)]
 
 
 def test_a_damaged_image_is_found_by_decoding_when_there_are_few_rows(tmp_path):
@@ -83,8 +88,8 @@ def test_a_damaged_image_is_found_by_decoding_when_there_are_few_rows(tmp_path):
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     rows = [good(0), good(1, "half.png")]
     with pytest.raises(DataError, match=r"row 1 .*half.png' can't be decoded"):
-        data(tmp_path, rows).check_rows()
-    data(tmp_path, rows, check_images="header").check_rows()
+        check_rows(data(tmp_path, rows))
+    check_rows(data(tmp_path, rows, check_images="header"))
 
 
 # --- bad rows in training ---
@@ -93,7 +98,7 @@ def test_a_damaged_image_is_found_by_decoding_when_there_are_few_rows(tmp_path):
 def test_an_image_that_became_unreadable_contributes_nothing_and_is_listed(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     rows = data(tmp_path, [good(0), good(1, "a.png"), good(2)])
-    rows.check_rows()
+    check_rows(rows)
     rows.bad_rows = BadRowLog(tmp_path / "out" / "bad_rows.jsonl")
     (tmp_path / "a.png").unlink()
     for _ in range(2):  # met in two epochs, listed once
@@ -121,23 +126,23 @@ def test_another_bad_row_met_in_training_stops_it_unless_skipped(tmp_path):
 def test_rows_that_the_check_left_out_are_never_opened_again(tmp_path):
     rows = data(tmp_path, BAD_ROWS, on_bad_row="skip", model_max_length=512)
     rows.bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl")
-    rows.check_rows()
+    check_rows(rows)
     assert [entry["row"] for entry in rows.bad_rows.read()] == [1, 2, 3, 4, 5]
-    rows.conversation = lambda _: pytest.fail("opened")
+    rows.parse = lambda _: pytest.fail("opened")
     assert all(rows[index]["origin"] is None for index in range(1, 6))
 
 
 def test_dropped_rows_are_counted_even_when_bad_rows_are_errors(tmp_path):
     rows = data(tmp_path, [good(0), BAD_ROWS[5]], model_max_length=512, overlength="drop")
     rows.bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl")
-    rows.check_rows()
+    check_rows(rows)
     assert rows[1]["origin"] is None
     assert [entry["kind"] for entry in rows.bad_rows.read()] == ["over-long"]
 
 
 def test_a_data_set_with_no_usable_row_is_refused_even_when_skipping(tmp_path):
     with pytest.raises(DataError, match="No row is left to train on"):
-        data(tmp_path, BAD_ROWS[1:2], on_bad_row="skip").check_rows()
+        check_rows(data(tmp_path, BAD_ROWS[1:2], on_bad_row="skip"))
 
 
 def test_workers_share_one_list_of_bad_rows(tmp_path):
@@ -156,13 +161,13 @@ def test_no_bad_rows_are_said_too(tmp_path):
 @pytest.mark.parametrize("name", ["overlength", "on_bad_row", "exif_orientation", "check_images"])
 def test_unknown_choices_are_refused(name):
     with pytest.raises(DataError, match=f"--{name}: found 'sometimes', expected one of"):
-        DataOptions(**{name: "sometimes"})
+        DataArguments(**{name: "sometimes"})
 
 
 def test_videos_are_refused_where_the_model_knows_none(tmp_path):
     row = {"video": ["a.png"], "conversations": chat("What?", "x")}
     with pytest.raises(DataError, match=r"expected images: MiniCPM-V 2\.0 was not trained on video"):
-        data(tmp_path, [row], "v2").check_rows()
+        check_rows(data(tmp_path, [row], "v2"))
 
 
 # --- batches ---
@@ -171,7 +176,7 @@ def test_videos_are_refused_where_the_model_knows_none(tmp_path):
 @pytest.mark.parametrize("name", ["v2", "v2_6", "v4_5", "v4_7"])
 def test_a_batch_holds_every_sample_and_nothing_else(name, tmp_path):
     rows = data(tmp_path, [good(0, WIDE), {"conversations": chat("Hi", "Yes, of course.")}, good(2)], name)
-    samples = [rows[index] for index in range(3)] + [padding_sample(rows.processing)]
+    samples = [rows[index] for index in range(3)] + [rows.processing.padding_sample()]
     batch = data_collator(samples, pad_token_id=7)
     width = batch["input_ids"].shape[1]
     slices = runs = columns = 0
@@ -213,6 +218,6 @@ def test_prompts_can_be_batched_without_labels():
 def test_bad_row_lines_are_json(tmp_path):
     rows = data(tmp_path, BAD_ROWS, on_bad_row="skip", model_max_length=512)
     rows.bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl")
-    rows.check_rows()
+    check_rows(rows)
     for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == {"file", "row", "id", "kind", "reason"}

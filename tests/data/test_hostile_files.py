@@ -8,26 +8,28 @@ import struct
 import time
 import zlib
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from dataset import DataOptions, SupervisedDataset
-from minicpm_tune.data.files.json_rows import open_rows
+from dataset import SupervisedDataset
+from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.data.media.images import ImageOptions, open_image
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError, RowError
 from support.data_helpers import good, processing, write_rows
 from support.hostile import ODD, Bomb
 
 
-def bombed_table(mark):
+def bombed_table(mark, *, schema_too):
     """A column that asks its reader to unpickle what it carries, and one of pickled bytes."""
     bomb = pickle.dumps(Bomb(mark))
     asks = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": bomb}
     column = pyarrow.array([b"x"], pyarrow.binary())
     fields = [pyarrow.field("id", pyarrow.binary(), metadata=asks), pyarrow.field("image", pyarrow.binary())]
-    schema = pyarrow.schema(fields, metadata={"huggingface": bomb, "pandas": bomb})
+    schema = pyarrow.schema(fields, metadata={"huggingface": bomb, "pandas": bomb} if schema_too else None)
     return pyarrow.Table.from_arrays([column, pyarrow.array([bomb], pyarrow.binary())], schema=schema)
 
 
@@ -38,9 +40,11 @@ def write_parquet(table, folder):
 
 def write_saved(table, folder):
     """As Hugging Face datasets would have saved it, with a script beside it."""
-    with pyarrow.ipc.new_stream(str(folder / "data.arrow"), table.schema) as stream:
+    folder = folder / "saved"
+    datasets.Dataset.from_dict({"id": [b"x"], "image": [b"y"]}).save_to_disk(str(folder))
+    [file] = folder.glob("*.arrow")
+    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
         stream.write_table(table)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
     (folder / f"{folder.name}.py").write_text("raise SystemExit('a script ran')\n")
     return folder
 
@@ -48,10 +52,18 @@ def write_saved(table, folder):
 @pytest.mark.parametrize("write", [write_parquet, write_saved])
 def test_nothing_in_a_table_is_unpickled(tmp_path, write):
     mark = tmp_path / "mark"
-    rows = open_rows(write(bombed_table(mark), tmp_path))
+    rows = open_rows(write(bombed_table(mark, schema_too=False), tmp_path))
     assert len(rows) == 1
     with pytest.raises(RowError, match="in no format that Pillow knows"):
         open_image(rows[0]["image"], ImageOptions(folder=tmp_path))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_saved])
+def test_a_table_whose_description_is_a_pickle_is_refused(tmp_path, write):
+    mark = tmp_path / "mark"
+    with pytest.raises(DataError, match=r"not readable as (Parquet|Arrow)"):
+        open_rows(write(bombed_table(mark, schema_too=True), tmp_path))
     assert not mark.exists()
 
 
@@ -60,11 +72,9 @@ def test_deep_rows_are_read_or_named(tmp_path, depth):
     row = json.dumps(good(1))[:-1] + ', "deep": ' + "[" * depth + "]" * depth + "}"
     lines = tmp_path / "rows.jsonl"
     lines.write_text(f"{json.dumps(good(0))}\n{row}\n")
-    data = SupervisedDataset(lines, processing("v2_6"), DataOptions(model_max_length=512, on_bad_row="skip"))
-    data.check_rows()
-    assert data._left_out == ({1} if depth > 1000 else set()) or (
-        900 < depth < 1000 and data._left_out == {1}
-    )
+    data = SupervisedDataset(lines, processing("v2_6", model_max_length=512, on_bad_row="skip"))
+    check_rows(data)
+    assert data.left_out == ({1} if depth > 1000 else set()) or (900 < depth < 1000 and data.left_out == {1})
     listed = tmp_path / "rows.json"
     listed.write_text(f"[{json.dumps(good(0))}, {row}]")
     try:
@@ -78,9 +88,9 @@ def test_a_deep_conversation_is_named(tmp_path):
     for _ in range(400):
         row["conversations"] = [row["conversations"]]
     path = write_rows(tmp_path, [good(0), row])
-    data = SupervisedDataset(path, processing("v2_6"), DataOptions(model_max_length=512))
+    data = SupervisedDataset(path, processing("v2_6", model_max_length=512))
     with pytest.raises(DataError, match="1 of 2 rows can't be used") as caught:
-        data.check_rows()
+        check_rows(data)
     assert len(str(caught.value)) < 10_000
 
 
@@ -106,10 +116,10 @@ SECONDS = 60  # 1 to 2, alone on the machine
 def test_an_endless_line_is_one_short_message(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(good(0))}\n{content}\n")
-    data = SupervisedDataset(path, processing("v2_6"), DataOptions(model_max_length=512))
+    data = SupervisedDataset(path, processing("v2_6", model_max_length=512))
     start = time.monotonic()
     with pytest.raises(DataError, match="1 of 2 rows can't be used") as caught:
-        data.check_rows()
+        check_rows(data)
     assert time.monotonic() - start < SECONDS
     assert len(str(caught.value)) < 10_000
     caught.match(message)
@@ -172,8 +182,8 @@ def test_odd_names_of_images_and_data_files_are_names(odd_folder, tmp_path):
     rows = [{**good(number), "image": name} for number, name in enumerate(images)]
     path = odd_folder / f"{ODD}.json"
     path.write_text(json.dumps(rows))
-    data = SupervisedDataset(path, processing("v2_6"), DataOptions(model_max_length=512))
-    data.check_rows()
+    data = SupervisedDataset(path, processing("v2_6", model_max_length=512))
+    check_rows(data)
     assert all(data[index]["pixel_values"].shape[-1] > 0 for index in range(len(rows)))
 
 

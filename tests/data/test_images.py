@@ -50,7 +50,7 @@ def test_orientation_is_ignored_or_applied_as_asked(tmp_path):
 
 
 def test_the_orientation_of_each_generation_is_that_of_its_inference(tmp_path):
-    from dataset import DataOptions, SupervisedDataset
+    from dataset import SupervisedDataset
     from support.data_helpers import chat, processing, write_rows
 
     (tmp_path / "a.png").write_bytes(turned_photo(6))
@@ -58,8 +58,9 @@ def test_the_orientation_of_each_generation_is_that_of_its_inference(tmp_path):
     wide, high = [[23, 45]], [[44, 24]]
     assert SupervisedDataset(path, processing("v2_6"))[0]["tgt_sizes"].tolist() == wide
     assert SupervisedDataset(path, processing("v4_6"))[0]["tgt_sizes"].tolist() == high
-    applied = DataOptions(exif_orientation="apply")
-    assert SupervisedDataset(path, processing("v2_6"), applied)[0]["tgt_sizes"].tolist() == [[45, 23]]
+    assert SupervisedDataset(path, processing("v2_6", exif_orientation="apply"))[0]["tgt_sizes"].tolist() == [
+        [45, 23]
+    ]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "I;16", "I", "F", "YCbCr", "HSV"])

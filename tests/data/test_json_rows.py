@@ -2,7 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import pickle
+import subprocess
+import sys
 import time
 
 import datasets
@@ -11,8 +14,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from minicpm_tune.data.files.json_errors import explain
-from minicpm_tune.data.files.json_rows import JsonRows, open_rows
+from minicpm_tune.data.files.json_rows import JsonRows, explain
+from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.errors import DataError, RowError
 from support.data_helpers import chat, write_rows
 
@@ -44,24 +47,33 @@ def test_rows_survive_pickling_and_a_changed_file_is_indexed_anew(tmp_path):
     assert len(open_rows(path)) == 7
 
 
-def test_a_forked_worker_opens_the_file_for_itself(tmp_path, monkeypatch):
-    rows = open_rows(write_rows(tmp_path, rows_of(3)))
-    assert rows[0] == rows_of(3)[0]
-    opened = rows._file
-    assert rows[1] == rows_of(3)[1]
-    assert rows._file is opened
-    monkeypatch.setattr("os.getpid", lambda: -1)
-    assert rows[2] == rows_of(3)[2]
-    assert rows._file is not opened  # two processes that share a file share its position, too
+def read_often(rows, times, found):
+    found.put(
+        all(rows[index] == {"id": index, "pad": "x" * index} for _ in range(times) for index in range(50))
+    )
+
+
+def test_forked_workers_that_share_an_open_file_read_their_own_rows(tmp_path):
+    expected = [{"id": index, "pad": "x" * index} for index in range(50)]
+    rows = open_rows(write_rows(tmp_path, expected))
+    assert rows[3] == expected[3]  # the file is open before the fork
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    workers = [context.Process(target=read_often, args=(rows, 200, found)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [found.get(timeout=30) for _ in workers] == [True, True]
+    for worker in workers:
+        worker.join(timeout=30)
 
 
 def test_the_index_is_read_again_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path, rows_of(3))
     open_rows(path)
-    assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".jsonl", ".npy"]
+    assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".items", ".npy"]
     monkeypatch.setattr(
-        "minicpm_tune.data.files.json_rows._list_items", lambda _: pytest.fail("parsed again")
+        "minicpm_tune.data.files.json_rows._item_spans", lambda _: pytest.fail("parsed again")
     )
     assert all_of(open_rows(path)) == rows_of(3)
 
@@ -83,7 +95,6 @@ def test_many_rows_open_fast_once_indexed(tmp_path):
     again = JsonRows(path)
     assert again[150_000] == {"id": 150_000}
     assert time.process_time() - start < 0.5
-    assert again._spans.nbytes == 300_000 * 16  # memory-mapped numbers, no Python object per row
 
 
 def test_a_broken_row_of_a_jsonl_file_is_that_rows_problem(tmp_path):
@@ -113,41 +124,64 @@ GUIDES = """[
 """
 
 
-def test_the_broken_example_of_the_guides_is_refused_line_by_line(tmp_path):
+def test_the_broken_example_of_the_guides_is_refused_with_the_command_that_mends_it(tmp_path):
     path = tmp_path / "guides.json"
-    text = GUIDES
-    seen = []
-    for _ in range(20):
-        path.write_text(text)
-        try:
-            open_rows(path)
-            break
-        except DataError as error:
-            message = str(error)
-        found, fixed = (line.split(":", 1)[1].strip() for line in message.splitlines()[1:])
-        seen.append(message.splitlines()[0].split("not valid JSON, ")[1])
-        text = text.replace(found, fixed, 1)  # do what the message says
-    assert seen[0] == "line 4, column 14: found a single quote, expected a double quote."
-    assert seen[-1] == "line 11, column 4: found a comma before ']', expected none after the last item."
-    assert open_rows(path)[0]["conversations"][0]["role"] == "user"
+    path.write_text(GUIDES)
+    with pytest.raises(DataError) as caught:
+        open_rows(path)
+    first, found, note, command = str(caught.value).splitlines()
+    assert first.endswith("not valid JSON, line 4, column 14: found a single quote, expected a double quote.")
+    assert found == "  found: \"image\": 'path/to/image_0.jpg',"
+    assert note == "The file is a Python literal. To write it as JSON:"
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=60)
+    assert open_rows(tmp_path / "guides_fixed.json")[0]["conversations"][0]["role"] == "user"
+
+
+def test_a_file_that_is_no_python_literal_either_gets_no_command(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[{'a': true},]")
+    with pytest.raises(DataError, match="found a single quote") as caught:
+        open_rows(path)
+    assert "Python" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ('[{"a": 1} {"b": 2}]', "line 1, column 11: found '{', expected a comma between two items."),
-        ('[{"a": True}]', 'fixed: [{"a": true}]'),
         ('[{"a": 1}', "found the end of the text, expected the rest of the value (is the file cut off?)"),
         ('[{"a": "x\ny"}]', "found a line break or control character inside a text"),
         ("[1] x", "found 'x', expected nothing more after the value"),
+        ('{"a": 1},', "found a comma at the end, expected none after the last item"),
         ("[{id: 3}]", "found 'id', expected property name enclosed in double quotes"),
-        ("[{\"a\": \"it's\", 'b': 'don\\'t'}]", 'fixed: [{"a": "it\'s", "b": "don\'t"}]'),
+        (
+            '[\n {"a": 1},\n]',
+            "line 2, column 10: found a comma before ']', expected none after the last item",
+        ),
     ],
 )
 def test_json_errors_are_explained(text, expected):
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(text)
     assert expected in explain(text, caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "fixed"),
+    [
+        ('{"a": True}', '{"a": true}'),
+        ("{\"a\": \"it's\", 'b': 'don\\'t'}", '{"a": "it\'s", "b": "don\'t"}'),
+        ('{"a": 1,}', '{"a": 1}'),
+        ('{"a": 1},', '{"a": 1}'),
+    ],
+)
+def test_a_python_literal_in_a_jsonl_row_is_shown_as_json(line, fixed, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(RowError) as caught:
+        open_rows(path)[0]
+    assert str(caught.value).splitlines()[-1] == f"  fixed: {fixed}"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import SupervisedDataset
-from minicpm_tune.data.files.mixtures import MixtureSource, epoch_order, read_data_path
+from minicpm_tune.data.files.mixtures import epoch_order
 from minicpm_tune.errors import DataError
+from minicpm_tune.settings.data_path import MixtureSource, read_data_path
 from support.data_helpers import chat, processing, write_rows
 
 
@@ -126,7 +127,7 @@ def test_a_data_set_of_several_files_numbers_rows_through_and_names_their_source
     write_rows(tmp_path, [{"id": f"b{n}", "conversations": chat("q", f"b{n}")} for n in range(2)], "b.json")
     (tmp_path / "mix.txt").write_text("a.json#4\nb.json:0.5\n")
     rows = SupervisedDataset(tmp_path / "mix.txt", processing("v2_6"))
-    assert (len(rows), rows.row_count) == (5, 5)
+    assert (len(rows), rows.mixture.row_count) == (5, 5)
     assert [rows[index]["origin"] for index in range(5)] == [
         (0, 0),
         (0, 1),
@@ -134,9 +135,9 @@ def test_a_data_set_of_several_files_numbers_rows_through_and_names_their_source
         (1, 0),
         (1, 1),
     ]
-    assert rows.source_names == [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    assert len(rows.epoch_order(seed=0, epoch=0)) == 5
-    assert Counter(row >= 3 for row in rows.epoch_order(seed=0, epoch=0)) == {False: 4, True: 1}
+    assert rows.mixture.names == [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert len(rows.mixture.epoch_order(seed=0, epoch=0)) == 5
+    assert Counter(row >= 3 for row in rows.mixture.epoch_order(seed=0, epoch=0)) == {False: 4, True: 1}
 
 
 def test_a_share_without_rows_is_refused(tmp_path):

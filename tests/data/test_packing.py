@@ -233,7 +233,7 @@ def test_packed_rows_are_nearly_full_on_the_demo_s_rows(tmp_path, task):
     files = draw_data_set(tmp_path / "data", sizes={"train": 144, "eval": 9, "held_out": 9}, seed=0)
     processing = load_processing(make_checkpoint(tmp_path / "model", "v2_6", size="tiny"))
     rows = SupervisedDataset(files[task], processing)
-    lengths = [len(rows.plan(index).encoded.input_ids) for index in range(rows.row_count)]
+    lengths = [len(rows.plan(index).encoded.input_ids) for index in range(rows.mixture.row_count)]
     packed = best_fit(range(len(lengths)), lengths, capacity=2048)
     # The last row is what is left over; in a data set of any size it is one row.
     share = sum(lengths) / ((len(packed) - 1) * 2048 + min(2048, sum(lengths[index] for index in packed[-1])))

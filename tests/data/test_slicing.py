@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from minicpm_tune.data.slicing.adaptive import SliceRules, choose_grid, cut_into_patches, patch_columns
-from minicpm_tune.data.slicing.minicpmv46 import NativeSliceRules
+from minicpm_tune.data.slicing.adaptive import SliceRules, choose_grid
+from minicpm_tune.data.slicing.layouts import cut_into_patches, patch_columns
+from minicpm_tune.data.slicing.minicpmv46 import MergedSliceRules
 from minicpm_tune.errors import RowError
 
 SIDES = st.integers(1, 4000)
@@ -66,7 +67,7 @@ def test_grids_equal_those_of_transformers_own_processor(width, height, max_slic
 @given(width=st.integers(20, 1200), height=st.integers(20, 1200))
 def test_native_patches_equal_transformers_own_processor(mode, width, height):
     image = drawn(width, height)
-    rules = NativeSliceRules(downsample_mode=mode)
+    rules = MergedSliceRules(downsample_mode=mode)
     layout = rules.layout(width, height)
     out = np.empty((3, 14, patch_columns(layout)), dtype=np.uint8)
     cut_into_patches(image, layout, out)
@@ -104,7 +105,7 @@ def test_patches_are_the_resized_image_cut_row_by_row(size):
     assert start == out.shape[2]
 
 
-@pytest.mark.parametrize("rules", [SliceRules(), NativeSliceRules()])
+@pytest.mark.parametrize("rules", [SliceRules(), MergedSliceRules()])
 def test_an_image_without_pixels_is_refused(rules):
     with pytest.raises(RowError, match="0 x 5 pixels, expected at least 1 x 1"):
         rules.layout(0, 5)
@@ -112,4 +113,4 @@ def test_an_image_without_pixels_is_refused(rules):
 
 def test_a_limit_of_one_never_cuts():
     assert len(SliceRules().limited(1).layout(3000, 2000).tgt_sizes) == 1
-    assert len(NativeSliceRules().limited(1).layout(3000, 2000).tgt_sizes) == 1
+    assert len(MergedSliceRules().limited(1).layout(3000, 2000).tgt_sizes) == 1

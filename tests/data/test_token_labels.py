@@ -13,7 +13,7 @@ from minicpm_tune.data.slicing.adaptive import SliceRules
 from minicpm_tune.data.token_labels import truncate
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DroppedRowError, RowError
-from support.data_helpers import ALL, chat, encoded, processing, supervised_text, turns_of
+from support.data_helpers import ALL, chat, encoded, limited, processing, supervised_text, turns_of
 
 TURN_END = {"v2": "</s>", "v2_5": "<|eot_id|>"}
 
@@ -260,18 +260,18 @@ def test_overlength_policies():
     whole = prepared.encode(turns, images)
     length = len(whole["input_ids"])
 
-    cut = prepared.encode(turns, images, limit=length - 4)
+    cut = limited(prepared, length - 4).encode(turns, images)
     assert len(cut["input_ids"]) == length - 4
     assert "Two cats and one dog.<|im_end|>".startswith(supervised_text(cut, prepared.tokenizer))
 
     with pytest.raises(
         RowError, match=rf"is {length} tokens long, expected at most --model_max_length {length - 1}"
     ):
-        prepared.encode(turns, images, limit=length - 1, overlength="error")
+        limited(prepared, length - 1, overlength="error").encode(turns, images)
     with pytest.raises(DroppedRowError):
-        prepared.encode(turns, images, limit=length - 1, overlength="drop")
+        limited(prepared, length - 1, overlength="drop").encode(turns, images)
 
-    smaller = prepared.encode(turns, images, limit=length - 1, overlength="shrink_slices")
+    smaller = limited(prepared, length - 1, overlength="shrink_slices").encode(turns, images)
     assert 1 < len(smaller["tgt_sizes"]) < len(whole["tgt_sizes"])
     assert supervised_text(smaller, prepared.tokenizer) == "Two cats and one dog.<|im_end|>"
     assert len(smaller["input_ids"]) <= length - 1
@@ -283,17 +283,17 @@ def test_a_row_cut_down_to_its_question_is_a_bad_row():
     with pytest.raises(
         RowError, match=r"none of the .* tokens that --model_max_length 100 leaves is supervised"
     ):
-        prepared.encode(turns, images, limit=100)
+        limited(prepared, 100).encode(turns, images)
 
 
 def test_shrinking_falls_back_to_cutting():
     prepared = processing("v2_6")
     turns, images = long_row()
-    fits = len(prepared.encode(turns, images, limit=10_000)["input_ids"])
+    fits = len(limited(prepared, 10_000).encode(turns, images)["input_ids"])
     least = prepared.encode(turns, [picture(60, 60)])  # one slice
     limit = len(least["input_ids"]) - 3
     assert limit < fits
-    sample = prepared.encode(turns, images, limit=limit, overlength="shrink_slices")
+    sample = limited(prepared, limit, overlength="shrink_slices").encode(turns, images)
     assert len(sample["input_ids"]) == limit
     assert len(sample["tgt_sizes"]) == 1
 

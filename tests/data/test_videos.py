@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DataOptions, SupervisedDataset, data_collator
+from dataset import SupervisedDataset, data_collator
 from minicpm_tune.data.media.videos import VideoRules, choose_frames
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError, RowError
 from support.data_helpers import chat, processing, supervised_text, write_rows
 
@@ -36,8 +37,8 @@ def write_frames(folder, count, size=(96, 64)):
     return folder
 
 
-def dataset(tmp_path, rows, name, options=None, **processing_options):
-    return SupervisedDataset(write_rows(tmp_path, rows), processing(name, **processing_options), options)
+def dataset(tmp_path, rows, name, **options):
+    return SupervisedDataset(write_rows(tmp_path, rows), processing(name, **options))
 
 
 def prompt_text(rows, sample):
@@ -187,7 +188,7 @@ def test_a_long_video_is_cut_whole_or_not_at_all(tmp_path):
     row = {"video": "a.mp4", "conversations": chat("Hi", "Yes.", "And <video>?", "x")}
     whole = dataset(tmp_path, [row], "v2_6")[0]
     limit = int(whole["image_bound"][1, 0]) + 3  # inside the second frame
-    sample = dataset(tmp_path, [row], "v2_6", DataOptions(model_max_length=limit))[0]
+    sample = dataset(tmp_path, [row], "v2_6", model_max_length=limit)[0]
     assert len(sample["input_ids"]) == int(whole["image_bound"][0, 0]) - 1  # in front of the first <image>
     assert len(sample["tgt_sizes"]) == len(sample["image_bound"]) == sample["pixel_values"].shape[2] == 0
 
@@ -213,14 +214,14 @@ def test_videos_that_cannot_be_used_are_named(video, message, tmp_path):
     (tmp_path / "folder").mkdir()
     rows = dataset(tmp_path, [{"video": video, "conversations": chat("What?", "x")}], "v2_6")
     with pytest.raises(DataError, match=message):
-        rows.check_rows()
+        check_rows(rows)
 
 
 def test_a_film_that_ends_early_is_left_out_in_training(tmp_path):
     write_film(tmp_path / "a.mp4", seconds=3)
     row = {"video": "a.mp4", "conversations": chat("What?", "x")}
-    rows = dataset(tmp_path, [row], "v2_6", DataOptions(check_images="header"))
-    rows.check_rows()
+    rows = dataset(tmp_path, [row], "v2_6", check_images="header")
+    check_rows(rows)
     plan = rows.plan(0)
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(whole[: len(whole) // 2])
@@ -234,4 +235,4 @@ def test_a_missing_video_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     rows = dataset(tmp_path, [{"video": "a.mp4", "conversations": chat("What?", "x")}], "v2_6")
     with pytest.raises(DataError, match=r"need the package 'av'.*Run: pip install av"):
-        rows.check_rows()
+        check_rows(rows)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dataset import DataOptions, SupervisedDataset
+from dataset import SupervisedDataset
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.collating import data_collator
@@ -60,9 +60,7 @@ class Run:
             if hasattr(module, "partial_dropout"):
                 module.partial_dropout = 0.0  # losses are compared
         freeze(self.model, self.row, vision=False, resampler=resampler, llm=True)
-        self.rows = SupervisedDataset(
-            data, load_processing(self.checkpoint), DataOptions(model_max_length=None)
-        )
+        self.rows = SupervisedDataset(data, load_processing(self.checkpoint))
         self.writer = None
         self.tower = self.model.get_submodule(self.row.modules["vision"][0])
         self.patches = 0
@@ -73,7 +71,13 @@ class Run:
         self.patches += pixels.shape[0] if self.row.name not in ("v4_6", "v4_7") else pixels.shape[-1] // 14
 
     def keep(self, folder="kept"):
-        cache = open_cache(self.folder / folder, self.checkpoint, self.row, precision="fp32")
+        cache = open_cache(
+            self.folder / folder,
+            self.checkpoint,
+            self.row,
+            precision="fp32",
+            downsample_mode=self.rows.processing.media.downsample_mode,
+        )
         self.rows.processing = replace(self.rows.processing, vision_cache=cache)
         self.writer = FeatureWriter(cache)
         return cache
@@ -159,7 +163,7 @@ def test_other_pixels_slices_weights_or_precision_are_other_entries(tmp_path, da
     Image.new("RGB", SIZES[0], "red").save(folder / "0.png")
     assert run.step([0])[2] > 0
     assert run.step([1])[2] == 0
-    limited = replace(run.rows.processing, rules=run.rows.processing.rules.limited(1))
+    limited = run.rows.processing.with_media(slicing=run.rows.processing.rules.limited(1))
     run.rows.processing = limited
     assert run.step([1])[2] > 0
     assert open_cache(tmp_path / "kept", run.checkpoint, run.row, precision="bf16").folder != cache.folder

@@ -7,13 +7,12 @@ from PIL import Image
 
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.data.row_parsing import parse_row
-from minicpm_tune.data.slicing.image_rules import RulesError
 from minicpm_tune.data.slicing.xcomposer2 import TileRules
 from minicpm_tune.data.turns import Media, Turn
-from minicpm_tune.errors import RowError
+from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.models.xcomposer2.clip_tower import normalized
 from minicpm_tune.models.xcomposer2.vision import as_image
-from support.data_helpers import chat, processing
+from support.data_helpers import chat, limited, processing
 from support.data_helpers import turns_of as read_turns
 from support.xcomposer2_cases import THREE, about, arrays, golden_images, rules, turns_of
 
@@ -158,7 +157,7 @@ def test_pixels_equal_the_released_ones(name, case):
     ],
 )
 def test_sizes_that_contradict_the_checkpoint_are_refused(name, options, message):
-    with pytest.raises(RulesError, match=message):
+    with pytest.raises(DataError, match=message):
         processing(name, **options)
 
 
@@ -178,7 +177,7 @@ def test_a_long_row_uses_fewer_tiles():
     row = list(read_turns(chat("What?", "A cat.")))
     row[0] = Turn("user", (Media("image", 0), "What?"))
     rules = processing("xc2_4khd_7b", hd_num=9)
-    sample = rules.encode(row, [Image.new("RGB", (900, 900))], limit=1000, overlength="shrink_slices")
+    sample = limited(rules, 1000, overlength="shrink_slices").encode(row, [Image.new("RGB", (900, 900))])
     assert len(sample["input_ids"]) <= 1000
     assert sample["tgt_sizes"].tolist() == [[48, 48]]
 
@@ -189,4 +188,4 @@ def test_a_row_whose_image_leaves_no_room_for_the_answer_is_refused_with_the_rea
     with pytest.raises(
         RowError, match="none of the 4 tokens that --model_max_length 200 leaves is supervised"
     ):
-        processing("xc2_7b").encode(row, [Image.new("RGB", (90, 90))], limit=200)
+        limited(processing("xc2_7b"), 200).encode(row, [Image.new("RGB", (90, 90))])

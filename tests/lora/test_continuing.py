@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dataset import DataOptions, SupervisedDataset, data_collator
+from dataset import SupervisedDataset, data_collator
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, read_adapter_folder
@@ -109,9 +109,7 @@ def test_a_run_goes_on_from_the_adapter(adapter, tmp_path, more):
         tmp_path, *flags, *more, model=checkpoint("v2_6"), data=data, steps=1, batch=2, processes=2
     )
     model = load_adapter(loaded(checkpoint("v2_6"), "v2_6"), read_adapter_folder(adapter), trainable=False)
-    rows = SupervisedDataset(
-        str(data), load_processing(checkpoint("v2_6")), DataOptions(model_max_length=2048)
-    )
+    rows = SupervisedDataset(str(data), load_processing(checkpoint("v2_6")))
     batch = data_collator([rows[index] for index in range(4)])
     del batch["provenance"]
     with torch.no_grad():

@@ -20,8 +20,9 @@ from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.quantization import quantized_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
+from minicpm_tune.settings.data_arguments import DataArguments
 from support.answer_helpers import checkpoint
-from support.data_helpers import chat
+from support.data_helpers import chat, limited
 from support.data_helpers import turns_of as read_turns
 from support.xcomposer2_cases import THREE
 
@@ -39,7 +40,7 @@ def loaded():
         model = load_model(folder, dtype=torch.float32).eval()
         found[name] = (
             model.requires_grad_(True),
-            load_processing(folder, hd_num=4 if "4khd" in name else None),
+            load_processing(folder, DataArguments.of_checkpoint(hd_num=4 if "4khd" in name else None)),
         )
     return found
 
@@ -154,7 +155,7 @@ def test_a_truncated_row_keeps_whole_images(loaded):
     first, *_ = rules.encode(turns, images)["image_bound"].tolist()
     earlier = [Turn("user", ("Hi",)), Turn("assistant", ("Hello",))]
     whole = rules.encode([*earlier, *turns], images)
-    cut = rules.encode([*earlier, *turns], images, limit=int(whole["image_bound"][1, 0]) + 5)
+    cut = limited(rules, int(whole["image_bound"][1, 0]) + 5).encode([*earlier, *turns], images)
     assert len(cut["image_bound"]) == 1
     assert len(cut["input_ids"]) == whole["image_bound"][1, 0]
     assert first[1] - first[0] == 64

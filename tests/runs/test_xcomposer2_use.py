@@ -21,6 +21,7 @@ from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.arguments import parse_arguments
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.legacy_flags import translate
 from support import finetune_runs, processes
 from support.answer_helpers import checkpoint
@@ -101,11 +102,11 @@ def test_each_of_the_guides_own_flags_is_mapped_and_said(old, new):
 
 
 def test_amounts_count_unless_given_num_says_otherwise(data):
-    from dataset import DataOptions, SupervisedDataset
+    from dataset import SupervisedDataset
 
-    rules = load_processing(checkpoint("xc2_7b"))
-    assert len(SupervisedDataset(data / "data.txt", rules)) == 8
-    assert len(SupervisedDataset(data / "data.txt", rules, DataOptions(given_num=False))) == 5
+    for given_num, expected in ((True, 8), (False, 5)):
+        rules = load_processing(checkpoint("xc2_7b"), DataArguments.of_checkpoint(given_num=given_num))
+        assert len(SupervisedDataset(data / "data.txt", rules)) == expected
 
 
 # --- asking ---

@@ -7,12 +7,14 @@ import json
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.settings.data_arguments import DataArguments
 from support.paths import GOLDENS, IMAGES, ROOT
 from support.processes import Started, environment
 
@@ -33,7 +35,13 @@ def checkpoint_folder(name: str) -> Path:
 
 @cache
 def processing(name: str, **options) -> Processing:
-    return load_processing(checkpoint_folder(name), **options)
+    return load_processing(checkpoint_folder(name), DataArguments.of_checkpoint(**options))
+
+
+def limited(prepared: Processing, limit: int, **options) -> Processing:
+    """The same with a --model_max_length."""
+    arguments = replace(prepared.arguments, model_max_length=limit, **options)
+    return replace(prepared, arguments=arguments)
 
 
 def write_rows(folder: Path, rows: list, name: str = "train.json") -> Path:
@@ -85,17 +93,17 @@ RANK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from dataset import DataOptions, SupervisedDataset
+from dataset import SupervisedDataset
+from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
+from minicpm_tune.settings.data_arguments import DataArguments
 
 dist.init_process_group("gloo")
-prepared = load_processing(sys.argv[2])
-options = {"model_max_length": 512, "on_bad_row": sys.argv[4]}
-rows = SupervisedDataset(sys.argv[3], prepared, DataOptions(**options))
+arguments = DataArguments.of_checkpoint(model_max_length=512, on_bad_row=sys.argv[4])
+rows = SupervisedDataset(sys.argv[3], load_processing(sys.argv[2], arguments))
 try:
-    rows.check_rows()
-    found = {"lengths": rows.lengths().tolist(), "left_out": sorted(rows._left_out)}
+    found = {"lengths": check_rows(rows).tolist(), "left_out": sorted(rows.left_out)}
 except DataError as error:
     found = {"error": str(error)}
 dist.barrier()

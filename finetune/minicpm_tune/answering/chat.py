@@ -172,7 +172,7 @@ def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
         return processing
     if tokenizer.chat_template == own.chat_template:
         return processing
-    writer = type(processing.writer)(tokenizer, processing.generation, processing.writer.options)
+    writer = type(processing.writer)(tokenizer, processing.generation, processing.writer.arguments)
     return replace(processing, tokenizer=tokenizer, writer=writer)
 
 
@@ -180,9 +180,9 @@ def _with_image_options(
     processing: Processing, max_slice_nums: int | None, use_image_id: bool | None
 ) -> Processing:
     if max_slice_nums is not None:
-        processing = replace(processing, rules=processing.rules.limited(max_slice_nums))
+        processing = processing.with_media(slicing=processing.rules.limited(max_slice_nums))
     if use_image_id is not None:
-        processing = replace(processing, style=replace(processing.style, image_ids=use_image_id))
+        processing = processing.with_media(style=replace(processing.style, image_ids=use_image_id))
     return processing
 
 

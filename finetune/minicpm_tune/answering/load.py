@@ -16,6 +16,7 @@ from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
 from minicpm_tune.models.loading import load_model, resolve_model_folder
 from minicpm_tune.processes import local_rank
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.hardware import best_precision
 
 logger = logging.getLogger(__name__)
@@ -111,12 +112,12 @@ def find_model(choice: ModelChoice) -> FoundModel:
         AdapterError: When the adapter belongs to another model.
     """
     folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
-    processing = load_processing(
-        folder,
+    arguments = DataArguments.of_checkpoint(
         max_slice_nums=choice.max_slice_nums,
         video_fps=choice.video_fps,
         max_num_frames=choice.max_num_frames,
     )
+    processing = load_processing(folder, arguments)
     if choice.enable_thinking and not processing.generation.thinking:
         raise InferenceError(
             f"--enable_thinking: {processing.generation.title} has no thinking mode, expected V-4.5 or later. Leave "

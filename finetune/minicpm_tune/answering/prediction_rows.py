@@ -14,7 +14,7 @@ from minicpm_tune.answering.generate import answer
 from minicpm_tune.answering.metrics import score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.media.sources import check_source
-from minicpm_tune.data.row_parsing import Conversation, parse_row
+from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.samples import Processing
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DataError, RowError
@@ -57,7 +57,7 @@ class PredictionRows:
         self.thinking, self.system_prompt = thinking, system_prompt
 
     def __len__(self) -> int:
-        return self.rows.row_count
+        return self.rows.mixture.row_count
 
     def __getitem__(self, index: int) -> Question:
         try:
@@ -76,7 +76,7 @@ class PredictionRows:
             try:
                 conversation = self._conversation(index)
                 self.processing.check(conversation.turns)
-                images = self.rows.sources[self.rows.place(index)[0]].images
+                images = self.rows.image_options(index)
                 for source in conversation.sources:
                     if source.kind == "image":
                         check_source(source.value, images.folder, allow_remote=images.allow_remote)
@@ -86,10 +86,9 @@ class PredictionRows:
             shown = "\n".join(problems[:SHOWN_PROBLEMS])
             raise DataError(f"{len(problems)} of {len(indices)} rows can't be answered:\n{shown}")
 
-    def _conversation(self, index: int) -> Conversation:
-        source, row = self.rows.place(index)
+    def _conversation(self, index: int) -> ParsedRow:
         image_end = self.processing.generation.image_end
-        return parse_row(_with_answer(self.rows.sources[source].rows[row]), image_end=image_end)
+        return parse_row(_with_answer(self.rows.mixture.read(index)), image_end=image_end)
 
     def _question(self, index: int) -> Question:
         conversation = self._conversation(index)
@@ -97,14 +96,14 @@ class PredictionRows:
         if self.system_prompt and turns[0].role != "system":
             turns.insert(0, Turn("system", (self.system_prompt,)))
         media = [part.index for turn in turns for part in turn.parts if not isinstance(part, str)]
-        pictures = self.rows.pictures(index, [conversation.sources[number] for number in media])
+        pictures = self.rows.open_media(index, [conversation.sources[number] for number in media])
         prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
         return Question(index, conversation.row_id, turns[-1].text.strip(), last.text or None, prompt)
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
         sources = self._conversation(index).sources
-        for picture in self.rows.pictures(index, sources[:1]):
+        for picture in self.rows.open_media(index, sources[:1]):
             return next(iter(picture.frames()))
         return None
 

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.errors import RowError
+
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "bad_rows.jsonl"
@@ -32,6 +35,17 @@ class BadRow:
     id: Any
     kind: str
     reason: str
+
+    @classmethod
+    def of(cls, mixture: Mixture, index: int, error: RowError) -> BadRow:
+        """A row of the run's files, by its number through all of them."""
+        source, row = mixture.origin(index)
+        try:
+            value: Any = mixture.read(index)
+        except RowError:
+            value = None
+        row_id = value.get("id") if isinstance(value, dict) else None
+        return cls(mixture.names[source], row, row_id, error.kind, str(error))
 
     def __str__(self) -> str:
         name = f" (id {self.id!r:.80})" if self.id is not None else ""

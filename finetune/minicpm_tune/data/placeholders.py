@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minicpm_tune.data.slicing.adaptive import Layout
+from minicpm_tune.data.slicing.layouts import ImageLayout
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Placeholder:
     pad_length: int
 
 
-def image_placeholder(layout: Layout, style: PlaceholderStyle, *, number: int | None) -> Placeholder:
+def image_placeholder(layout: ImageLayout, style: PlaceholderStyle, *, number: int | None) -> Placeholder:
     """Write the placeholder of one image.
 
     Args:
@@ -91,7 +91,7 @@ def image_placeholder(layout: Layout, style: PlaceholderStyle, *, number: int | 
 
 
 def video_placeholder(
-    layouts: Sequence[Layout], style: PlaceholderStyle, *, number: int | None
+    layouts: Sequence[ImageLayout], style: PlaceholderStyle, *, number: int | None
 ) -> Placeholder:
     """Write the placeholder of one video.
 
@@ -113,7 +113,7 @@ def video_placeholder(
     return writer.placeholder()
 
 
-def _write_image(writer: _Writer, layout: Layout, style: PlaceholderStyle) -> None:
+def _write_image(writer: _Writer, layout: ImageLayout, style: PlaceholderStyle) -> None:
     overview, *slices = (style.token_count(size) for size in layout.tgt_sizes)
     if not style.slice_tag:
         writer.write_run("", overview, "")

@@ -21,6 +21,7 @@ from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.turns import Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
+from minicpm_tune.settings.data_arguments import DataArguments
 
 THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*\Z")
@@ -57,35 +58,24 @@ class Piece:
     answer_start: bool = False
 
 
-@dataclass(frozen=True)
-class PromptOptions:
-    """How conversations are turned into training prompts.
-
-    Attributes:
-        enable_thinking: ``auto`` (by each row's last answer), ``true`` or ``false``; for the generations
-            whose template knows thinking.
-        train_on: ``all_turns`` or ``last_turn``.
-    """
-
-    enable_thinking: str = "auto"
-    train_on: str = "all_turns"
-
-
 class PromptWriter:
     """Turns conversations of one checkpoint into pieces.
 
     Args:
         tokenizer: The checkpoint's tokenizer, with its chat template.
         generation: The checkpoint's generation.
-        options: Thinking, and which turns are supervised.
+        arguments: ``enable_thinking`` and ``train_on``.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, generation: Generation, options: PromptOptions | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        generation: Generation,
+        arguments: DataArguments | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.generation = generation
-        self.options = options or PromptOptions()
+        self.arguments = arguments or DataArguments()
         vocabulary = tokenizer.get_vocab()
         marks = _MINICPM_MARKS if generation.prompt == "minicpm" else ()
         self.control_tokens = [token for token in _CONTROL_TOKENS if token in vocabulary] + list(marks)
@@ -143,7 +133,7 @@ class PromptWriter:
     def _thinks(self, answer: Turn) -> bool:
         if not self.generation.thinking:
             return False
-        wish = self.options.enable_thinking
+        wish = self.arguments.enable_thinking
         return wish == "true" if wish != "auto" else THOUGHTS.match(answer.text) is not None
 
     def _answer_parts(self, answer: Turn, before: list[Piece]) -> list[Part]:
@@ -155,7 +145,7 @@ class PromptWriter:
             return parts
         if not THOUGHTS.match(parts[0]):
             return parts
-        if self.options.enable_thinking == "false":
+        if self.arguments.enable_thinking == "false":
             return [THOUGHTS.sub("", parts[0]), *parts[1:]]
         prompt = before[-1].text
         if _EMPTY_THOUGHTS.search(prompt):  # a template that cannot ask for thoughts
@@ -212,7 +202,7 @@ class PromptWriter:
         return [*pieces, Piece(tail)]
 
     def _learns_history(self, turn: Turn) -> bool:
-        return turn.learn and self.options.train_on == "all_turns"
+        return turn.learn and self.arguments.train_on == "all_turns"
 
     def _split_header(self, body: str) -> tuple[str, str]:
         if not body.startswith(self._answer_header):

@@ -11,10 +11,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import SupervisedDataset
 from minicpm_tune import processes
 from minicpm_tune.data.bad_rows import BadRow
-from minicpm_tune.data.files.check_cache import FileCheck, Finding, check_path, kept_checks
+from minicpm_tune.data.check_cache import CheckedRows, FileCheck, Finding, check_path, stored_checks
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class _Task(Dataset):
     """Does something with chosen rows, for a DataLoader's workers."""
 
     def __init__(
-        self, rows: SupervisedDataset, indices: Sequence[int], work: Callable[[SupervisedDataset, int], Any]
+        self, rows: CheckedRows, indices: Sequence[int], work: Callable[[CheckedRows, int], Any]
     ) -> None:
         self.rows, self.indices, self.work = rows, indices, work
 
@@ -41,9 +40,9 @@ class _Task(Dataset):
 
 
 def for_rows(
-    rows: SupervisedDataset,
+    rows: CheckedRows,
     indices: Sequence[int],
-    work: Callable[[SupervisedDataset, int], Any],
+    work: Callable[[CheckedRows, int], Any],
     *,
     title: str,
     workers: int | None = None,
@@ -80,7 +79,7 @@ def _free_cores() -> int:
     return share if share > 1 else 0
 
 
-def check_row(rows: SupervisedDataset, index: int) -> Finding:
+def check_row(rows: CheckedRows, index: int) -> Finding:
     """Check one row: form, roles, placeholders, files, image headers, length, something to learn."""
     try:
         return Finding(len(rows.plan(index).encoded.input_ids))
@@ -88,7 +87,7 @@ def check_row(rows: SupervisedDataset, index: int) -> Finding:
         return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
 
 
-def decode_row(rows: SupervisedDataset, index: int) -> Finding:
+def decode_row(rows: CheckedRows, index: int) -> Finding:
     """Check one row as ``check_row`` does, and decode its images and videos as well."""
     try:
         plan = rows.plan(index)
@@ -100,7 +99,7 @@ def decode_row(rows: SupervisedDataset, index: int) -> Finding:
     return Finding(len(plan.encoded.input_ids))
 
 
-def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.ndarray:
+def check_rows(rows: CheckedRows, *, workers: int | None = None) -> np.ndarray:
     """Check every row; with several ranks each checks its share, and all come to the same result.
 
     Images are first looked at by their headers only, so that most mistakes show within seconds; then, as
@@ -117,44 +116,44 @@ def check_rows(rows: SupervisedDataset, *, workers: int | None = None) -> np.nda
         DataError: On every rank, with the first twenty problems and their number, unless ``on_bad_row`` is
             ``skip``.
     """
-    few = rows.row_count <= FEW_ROWS_TO_DECODE
-    decodes = rows.options.check_images == "full" or (rows.options.check_images == "auto" and few)
-    lengths, bad, rest = _kept(rows, decodes)
-    _settle(rows, bad)
+    how = rows.processing.arguments.check_images
+    decodes = how == "full" or (how == "auto" and rows.mixture.row_count <= FEW_ROWS_TO_DECODE)
+    lengths, bad, rest = _read_stored(rows, decodes)
+    _leave_out_or_raise(rows, bad)
     works = {"checking rows": check_row} | ({"decoding images": decode_row} if decodes else {})
     new: dict[int, Finding] = {}
     for title, work in works.items() if len(rest) else ():
-        lengths[rest], new = _shared(rows, rest, work, title=title, workers=workers)
-        _settle(rows, bad | new)
+        lengths[rest], new = _check_shared(rows, rest, work, title=title, workers=workers)
+        _leave_out_or_raise(rows, bad | new)
     if len(rest) and processes.joined()[0] == 0:
-        _keep(rows, lengths, new, rest, decoded=decodes)
+        _store(rows, lengths, new, rest, decoded=decodes)
     return lengths
 
 
-def _kept(rows: SupervisedDataset, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
+def _read_stored(rows: CheckedRows, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
     """What earlier checks found: lengths and bad rows by row number, and the rows still to be checked.
 
     The first process reads it for all, so that they agree, and none but it looks at rows twice.
     """
     found = None
     if processes.joined()[0] == 0:
-        found = kept_checks(rows, decode_row if decodes else check_row, decoded=decodes)
+        found = stored_checks(rows, decode_row if decodes else check_row, decoded=decodes)
     found = processes.gather(found)[0]
-    lengths = np.ones(rows.row_count, dtype=np.int32)
-    to_check = np.ones(rows.row_count, dtype=bool)
+    lengths = np.ones(rows.mixture.row_count, dtype=np.int32)
+    to_check = np.ones(rows.mixture.row_count, dtype=bool)
     bad: dict[int, Any] = {}
     for number, check in found.items():
-        first = rows.first_row(number)
+        first = rows.mixture.first_row(number)
         place = slice(first, first + len(check.lengths))
         lengths[place], to_check[place] = check.lengths, False
         bad |= {first + row: finding for row, finding in check.bad.items()}
         if processes.joined()[0] == 0:
-            logger.info("%s: checked before, and unchanged since", rows.source_names[number])
+            logger.info("%s: checked before, and unchanged since", rows.mixture.names[number])
     return lengths, bad, np.flatnonzero(to_check)
 
 
-def _keep(
-    rows: SupervisedDataset,
+def _store(
+    rows: CheckedRows,
     lengths: np.ndarray,
     bad: dict[int, Finding],
     checked: np.ndarray,
@@ -162,17 +161,17 @@ def _keep(
     decoded: bool,
 ) -> None:
     """Keep what was found in files that were checked just now."""
-    for number, source in enumerate(rows.sources):
-        first, count = rows.first_row(number), len(source.rows)
+    for number, file in enumerate(rows.mixture.files):
+        first, count = rows.mixture.first_row(number), len(file.rows)
         if first in checked:
             own = {row - first: finding for row, finding in bad.items() if first <= row < first + count}
             FileCheck(lengths[first : first + count], own).save(check_path(rows, number, decoded=decoded))
 
 
-def _shared(
-    rows: SupervisedDataset,
+def _check_shared(
+    rows: CheckedRows,
     indices: np.ndarray,
-    work: Callable[[SupervisedDataset, int], Finding],
+    work: Callable[[CheckedRows, int], Finding],
     *,
     title: str,
     workers: int | None,
@@ -194,29 +193,29 @@ def _shared(
     return lengths, {row: bad[row] for row in sorted(bad)}
 
 
-def _settle(rows: SupervisedDataset, bad: dict[int, Finding]) -> None:
+def _leave_out_or_raise(rows: CheckedRows, bad: dict[int, Finding]) -> None:
     """Raise, or have the bad rows left out and listed."""
     first = processes.rank() == 0
     problems = [finding.bad for finding in bad.values() if finding.bad and not finding.dropped]
     dropped = len(bad) - len(problems)
-    if problems and rows.options.on_bad_row == "error":
-        raise DataError(summary(problems, rows.row_count))
+    if problems and rows.processing.arguments.on_bad_row == "error":
+        raise DataError(problems_text(problems, rows.mixture.row_count))
     for index, finding in bad.items():
         rows.leave_out(index)
         if first and finding.bad:
             rows.bad_rows.add(finding.bad)
-    if len(bad) == rows.row_count:
+    if len(bad) == rows.mixture.row_count:
         raise DataError(
-            f"{summary(problems, rows.row_count)}\n{dropped} were dropped as over-long. No row is left to "
-            "train on."
+            f"{problems_text(problems, rows.mixture.row_count)}\n{dropped} were dropped as over-long. No row is left "
+            "to train on."
         )
     if bad and first:
         logger.warning(
-            "%d of %d rows are left out, %d of them as over-long", len(bad), rows.row_count, dropped
+            "%d of %d rows are left out, %d of them as over-long", len(bad), rows.mixture.row_count, dropped
         )
 
 
-def summary(problems: Sequence[BadRow], total: int) -> str:
+def problems_text(problems: Sequence[BadRow], total: int) -> str:
     """The first problems and their number."""
     shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
     more = len(problems) - SHOWN_PROBLEMS

@@ -28,7 +28,7 @@ _LONGEST_TEXT = 10**7  # characters; a million tokens have fewer
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ParsedRow:
     """A row as turns.
 
     Attributes:
@@ -42,7 +42,7 @@ class Conversation:
     row_id: Any = None
 
 
-def parse_row(row: Any, *, image_end: str = "\n") -> Conversation:
+def parse_row(row: Any, *, image_end: str = "\n") -> ParsedRow:
     """Read one row.
 
     Args:
@@ -70,7 +70,7 @@ def parse_row(row: Any, *, image_end: str = "\n") -> Conversation:
     turns = [_read_turn(message, number, reader) for number, message in enumerate(messages)]
     _check_order(turns)
     turns = reader.put_unmentioned_first(turns, image_end)
-    return Conversation(*_numbered(turns), row.get("id"))
+    return ParsedRow(*_numbered(turns), row.get("id"))
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Any]:

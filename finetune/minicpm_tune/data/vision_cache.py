@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from minicpm_tune.batch import NewFeatures, PictureFeatures
 from minicpm_tune.checkpoints.model_generations import Generation, plain_name
 from minicpm_tune.checkpoints.weight_files import stored_tensors
-from minicpm_tune.data.files.index_cache import replacing
+from minicpm_tune.data.files.cache import written_whole
 from minicpm_tune.data.media.images import Picture
-from minicpm_tune.data.slicing.adaptive import Layout
+from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class VisionCache:
     whole_samples: bool = False
 
     def pictures(
-        self, pictures: Sequence[Picture], layouts: Sequence[tuple[Layout, ...]]
+        self, pictures: Sequence[Picture], layouts: Sequence[tuple[ImageLayout, ...]]
     ) -> list[PictureFeatures]:
         """Look a sample's pictures up.
 
@@ -107,14 +107,14 @@ class VisionCache:
         """Keep an entry; several processes may write the same one at once."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with written_whole(path) as file:
             file.write(save({"features": features}))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def _key(content: bytes, frames: tuple[Layout, ...], context: str) -> str:
+def _key(content: bytes, frames: tuple[ImageLayout, ...], context: str) -> str:
     cut = "|".join(repr(layout) for layout in frames)
     text = f"{_FORMAT}|{PIL.__version__}|{cut}|{context}|"
     return hashlib.blake2b(text.encode() + content, digest_size=16).hexdigest()
@@ -181,7 +181,12 @@ class FeatureWriter:
 
 
 def open_cache(
-    folder: str | Path, checkpoint: Path, generation: Generation, *, precision: str
+    folder: str | Path,
+    checkpoint: Path,
+    generation: Generation,
+    *,
+    precision: str,
+    downsample_mode: str | None = None,
 ) -> VisionCache:
     """Find or make the entries' folder of a checkpoint's tower.
 
@@ -190,11 +195,13 @@ def open_cache(
         checkpoint: The folder of the model.
         generation: Its generation.
         precision: Everything that decides in which precision the tower computes.
+        downsample_mode: The run's; None for the generations without.
 
     Raises:
         VisionCacheError: When the folder can't be written to.
     """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config |= {"downsample_mode": downsample_mode} if downsample_mode else {}
     digest = hashlib.blake2b(f"{generation.name}|{precision}|{_FORMAT}".encode(), digest_size=16)
     digest.update(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}, sort_keys=True).encode())
     prefixes = tuple(f"{name}." for name in generation.modules["vision"])
@@ -205,14 +212,14 @@ def open_cache(
     own = Path(folder).expanduser() / f"{generation.name}-{digest.hexdigest()}"
     try:
         own.mkdir(parents=True, exist_ok=True)
-        with replacing(own / "writable"):
+        with written_whole(own / "writable"):
             pass
     except OSError as error:
         raise VisionCacheError(
             f"--cache_vision_features {folder}: can't be written to ({error}). Give a folder that can."
         ) from error
-    mode = generation.downsampling.get(config.get("downsample_mode", "16x"))
-    return VisionCache(own, mode.patches_per_feature if mode else 1, generation.positions == "one_row")
+    joined = generation.downsampling[downsample_mode].patches_per_feature if downsample_mode else 1
+    return VisionCache(own, joined, generation.positions == "one_row")
 
 
 def use_cache(
@@ -233,9 +240,11 @@ def use_cache(
     Raises:
         VisionCacheError: When the tower does not stay what the checkpoint's files say.
     """
-    generation = datasets[0].processing.generation
-    check_tower_is_frozen(model, generation)
-    cache = open_cache(root, checkpoint, generation, precision=precision)
+    first = datasets[0].processing
+    check_tower_is_frozen(model, first.generation)
+    cache = open_cache(
+        root, checkpoint, first.generation, precision=precision, downsample_mode=first.media.downsample_mode
+    )
     for rows in datasets:
         rows.processing = replace(rows.processing, vision_cache=cache)
     logger.info("Vision features are kept in %s", cache.folder)

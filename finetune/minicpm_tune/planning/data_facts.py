@@ -20,7 +20,7 @@ from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.packing import pack_in_windows
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.samples import Plan
-from minicpm_tune.data.slicing.adaptive import Layout
+from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
 
 COLUMNS = ("length", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source")
@@ -59,13 +59,14 @@ def examine(rows: SupervisedDataset, index: int, *, decode: bool, details: bool)
     """
     facts = RowFacts()
     try:
-        conversation = rows.conversation(index)
-        pictures = rows.pictures(index, conversation.sources)
-        whole = rows.processing.plan(conversation.turns, pictures)
-        limit = rows.options.model_max_length
+        row = rows.parse(index)
+        pictures = rows.open_media(index, row.sources)
+        whole = rows.processing.whole_plan(row.turns, pictures)
+        limit = rows.processing.arguments.model_max_length
         cut = limit is not None and len(whole.encoded.input_ids) > limit
+        plan = whole if cut else rows.processing.fit(whole)
         facts = RowFacts(_numbers(rows, index, whole), _lengths(rows, whole), cut=cut)
-        plan = rows.plan(index) if cut else whole
+        plan = rows.processing.fit(whole) if cut else plan
         if details:
             return _with(facts, details=_details(rows, index, rows.processing.finish(plan)))
         if decode:
@@ -93,7 +94,7 @@ def _numbers(rows: SupervisedDataset, index: int, plan: Plan) -> tuple[int, ...]
         len(plan.pictures),
         sum(cells),
         max((count - 1 for count in cells), default=0),
-        rows.place(index)[0],
+        rows.mixture.origin(index)[0],
     )
 
 
@@ -116,7 +117,7 @@ def _lengths(rows: SupervisedDataset, plan: Plan) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _tokens(layout: Layout, style: PlaceholderStyle, between_rows: int) -> int:
+def _tokens(layout: ImageLayout, style: PlaceholderStyle, between_rows: int) -> int:
     """Tokens of an image's placeholder without its number; ``between_rows`` are those of a newline."""
     pads = sum(style.token_count(size) + style.tag_tokens for size in layout.tgt_sizes)
     if layout.grid is None or not style.slice_tag:
@@ -127,10 +128,10 @@ def _tokens(layout: Layout, style: PlaceholderStyle, between_rows: int) -> int:
 
 def _details(rows: SupervisedDataset, index: int, sample: Sample) -> str:
     """The row as the model will see it, as one line of JSON."""
-    source, row = rows.place(index)
-    value = rows.sources[source].rows[row]
+    source, row = rows.mixture.origin(index)
+    value = rows.mixture.read(index)
     entry = {
-        "file": rows.source_names[source],
+        "file": rows.mixture.names[source],
         "row": row,
         "id": value.get("id") if isinstance(value, dict) else None,
         "ok": True,
@@ -194,7 +195,7 @@ def gather(
         rows: The data set.
         write: Takes each row's details, when there are any.
     """
-    count, most = rows.row_count, rows.processing.rules.max_slice_nums
+    count, most = rows.mixture.row_count, rows.processing.rules.max_slice_nums
     found = DataFacts(
         np.zeros((count, len(COLUMNS)), np.int32), np.zeros((count, most), np.int32), row_count=count
     )

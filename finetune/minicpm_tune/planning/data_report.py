@@ -30,7 +30,7 @@ def summarise(found: DataFacts, rows: SupervisedDataset, *, batch_size: int) -> 
         rows: The data set.
         batch_size: Rows that are padded to the same length.
     """
-    limit = rows.options.model_max_length
+    limit = rows.processing.arguments.model_max_length
     length = found.column("length")
     kept = length if limit is None else np.minimum(length, limit)
     over = int((length > limit).sum()) if limit is not None else 0
@@ -73,7 +73,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 def _tokens_per_epoch(found: DataFacts, rows: SupervisedDataset, kept: np.ndarray) -> int:
     source = found.column("source")
     total = 0.0
-    for number, one in enumerate(rows.sources):
+    for number, one in enumerate(rows.mixture.files):
         mine = kept[source == number]
         if len(mine):
             total += mine.sum(dtype=np.int64) / len(one.rows) * one.samples
@@ -132,7 +132,7 @@ def _rows_with(found: DataFacts, kind: str) -> str:
 def as_html(summary: dict[str, Any], found: DataFacts, rows: SupervisedDataset) -> str:
     """The summary as a page of its own, with histograms."""
     length = found.column("length")
-    limit = rows.options.model_max_length
+    limit = rows.processing.arguments.model_max_length
     charts = [
         _histogram("tokens per row", length, mark=limit),
         _histogram("text tokens per row", length - found.column("image_tokens")),
@@ -144,7 +144,7 @@ def as_html(summary: dict[str, Any], found: DataFacts, rows: SupervisedDataset) 
     spreads = [(key, value) for key, value in summary.items() if isinstance(value, dict) and "mean" in value]
     parts = [
         f"<!doctype html><meta charset='utf-8'><title>Data report</title><style>{_STYLE}</style>",
-        f"<h1>{_escaped(', '.join(rows.source_names))}</h1>",
+        f"<h1>{_escaped(', '.join(rows.mixture.names))}</h1>",
         _table([("", "")], [(key.replace("_", " "), value) for key, value in plain]),
         "<h2>Per row</h2>",
         _table([("", *(f"{percent} %" for percent in _PERCENTS), "mean", "sum")],

@@ -26,7 +26,7 @@ from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.planning.data_facts import DataFacts, examine, gather
 from minicpm_tune.planning.data_report import as_html, as_text, summarise
-from minicpm_tune.settings.data_arguments import DataFlags
+from minicpm_tune.settings.data_arguments import DataArguments
 
 
 def inspect(values: argparse.Namespace) -> int:
@@ -50,18 +50,16 @@ def inspect(values: argparse.Namespace) -> int:
 
 def open_data(values: argparse.Namespace) -> SupervisedDataset:
     """Open the rows with what the checkpoint says about text and images."""
-    flags = DataFlags(**{one.name: getattr(values, one.name) for one in fields(DataFlags)})
+    given = {one.name: getattr(values, one.name) for one in fields(DataArguments) if one.name in values}
+    arguments = DataArguments(**{**given, "model_max_length": values.model_max_length or None})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
-    processing = load_processing(folder, max_slice_nums=values.max_slice_nums, **flags.processing_options())
-    return SupervisedDataset(
-        values.data_path, processing, flags.data_options(values.model_max_length or None)
-    )
+    return SupervisedDataset(values.data_path, load_processing(folder, arguments))
 
 
 def survey(rows: SupervisedDataset, values: argparse.Namespace) -> tuple[DataFacts, dict[str, Any]]:
     """Look at every row, and write the JSON file on the way when one is wanted."""
     look = partial(examine, decode=values.check_images != "header", details=values.json is not None)
-    facts = for_rows(rows, range(rows.row_count), look, title="inspecting", workers=values.workers)
+    facts = for_rows(rows, range(rows.mixture.row_count), look, title="inspecting", workers=values.workers)
     if values.json is None:
         found = gather(facts, rows, write=None)
         return found, summarise(found, rows, batch_size=values.per_device_train_batch_size)
@@ -91,9 +89,9 @@ def show(rows: SupervisedDataset, index: int) -> bool:
     Raises:
         DataError: When there is no such row.
     """
-    if not 0 <= index < rows.row_count:
+    if not 0 <= index < rows.mixture.row_count:
         raise DataError(
-            f"--show {index}: found {rows.row_count} rows, expected a number below that, from 0 on."
+            f"--show {index}: found {rows.mixture.row_count} rows, expected a number below that, from 0 on."
         )
     processing = rows.processing
     try:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 
 from minicpm_tune.checkpoints.model_generations import LLM_TYPES
-from minicpm_tune.settings.data_arguments import DataFlags
+from minicpm_tune.settings.data_arguments import RowLimits
 
 OFFICIAL_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 
@@ -41,27 +41,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(DataFlags):
-    """Which rows are learned from, and how they become samples."""
-
-    _argument_group_name = "Data"
-
-    data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder; with "
-            "#count or :weight behind it; several, separated by commas; or a .txt list of them (README, "
-            "'Your data')."
-        },
-    )
-    eval_data_path: str | None = field(
-        default=None,
-        metadata={"help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy."},
-    )
-
-
-@dataclass
-class TuningOptions:
+class TuningOptions(RowLimits):
     """What trains and how long a row may be; the project's part of ``TrainingArguments``.
 
     Differs from the official script: ``llm_type`` is read from the checkpoint unless given, and
@@ -80,20 +60,6 @@ class TuningOptions:
             "help": "The language model's family. auto reads it from the checkpoint; a value that "
             "contradicts the checkpoint is an error.",
             "choices": list(LLM_TYPES),
-        },
-    )
-    model_max_length: int = field(
-        default=2048,
-        metadata={
-            "help": "Longest row, in tokens, image placeholders included. Longer rows are cut at the end, "
-            "never inside an image."
-        },
-    )
-    max_slice_nums: int | None = field(
-        default=9,
-        metadata={
-            "help": "Most slices an image is cut into, the overview not counted. More slices see finer "
-            "detail and cost 64 to 96 tokens each."
         },
     )
     packing: bool = field(

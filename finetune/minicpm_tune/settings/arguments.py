@@ -16,7 +16,6 @@ import transformers
 
 from minicpm_tune import output_folder, processes
 from minicpm_tune.settings.argument_groups import (
-    DataArguments,
     LearningRates,
     LoraArguments,
     ModelArguments,
@@ -25,6 +24,7 @@ from minicpm_tune.settings.argument_groups import (
 )
 from minicpm_tune.settings.checks import UsageError, raise_problems
 from minicpm_tune.settings.command_line import read_command_line
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.deepspeed_setup import (
     drop_automatic_scheduler,
     read_deepspeed_config,

@@ -15,7 +15,6 @@ from minicpm_tune import __version__
 from minicpm_tune.errors import UserError
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.argument_groups import (
-    DataArguments,
     LoraArguments,
     ModelArguments,
     RunOptions,
@@ -23,6 +22,7 @@ from minicpm_tune.settings.argument_groups import (
 )
 from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
 from minicpm_tune.settings.command_flags import add_fields, flag_reader, unknown_flags, with_underscores
+from minicpm_tune.settings.data_arguments import DataArguments, RowLimits
 from minicpm_tune.settings.legacy_flags import (
     DROPPED,
     FOREIGN,
@@ -148,7 +148,8 @@ def _training_names() -> list[str]:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="finetune.py", add_help=False, allow_abbrev=False)
+    # resolve: two groups share the limits of a row, and one flag fills both.
+    parser = _Parser(prog="finetune.py", add_help=False, allow_abbrev=False, conflict_handler="resolve")
     own = {item.name for group in OWN_GROUPS for item in fields(group)}
     for group in OWN_GROUPS:
         add_fields(parser, group)
@@ -170,8 +171,10 @@ def render_help(width: int = 100, *, everything: bool = False) -> str:
             transformers, which takes seconds.
     """
     pages = [_USAGE]
+    limits = {item.name for item in fields(RowLimits)}  # told with the data alone
     for group in OWN_GROUPS:
-        pages.append(_page(group._argument_group_name, fields(group), width))
+        items = [item for item in fields(group) if group is DataArguments or item.name not in limits]
+        pages.append(_page(group._argument_group_name, items, width))
     if everything:
         from transformers import TrainingArguments
 

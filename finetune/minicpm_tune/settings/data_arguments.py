@@ -1,23 +1,62 @@
-"""The flags of the data side, for ``finetune.py`` and ``inspect_data.py``; no torch is imported here."""
+"""Everything that decides how rows become samples: one dataclass, from the command line to the data side.
+
+No torch is imported here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
 
-if TYPE_CHECKING:
-    from dataset import DataOptions
+from minicpm_tune.errors import DataError
+
+# Twice Pillow's default warning limit, where Pillow itself would refuse.
+DEFAULT_MAX_PIXELS = 178_956_970
 
 
 @dataclass
-class DataFlags:
-    """How rows become samples, and what happens to rows that can't be used."""
+class RowLimits:
+    """How long a row may be and how finely its images are cut.
 
+    The official script has both in its TrainingArguments; ours inherits them there too, and one flag fills both.
+    """
+
+    model_max_length: int | None = field(
+        default=2048,
+        metadata={
+            "help": "Longest row, in tokens, image placeholders included. --overlength says what happens to longer "
+            "rows; by default they are cut at the end, never inside an image."
+        },
+    )
+    max_slice_nums: int | None = field(
+        default=9,
+        metadata={
+            "help": "Most slices an image is cut into, the overview not counted. More slices see finer detail and "
+            "cost 64 to 96 tokens each."
+        },
+    )
+
+
+@dataclass
+class DataArguments(RowLimits):
+    """Which rows are learned from, and how they become samples."""
+
+    _argument_group_name = "Data"
+
+    data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder, with #count or :weight "
+            "behind it; several, separated by commas; or a .txt list of them (README, 'Your data')."
+        },
+    )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={"help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy."},
+    )
     image_folder: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that relative image and video paths start from. Default: the folder of the data "
-            "file, and "
+            "help": "Folder that relative image and video paths start from. Default: the folder of the data file, and "
             "then the current folder."
         },
     )
@@ -26,18 +65,16 @@ class DataFlags:
         metadata={"help": "Fetch images given as http(s) addresses; otherwise they are bad rows."},
     )
     max_image_pixels: int = field(
-        default=178_956_970,
+        default=DEFAULT_MAX_PIXELS,
         metadata={
-            "help": "Most pixels an image may have once decoded, against files that unfold to gigabytes; 0 "
-            "for no "
+            "help": "Most pixels an image may have once decoded, against files that unfold to gigabytes; 0 for no "
             "limit."
         },
     )
     exif_orientation: str = field(
         default="auto",
         metadata={
-            "help": "Whether images are turned upright by their EXIF orientation. auto: as inference does, "
-            "which is "
+            "help": "Whether images are turned upright by their EXIF orientation. auto: as inference does, which is "
             "no up to V-4.5 and yes for 4.6 and 4.7.",
             "choices": ["auto", "apply", "ignore"],
         },
@@ -45,10 +82,8 @@ class DataFlags:
     enable_thinking: str = field(
         default="auto",
         metadata={
-            "help": "Thinking mode of V-4.5, 4.6 and 4.7. auto: an answer that holds <think>...</think> is "
-            "trained "
-            "with it, any other behind the empty think block. true: every prompt asks for thoughts. false: "
-            "every "
+            "help": "Thinking mode of V-4.5, 4.6 and 4.7. auto: an answer that holds <think>...</think> is trained "
+            "with it, any other behind the empty think block. true: every prompt asks for thoughts. false: every "
             "prompt has the empty think block, and thoughts in answers are left out.",
             "choices": ["auto", "true", "false"],
         },
@@ -63,8 +98,7 @@ class DataFlags:
     overlength: str = field(
         default="truncate",
         metadata={
-            "help": "Rows over --model_max_length. truncate: cut at the limit, inside an answer if need be, "
-            "in front "
+            "help": "Rows over --model_max_length. truncate: cut at the limit, inside an answer if need be, in front "
             "of an image if the limit falls into it. drop: left out, counted and listed. error: a bad row. "
             "shrink_slices: fewer slices per image until the row fits, then truncate.",
             "choices": ["truncate", "drop", "error", "shrink_slices"],
@@ -73,10 +107,8 @@ class DataFlags:
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "Rows that can't be used. error: the run ends before the model is loaded, with all of "
-            "them "
-            "counted and the first twenty shown. skip: left out and listed in <output_dir>/bad_rows.jsonl. "
-            "An image "
+            "help": "Rows that can't be used. error: the run ends before the model is loaded, with all of them "
+            "counted and the first twenty shown. skip: left out and listed in <output_dir>/bad_rows.jsonl. An image "
             "that becomes unreadable during training is left out and listed either way.",
             "choices": ["error", "skip"],
         },
@@ -84,33 +116,37 @@ class DataFlags:
     check_images: str = field(
         default="auto",
         metadata={
-            "help": "How images are checked before training. header: there, and of an image format. full: "
-            "decoded. "
-            "auto: full for up to 500 rows.",
+            "help": "How images are checked before training. header: the file exists and is an image. full: it is "
+            "decoded. auto: full for up to 500 rows.",
             "choices": ["auto", "header", "full"],
         },
     )
     video_fps: float | None = field(
         default=None,
         metadata={
-            "help": "Frames taken per second of video. Default: as the generation's inference: 1, and 3 for "
-            "V-4.5. "
-            "A folder or list of frames counts as sampled at this rate."
+            "help": "Frames taken per second of video. Default: as the generation's inference: 1, and 3 for V-4.5. A "
+            "folder or list of frames counts as sampled at this rate."
         },
     )
     max_num_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Most frames of a video; longer ones are thinned out evenly. Default: 64; 128 for 4.6 "
-            "and 4.7; "
+            "help": "Most frames of a video; longer ones are thinned out evenly. Default: 64; 128 for 4.6 and 4.7; "
             "180 packs of up to 3 frames for V-4.5."
         },
     )
-
     given_num: bool = field(
         default=True,
         metadata={
             "help": "Whether the amounts in --data_path count (those of a .txt list, too). false: every row once."
+        },
+    )
+    downsample_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "MiniCPM-V 4.6 and 4.7: how many patches become one token. 4x gives four times the tokens of 16x, "
+            "for fine detail and counting. Default: the checkpoint's.",
+            "choices": ["4x", "16x"],
         },
     )
     img_size: int | None = field(
@@ -123,28 +159,20 @@ class DataFlags:
     hd_num: int | None = field(
         default=None,
         metadata={
-            "help": "InternLM-XComposer2-4KHD: most tiles of 336 x 336 pixels that an image is cut into, in the "
-            "place of --max_slice_nums. -1 for 7b and vl-7b, which don't cut images."
+            "help": "InternLM-XComposer2-4KHD: most tiles of 336 x 336 pixels that an image is cut into; replaces "
+            "--max_slice_nums. -1 for 7b and vl-7b, which don't cut images."
         },
     )
 
-    def processing_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``load_processing`` that these flags decide."""
-        names = ("enable_thinking", "train_on", "video_fps", "max_num_frames", "img_size", "hd_num")
-        return {name: getattr(self, name) for name in names}
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise DataError(
+                    f"--{each.name}: found {value!r}, expected one of {', '.join(choices)}. Choose one."
+                )
 
-    def data_options(self, model_max_length: int | None) -> DataOptions:
-        """The options of ``SupervisedDataset``."""
-        from dataset import DataOptions
-
-        return DataOptions(
-            model_max_length=model_max_length,
-            overlength=self.overlength,
-            on_bad_row=self.on_bad_row,
-            check_images=self.check_images,
-            image_folder=self.image_folder,
-            given_num=self.given_num,
-            allow_remote_images=self.allow_remote_images,
-            max_image_pixels=self.max_image_pixels,
-            exif_orientation=self.exif_orientation,
-        )
+    @classmethod
+    def of_checkpoint(cls, **values) -> DataArguments:
+        """Arguments with no limits but the checkpoint's own: as at inference, unless ``values`` say otherwise."""
+        return cls(**{"model_max_length": None, "max_slice_nums": None, **values})

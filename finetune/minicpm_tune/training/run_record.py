@@ -89,7 +89,7 @@ class RunRecord:
                     "bytes": None,
                     "sha256": None,
                 }
-                for source in rows.sources
+                for source in rows.mixture.files
             ]
             for name, rows in (("training", train), ("evaluation", evaluation))
             if rows is not None

@@ -1,53 +1,33 @@
-"""Random access to the rows of a data file, without keeping them in memory.
+"""Random access to the rows of a JSON file, without keeping them in memory.
 
-A JSONL file is indexed once: where each row starts and ends, kept in the cache folder and found again by
-path, size and time of change. A JSON list is written out once as JSONL into the same cache. An indexed file
-of a million rows opens in milliseconds, and a worker holds no Python object per row.
+A JSONL file is indexed once: where each row starts and ends, kept in the cache folder and found again by path, size
+and time of change. A JSON list is written out once, item by item, into the same cache. An indexed file of a million
+rows opens in milliseconds, and a worker holds no Python object per row.
 """
 
 from __future__ import annotations
 
-import glob
+import ast
 import json
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
-from minicpm_tune.data.files.index_cache import cached, replacing
-from minicpm_tune.data.files.json_errors import explain
+from minicpm_tune.data.files.cache import cache_file_of, written_whole
 from minicpm_tune.errors import DataError, RowError
 
 _NOT_SPACE = re.compile(r"\S")
-
-
-class Rows(Protocol):
-    """The rows of a data file.
-
-    Attributes:
-        path: What messages call it.
-        files: The files whose states decide its rows.
-    """
-
-    path: Path
-    files: Sequence[Path]
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """Read one row; ``RowError`` when it is not valid."""
-        ...
+_LONGEST_FIXED = 10**6  # characters; nobody reads a longer line, and parsing it takes seconds
+_SHOWN = 200
+_TO_JSON = "python -c \"import ast, json; json.dump(ast.literal_eval(open({source!r}).read()), open({target!r}, 'w'))\""
 
 
 class JsonRows:
-    """The rows of a JSONL file, or of a JSON list through its cached JSONL.
+    """The rows of a JSONL file, or of a JSON list through its copy in the cache.
 
     Args:
         path: The file.
@@ -62,111 +42,54 @@ class JsonRows:
         self._lines_path, spans_path = _index(path)
         self._spans = np.load(spans_path, mmap_mode="r")
         self._file: IO[bytes] | None = None
-        self._owner = 0
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Any:
         start, end = map(int, self._spans[index])
-        if (
-            self._file is None or self._owner != os.getpid()
-        ):  # a forked worker must not share the file position
+        if self._file is None:
             self._file = open(self._lines_path, "rb")  # open for the worker's life
-            self._owner = os.getpid()
-        self._file.seek(start)
-        line = self._file.read(end - start)
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RowError("JSON", explain(line.decode("utf-8", "replace"), error)) from error
-        except UnicodeDecodeError as error:
-            raise RowError("JSON", f"the row is not UTF-8 text ({error}). Save the file as UTF-8.") from error
-        except RecursionError as error:
-            raise RowError(
-                "JSON", "the row is nested too deeply, expected a conversation. Remove it."
-            ) from error
+        # pread: a forked worker shares the file with its parent, and a seek would move both.
+        return parse_json_row(os.pread(self._file.fileno(), end - start, start))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_spans": np.asarray(self._spans)}
 
 
-class JoinedRows:
-    """Several files as one.
-
-    Args:
-        path: What to call them in messages; its folder is what relative paths are relative to.
-        parts: The files.
-    """
-
-    def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
-        self.path = path
-        self.files: Sequence[Path] = [file for part in parts for file in part.files]
-        self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Any:
-        part = bisect_right(self._ends, index)
-        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
-
-
-def open_rows(path: str | Path) -> Rows:
-    """Open a data file, a folder, or files by a pattern with ``*``.
-
-    Args:
-        path: A JSON list, JSONL or Parquet file, a folder of Parquet files, a data set saved by Hugging Face
-            datasets, or a pattern.
-
-    Returns:
-        The rows.
+def parse_json_row(line: bytes) -> Any:
+    """Parse one row.
 
     Raises:
-        DataError: When there is nothing, or nothing in an accepted format.
+        RowError: When it is not valid JSON.
     """
-    path = Path(path).expanduser()
-    if not path.exists() and "*" in path.name:
-        found = sorted(glob.glob(str(path)))
-        if found:
-            return JoinedRows(path, [open_rows(name) for name in found])
-    if path.is_dir() or path.suffix == ".parquet":
-        from minicpm_tune.data.files.arrow_rows import (  # needs pyarrow, which JSON files don't
-            open_folder,
-            open_parquet,
-        )
-
-        return open_folder(path) if path.is_dir() else open_parquet(path)
-    if not path.is_file():
-        raise DataError(
-            f"--data_path {path}: no such file, expected rows. Fix the path (looked at {path.absolute()})."
-        )
-    if path.stat().st_size == 0:
-        raise DataError(
-            f"--data_path {path}: the file is empty, expected rows. Write rows into it, or fix the path."
-        )
-    rows = JsonRows(path)
-    if not len(rows):
-        raise DataError(
-            f"--data_path {path}: the file has no rows, expected some. Write rows into it, or fix the path."
-        )
-    return rows
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        text = line.decode("utf-8", "replace")
+        fixed = _python_as_json(text)
+        raise RowError(
+            "JSON", explain(text, error) + (f"\n  fixed: {_cut(fixed)}" if fixed else "")
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RowError("JSON", f"the row is not UTF-8 text ({error}). Save the file as UTF-8.") from error
+    except RecursionError as error:
+        raise RowError("JSON", "the row is nested too deeply, expected a conversation. Remove it.") from error
 
 
 def _index(path: Path) -> tuple[Path, Path]:
-    """Find or make the spans of a file's rows; for a JSON list also its JSONL copy."""
-    spans_path, copy_path = cached(path, ".npy"), cached(path, ".jsonl")
+    """Find or make the spans of a file's rows; for a JSON list also its copy."""
+    spans_path, copy_path = cache_file_of(path, ".npy"), cache_file_of(path, ".items")
     is_list = _first_character(path) == b"["
     lines_path = copy_path if is_list else path
     if spans_path.is_file() and lines_path.is_file():
         return lines_path, spans_path
     if is_list:
-        with replacing(copy_path) as copy:
-            spans = _write_lines(_list_items(path), copy)
+        with written_whole(copy_path) as copy:
+            spans = _write_items(path, copy)
     else:
         spans = _line_spans(path)
-    with replacing(spans_path) as file:
+    with written_whole(spans_path) as file:
         np.save(file, np.asarray(spans, dtype=np.int64).reshape(-1, 2))
     return lines_path, spans_path
 
@@ -196,44 +119,55 @@ def _line_spans(path: Path) -> list[tuple[int, int]]:
 def _check_is_jsonl(path: Path, span: tuple[int, int]) -> None:
     """Refuse an object over several lines, which would give an error for every line of it."""
     with open(path, "rb") as file:
-        first = file.read(span[1])[span[0] :].strip()
-    if first in (b"{", b"") or (first.startswith(b"{") and not first.endswith(b"}")):
+        first = file.read(span[1])[span[0] :].decode("utf-8", "replace").strip()
+    if first in ("{", "") or (first.startswith("{") and not first.rstrip(",").endswith("}")):
         raise DataError(
-            f"--data_path {path}: the first row {first[:60]!r} does not end on its line, expected a JSON "
-            "list "
+            f"--data_path {path}: the first row {first[:60]!r} does not end on its line, expected a JSON list "
             "([ ... ]) or JSONL (one whole row per line). Put the rows in a list."
         )
 
 
-def _list_items(path: Path) -> Iterator[Any]:
-    """The items of a JSON list, one at a time: the whole list as objects would take ten times the text."""
+def _write_items(path: Path, copy: IO[bytes]) -> list[tuple[int, int]]:
+    """Write the items of a JSON list one after the other, each as it stands, and give their spans in bytes."""
+    spans = []
+    position = 0
     try:
         text = path.read_text(encoding="utf-8-sig")
-        yield from _parsed_items(text)
+        for start, end in _item_spans(text):
+            item = text[start:end].encode() + b"\n"
+            spans.append((position, position + len(item)))
+            position += copy.write(item)
     except UnicodeDecodeError as error:
         raise DataError(f"--data_path {path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"--data_path {path}: not valid JSON, {explain(text, error)}") from error
+        message = f"--data_path {path}: not valid JSON, {explain(text, error)}"
+        if _python_as_json(text):
+            command = _TO_JSON.format(source=str(path), target=f"{path.stem}_fixed.json")
+            message += f"\nThe file is a Python literal. To write it as JSON:\n  {command}"
+        raise DataError(message) from error
     except RecursionError as error:
         raise DataError(
             f"--data_path {path}: nested too deeply, expected a list of rows. Fix the file."
         ) from error
+    return spans
 
 
-def _parsed_items(text: str) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
+def _item_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where the items of a JSON list stand, one at a time: all as objects would take ten times the text."""
+    decoder = json.JSONDecoder(parse_int=str)  # int() refuses long numbers, which are that row's problem
     position = _after_space(text, text.index("[") + 1)
     while text[position : position + 1] != "]":
-        item, position = decoder.raw_decode(text, position)
-        yield item
+        start = position
+        _, position = decoder.raw_decode(text, start)
+        yield start, position
         position = _after_space(text, position)
         separator = text[position : position + 1]
         if separator == ",":
             position = _after_space(text, position + 1)
         if separator not in (",", "]") or (separator == "," and text[position : position + 1] == "]"):
-            json.loads(text)  # raises, and names the place
+            decoder.decode(text)  # raises, and names the place
     if text[position + 1 :].strip():
-        json.loads(text)
+        decoder.decode(text)
 
 
 def _after_space(text: str, position: int) -> int:
@@ -241,11 +175,73 @@ def _after_space(text: str, position: int) -> int:
     return found.start() if found else len(text)
 
 
-def _write_lines(items: Iterator[Any], file: IO[bytes]) -> list[tuple[int, int]]:
-    spans = []
-    position = 0
-    for item in items:
-        start = position
-        position += file.write(json.dumps(item, ensure_ascii=True).encode() + b"\n")
-        spans.append((start, position))
-    return spans
+# --- what is wrong with a JSON text ---
+
+
+def explain(text: str, error: json.JSONDecodeError) -> str:
+    """Describe a JSON error: the place, what stands there and what should, and the line.
+
+    Example:
+        >>> try:
+        ...     json.loads("{'role': 'user'}")
+        ... except json.JSONDecodeError as error:
+        ...     print(explain("{'role': 'user'}", error))
+        line 1, column 2: found a single quote, expected a double quote.
+          found: {'role': 'user'}
+    """
+    position, found, expected = _diagnosis(text, error)
+    start = text.rfind("\n", 0, position) + 1
+    end = text.find("\n", position)
+    line = text[start : len(text) if end < 0 else end]
+    column = position - start
+    if len(line) > _SHOWN:
+        line = line[max(0, column - _SHOWN // 2) : column + _SHOWN // 2]
+    return (
+        f"line {text.count(chr(10), 0, position) + 1}, column {column + 1}: found {found}, expected {expected}.\n"
+        f"  found: {line.strip()}"
+    )
+
+
+def _diagnosis(text: str, error: json.JSONDecodeError) -> tuple[int, str, str]:
+    """The position to point at, what stands there, and what should."""
+    position = min(error.pos, len(text))
+    before = text[:position].rstrip()
+    here = text[position : position + 1]
+    if before.endswith(",") and here in "]}":
+        return len(before) - 1, f"a comma before {here!r}", "none after the last item"
+    if here == "," and text[position + 1 :].lstrip()[:1] in ("]", "}", ""):
+        place = "a comma before a closing bracket" if text[position + 1 :].strip() else "a comma at the end"
+        return position, place, "none after the last item"
+    if here == "'":
+        return position, "a single quote", "a double quote"
+    if not here:
+        return max(len(before) - 1, 0), "the end of the text", "the rest of the value (is the file cut off?)"
+    if "delimiter" in error.msg:
+        return position, repr(here), "a comma between two items"
+    if "control character" in error.msg:
+        return position, "a line break or control character inside a text", "it to be written as \\n"
+    word = re.match(r"\w+", text[position : position + 20])
+    return position, repr(word.group() if word else here), _expected(error.msg)
+
+
+def _expected(message: str) -> str:
+    if message.startswith("Expecting "):
+        return message.removeprefix("Expecting ").split(":")[0]
+    return "nothing more after the value" if message.startswith("Extra") else f"valid JSON ({message})"
+
+
+def _python_as_json(text: str) -> str | None:
+    """A Python literal as JSON, None for what is no literal.
+
+    The example in the official guides has single quotes and commas before closing brackets, and users copy it.
+    """
+    if len(text) > _LONGEST_FIXED:
+        return None
+    try:
+        return json.dumps(ast.literal_eval(text.strip().removesuffix(",")), ensure_ascii=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} ..."

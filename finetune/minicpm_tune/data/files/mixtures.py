@@ -1,157 +1,92 @@
-"""Several data files as one epoch, with exact counts.
+"""Several data files as one epoch: rows numbered through all files, each file with its share.
 
-``--data_path`` takes one path; several, separated by commas, each with an optional ``#count`` or
-``:weight``; or a text file (``.txt``) with one source per line:
-
-    # path, and thousands of samples per epoch (a fraction is fine)
-    cats.json 1.5
-    "my dogs.jsonl" 0.2
-    birds.parquet#300        exactly 300 samples
-    fish.json:0.5            half of its rows; 2 means every row twice
-    rest.json                every row once
-
-A source that gives more samples than it has rows gives every row as often as the count holds whole passes,
-and a random remainder without replacement. Another remainder is drawn each epoch. (The official script draws
-with replacement.)
+A file that gives more samples than it has rows gives every row as often as the count holds whole passes, and a
+random remainder without replacement. Another remainder is drawn each epoch. (The official script draws with
+replacement.)
 """
 
 from __future__ import annotations
 
-import glob
-import re
-import shlex
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
+from minicpm_tune.batch import Origin
+from minicpm_tune.data.files.row_files import Rows, open_rows
 from minicpm_tune.errors import DataError
-
-_AMOUNT = re.compile(r"(?P<path>.+?)(?:#(?P<count>\d+)|:(?P<weight>\d*\.?\d+))", re.DOTALL)
+from minicpm_tune.settings.data_path import read_data_path
 
 
 @dataclass(frozen=True)
-class MixtureSource:
-    """A data file and how much of it an epoch holds.
+class DataFile:
+    """A data file, and how many samples of it an epoch holds."""
 
-    Attributes:
-        path: The file or folder.
-        count: Samples per epoch, or ``None``.
-        weight: Samples per epoch as a share of its rows, or ``None``; with neither, every row once.
-    """
-
-    path: Path
-    count: int | None = None
-    weight: float | None = None
-
-    def samples(self, rows: int) -> int:
-        """Samples per epoch of a file with so many rows."""
-        if self.count is not None:
-            return self.count
-        return rows if self.weight is None else round(self.weight * rows)
+    rows: Rows
+    samples: int
 
 
-def read_data_path(text: str) -> list[MixtureSource]:
-    """Read what ``--data_path`` was given.
+class Mixture:
+    """The rows of all files that ``--data_path`` names.
 
     Args:
-        text: A path, several with commas between them, or the path of a mixture file.
-
-    Returns:
-        The sources.
+        data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
+        given_num: Whether the amounts in it count; else every row stands once.
 
     Raises:
-        DataError: When a mixture file can't be read, or an amount is no number.
-
-    Example:
-        >>> read_data_path("cats.json#500,dogs.json:0.5")[1]
-        MixtureSource(path=PosixPath('dogs.json'), count=None, weight=0.5)
+        DataError: When a file can't be read, or its share is no row.
     """
-    whole = Path(text).expanduser()
-    if whole.suffix == ".txt":
-        return _read_mixture_file(whole)
-    if whole.exists() or "," not in text:
-        return [_source(text)]
-    return [_source(part.strip()) for part in text.split(",") if part.strip()]
 
+    def __init__(self, data_path: str, *, given_num: bool = True) -> None:
+        self.files: list[DataFile] = []
+        for source in read_data_path(data_path):
+            rows = open_rows(source.path)
+            samples = source.samples(len(rows)) if given_num else len(rows)
+            if not samples:
+                raise DataError(
+                    f"--data_path {source.path}: its share of {len(rows)} rows is none, expected at least one. Raise "
+                    "its weight, or remove it."
+                )
+            self.files.append(DataFile(rows, samples))
+        self._ends = list(accumulate(len(file.rows) for file in self.files))
 
-def missing_sources(text: str) -> list[Path]:
-    """Which of the files that ``--data_path`` names are not there; patterns with ``*`` must find one."""
-    paths = [source.path for source in read_data_path(text)]
-    return [path for path in paths if not path.exists() and not glob.glob(str(path))]
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch."""
+        return sum(file.samples for file in self.files)
 
+    @property
+    def row_count(self) -> int:
+        """Rows in all files; an epoch may hold more or fewer samples."""
+        return self._ends[-1]
 
-def _source(text: str) -> MixtureSource:
-    path = Path(text).expanduser()
-    found = _AMOUNT.fullmatch(text)
-    if path.exists() or not found:
-        return MixtureSource(path)
-    path = Path(found["path"]).expanduser()
-    if found["count"] is not None:
-        return MixtureSource(path, count=int(_positive(int(found["count"]), text)))
-    return MixtureSource(path, weight=_positive(float(found["weight"]), text))
+    @property
+    def names(self) -> list[str]:
+        """The files, by the source number in a sample's origin."""
+        return [str(file.rows.path) for file in self.files]
 
+    def origin(self, index: int) -> Origin:
+        """The file, and the row in it, that a row number means."""
+        source = bisect_right(self._ends, index)
+        return source, index - self.first_row(source)
 
-def _positive(amount: float, text: str) -> float:
-    if amount <= 0:
-        raise DataError(
-            f"--data_path {text}: found the amount {amount}, expected more than 0. Remove the source."
-        )
-    return amount
+    def first_row(self, source: int) -> int:
+        """The number that a file's first row has through all files."""
+        return self._ends[source - 1] if source else 0
 
+    def read(self, index: int) -> Any:
+        """One row as it stands in its file; ``RowError`` when it is not valid JSON."""
+        source, row = self.origin(index)
+        return self.files[source].rows[row]
 
-def _read_mixture_file(path: Path) -> list[MixtureSource]:
-    if not path.is_file():
-        raise DataError(f"--data_path {path}: no such file, expected a mixture file. Fix the path.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"--data_path {path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
-    sources = [source for number, line in enumerate(lines, 1) if (source := _read_line(line, path, number))]
-    if not sources:
-        raise DataError(
-            f"--data_path {path}: found no source, expected lines of a path and an amount. Add one."
-        )
-    return sources
-
-
-def _read_line(line: str, file: Path, number: int) -> MixtureSource | None:
-    try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise DataError(
-            f"{file}, line {number}: {error} in {line!r}. Quote the path on both sides."
-        ) from error
-    comment = next((index for index, word in enumerate(words) if word.startswith("#")), len(words))
-    words = words[:comment]
-    if not words:
-        return None
-    if len(words) > 2:
-        raise DataError(
-            f"{file}, line {number}: found {len(words)} words in {line!r}, expected a path and thousands of "
-            "samples. "
-            "Quote a path that has spaces."
-        )
-    source = _source(words[0])
-    if len(words) == 2:
-        source = MixtureSource(source.path, count=_thousands(words[1], f"{file}, line {number}"))
-    if not source.path.is_absolute() and (file.parent / source.path).exists():
-        return MixtureSource(file.parent / source.path, source.count, source.weight)
-    return source
-
-
-def _thousands(word: str, place: str) -> int:
-    try:
-        count = round(float(word) * 1000)
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise DataError(
-            f"{place}: found {word!r}, expected thousands of samples per epoch, at least 0.001. Write 1.5 "
-            "for 1500."
-        )
-    return count
+    def epoch_order(self, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+        """The rows of one epoch, the same on every rank."""
+        sizes = [len(file.rows) for file in self.files]
+        counts = [file.samples for file in self.files]
+        return epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle).tolist()
 
 
 def epoch_order(

@@ -21,13 +21,13 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.sources import check_source, describe, open_bytes
 from minicpm_tune.errors import RowError
+from minicpm_tune.settings.data_arguments import DEFAULT_MAX_PIXELS, DataArguments
 
 # Pillow's own limit is a module-wide variable; ours is an option and names the image.
 Image.MAX_IMAGE_PIXELS = None
-# Twice Pillow's default warning limit, where Pillow itself would refuse.
-DEFAULT_MAX_PIXELS = 178_956_970
 # What Pillow and its decoders raise on damaged files (found by tests/test_data_fuzz.py).
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, MemoryError,
@@ -51,6 +51,17 @@ class ImageOptions:
     upright: bool = False
     allow_remote: bool = False
     max_pixels: int | None = DEFAULT_MAX_PIXELS
+
+    @classmethod
+    def of(cls, arguments: DataArguments, generation: Generation, *, folder: Path) -> ImageOptions:
+        """The user's options, for rows of a data file in ``folder``."""
+        upright = {"apply": True, "ignore": False}.get(arguments.exif_orientation, generation.upright_images)
+        return cls(
+            Path(arguments.image_folder).expanduser() if arguments.image_folder else folder,
+            upright=upright,
+            allow_remote=arguments.allow_remote_images,
+            max_pixels=arguments.max_image_pixels or None,
+        )
 
 
 class ImageFile:

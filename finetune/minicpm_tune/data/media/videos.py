@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.images import ImageFile, ImageOptions, Picture
 from minicpm_tune.data.media.sources import check_file, find_file
 from minicpm_tune.errors import RowError
+from minicpm_tune.settings.data_arguments import DataArguments
 
 TIME_STEP_S = 0.1  # a time index of 4.5 is a tenth of a second
 _FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -47,40 +47,17 @@ class VideoRules:
     max_slice_nums: int
     max_frames_per_pack: int = 1
 
-
-def video_rules(
-    generation: Generation, *, fps: float | None, max_num_frames: int | None, settings: dict[str, Any]
-) -> VideoRules | None:
-    """The rules of a generation, with the user's wishes.
-
-    Args:
-        generation: The checkpoint's generation.
-        fps: Frames per second; ``None`` for the generation's own.
-        max_num_frames: Most frames (packs); ``None`` for the generation's own.
-        settings: ``video_processor`` of the checkpoint's processor_config.json (4.6, 4.7).
-
-    Returns:
-        The rules, or ``None`` for generations without video.
-
-    Source: the released README files of 2.6 and 4.5 (``encode_video``), and transformers'
-    MiniCPMV4_6VideoProcessor.
-    """
-    if generation.frames is None:
-        return None
-    if generation.frames == "seconds":
-        method, own_fps, own_frames = "seconds", 1.0, settings.get("max_num_frames", 128)
-        slices = settings.get("max_slice_nums", 9) if settings.get("slice_mode", True) else 1
-    elif generation.frames == "packs":
-        method, own_fps, own_frames, slices = "packs", 3.0, 180, 1
-    else:
-        method, own_fps, own_frames, slices = "step", 1.0, 64, 2
-    return VideoRules(
-        method,
-        own_fps if fps is None else fps,
-        own_frames if max_num_frames is None else max_num_frames,
-        slices,
-        max_frames_per_pack=3 if method == "packs" else 1,
-    )
+    @classmethod
+    def requested(
+        cls, arguments: DataArguments, method: str, *, fps: float, max_num_frames: int, **rest: int
+    ) -> VideoRules:
+        """A generation's rules, with the user's ``--video_fps`` and ``--max_num_frames`` in their place."""
+        return cls(
+            method,
+            fps if arguments.video_fps is None else arguments.video_fps,
+            max_num_frames if arguments.max_num_frames is None else arguments.max_num_frames,
+            **rest,
+        )
 
 
 def choose_frames(count: int, fps: float, rules: VideoRules) -> tuple[list[int], list[list[int]] | None]:

@@ -1,4 +1,4 @@
-"""The folder in which indexes of data files are kept."""
+"""The cache folder: indexes of data files, converted files, and what checks of them found."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from typing import IO
 from minicpm_tune.errors import DataError
 
 CACHE_VARIABLE = "MINICPMV_CACHE"
-_FORMAT = 3  # raise it when the form of an index changes
+_FORMAT = 4  # raise it when the form of an index changes
 
 
-def cached(path: Path, suffix: str) -> Path:
+def cache_file_of(path: Path, suffix: str) -> Path:
     """The cache file that belongs to a data file in its present state (path, size, time of change)."""
-    return kept_file(state_of(path), suffix)
+    return cache_file(file_state(path), suffix)
 
 
-def state_of(path: Path) -> str:
+def file_state(path: Path) -> str:
     """A file's present state: path, size, time of change."""
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
-def kept_file(state: str, suffix: str) -> Path:
+def cache_file(state: str, suffix: str) -> Path:
     """The cache file that belongs to something in a state that a text describes."""
-    return _folder() / (hashlib.sha256(f"{_FORMAT}|{state}".encode()).hexdigest()[:24] + suffix)
+    return cache_folder() / (hashlib.sha256(f"{_FORMAT}|{state}".encode()).hexdigest()[:24] + suffix)
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """The first of ``MINICPMV_CACHE``, the user's cache folder and a temporary folder that can be written to."""
     wish = os.environ.get(CACHE_VARIABLE)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     user = os.getuid() if hasattr(os, "getuid") else "user"
@@ -45,14 +46,14 @@ def _folder() -> Path:
         if os.access(folder, os.W_OK):
             return folder
     raise DataError(
-        f"indexes of data files: found no folder to write to (tried {temporary}), expected one. Set "
-        f"{CACHE_VARIABLE} to a writable folder."
+        f"indexes of data files: no folder can be written to (tried {temporary}). Set {CACHE_VARIABLE} to a writable "
+        "folder."
     )
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file that takes its place only when it is whole; several processes may do so at once."""
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears only when it is whole; several processes may do so at once."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

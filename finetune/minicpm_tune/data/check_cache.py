@@ -1,4 +1,4 @@
-"""What the check of a large data file found, kept beside the file's index.
+"""What the check of a large data file found, stored beside the file's index.
 
 Checking a row takes a fraction of a millisecond, a million rows some minutes. The findings are found again
 by everything they depend on: the file (path, size, time of change), the checkpoint's tokenizer and rules, the
@@ -11,25 +11,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from minicpm_tune.data.bad_rows import BadRow
-from minicpm_tune.data.files.index_cache import kept_file, replacing, state_of
+from minicpm_tune.data.bad_rows import BadRow, BadRowLog
+from minicpm_tune.data.files.cache import cache_file, file_state, written_whole
+from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.samples import Plan, Processing
+from minicpm_tune.errors import RowError
 
-if TYPE_CHECKING:
-    from dataset import SupervisedDataset
-
-KEPT_FROM = 5000  # rows; fewer are checked within seconds
+STORED_FROM = 5000  # rows; fewer are checked within seconds
 _LOOKED_AT = 500  # good rows that are looked at again
 _MOST_BAD = 20_000  # with more, looking at all of them again is no gain
 _LIBRARIES = ("Pillow", "tokenizers", "transformers")
+
+
+class CheckedRows(Protocol):
+    """What a check needs of a data set; ``SupervisedDataset`` is one."""
+
+    processing: Processing
+    mixture: Mixture
+    bad_rows: BadRowLog
+
+    def plan(self, index: int) -> Plan:
+        """Everything of a row's sample but its pixels; ``RowError`` when the row can't be used."""
+        ...
+
+    def describe(self, index: int, error: RowError) -> BadRow:
+        """A bad row with its place."""
+        ...
+
+    def leave_out(self, index: int) -> None:
+        """Have a row contribute nothing from now on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,16 +80,16 @@ class FileCheck:
     bad: dict[int, Finding]
 
     def save(self, path: Path) -> None:
-        """Keep it, unless most of it would have to be looked at again."""
-        if len(self.lengths) < KEPT_FROM or len(self.bad) > _MOST_BAD:
+        """Store it, unless most of it would have to be looked at again."""
+        if len(self.lengths) < STORED_FROM or len(self.bad) > _MOST_BAD:
             return
         text = json.dumps([(row, asdict(finding)) for row, finding in self.bad.items()], default=str)
-        with replacing(path) as file:
+        with written_whole(path) as file:
             np.savez(file, lengths=self.lengths, bad=np.frombuffer(text.encode(), dtype=np.uint8))
 
     @classmethod
     def load(cls, path: Path) -> FileCheck | None:
-        """Read what was kept; None when nothing was."""
+        """Read what was stored; None when nothing was."""
         if not path.is_file():
             return None
         with np.load(path) as content:
@@ -83,10 +103,11 @@ def _finding(values: dict[str, Any]) -> Finding:
     return Finding(bad=None if bad is None else BadRow(**bad), **values)
 
 
-def kept_checks(
-    rows: SupervisedDataset, look: Callable[[SupervisedDataset, int], Finding], *, decoded: bool
-) -> dict[int, FileCheck]:
-    """The kept findings that still hold, by source number.
+Look = Callable[[CheckedRows, int], Finding]
+
+
+def stored_checks(rows: CheckedRows, look: Look, *, decoded: bool) -> dict[int, FileCheck]:
+    """The stored findings that still hold, by the file's number.
 
     Args:
         rows: The data set.
@@ -94,27 +115,16 @@ def kept_checks(
         decoded: Whether the check decodes images.
     """
     found = {}
-    for number, first in _sources(rows):
+    for number, file in enumerate(rows.mixture.files):
+        if len(file.rows) < STORED_FROM:
+            continue
         check = FileCheck.load(check_path(rows, number, decoded=decoded))
-        if check is not None and _still_holds(check, rows, first, look):
+        if check is not None and _still_holds(check, rows, rows.mixture.first_row(number), look):
             found[number] = check
     return found
 
 
-def _sources(rows: SupervisedDataset) -> Iterator[tuple[int, int]]:
-    first = 0
-    for number, source in enumerate(rows.sources):
-        if len(source.rows) >= KEPT_FROM:
-            yield number, first
-        first += len(source.rows)
-
-
-def _still_holds(
-    check: FileCheck,
-    rows: SupervisedDataset,
-    first: int,
-    look: Callable[[SupervisedDataset, int], Finding],
-) -> bool:
+def _still_holds(check: FileCheck, rows: CheckedRows, first: int, look: Look) -> bool:
     """Look at rows again; what has become better is corrected."""
     for row in list(check.bad):
         now = look(rows, first + row)
@@ -127,31 +137,30 @@ def _still_holds(
     )
 
 
-def check_path(rows: SupervisedDataset, number: int, *, decoded: bool) -> Path:
-    """Where the findings of a source are kept, in the present state of everything they depend on."""
+def check_path(rows: CheckedRows, number: int, *, decoded: bool) -> Path:
+    """Where the findings of a file are stored, in the present state of everything they depend on."""
+    # Neither the names of the files nor what happens to bad rows changes what is found.
+    arguments = replace(rows.processing.arguments, data_path=None, eval_data_path=None, on_bad_row="skip")
     parts = [
-        _program(), _of_the_checkpoint(rows), repr(replace(rows.options, on_bad_row="skip")), str(decoded),
-        *(state_of(path) for path in rows.sources[number].rows.files),
+        _program(), _checkpoint_state(rows.processing), repr(arguments), str(decoded),
+        *(file_state(path) for path in rows.mixture.files[number].rows.files),
     ]  # fmt: skip
-    return kept_file("|".join(parts), ".check.npz")
+    return cache_file("|".join(parts), ".check.npz")
 
 
 @lru_cache(maxsize=1)
 def _program() -> str:
-    """This program's own files and the libraries that decide what a row's check finds."""
+    """The code and the libraries that decide what the check of a row finds."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
-        digest.update(path.read_bytes())
+    for room in ("checkpoints", "data", "settings"):
+        for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest() + "|".join(version(name) for name in _LIBRARIES)
 
 
-def _of_the_checkpoint(rows: SupervisedDataset) -> str:
-    processing = rows.processing
-    tokenizer = processing.tokenizer
+def _checkpoint_state(processing: Processing) -> str:
+    tokenizer, media = processing.tokenizer, processing.media
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    rules = {name: value for name, value in vars(processing.rules).items() if not name.startswith("_")}
-    state = (
-        processing.generation.name, rules, processing.style, processing.writer.options, processing.video,
-        processing.downsample_mode,
-    )  # fmt: skip
+    slicing = {name: value for name, value in vars(media.slicing).items() if not name.startswith("_")}
+    state = (processing.generation.name, slicing, media.style, media.video, media.downsample_mode)
     return hashlib.sha256(text.encode()).hexdigest() + repr(state)

@@ -1,0 +1,99 @@
+"""A path -> rows: JSON, JSONL, Parquet, a folder, or several files by a pattern."""
+
+from __future__ import annotations
+
+import glob
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from minicpm_tune.data.files.json_rows import JsonRows
+from minicpm_tune.errors import DataError
+
+
+class Rows(Protocol):
+    """The rows of a data file.
+
+    Attributes:
+        path: What messages call it.
+        files: The files whose states decide its rows.
+    """
+
+    path: Path
+    files: Sequence[Path]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """Read one row; ``RowError`` when it is not valid."""
+        ...
+
+
+class JoinedRows:
+    """Several files as one.
+
+    Args:
+        path: What messages call them; its folder is what relative paths are relative to.
+        parts: The files.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
+        self.path = path
+        self.files: Sequence[Path] = [file for part in parts for file in part.files]
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def open_rows(path: str | Path) -> Rows:
+    """Open a data file, a folder, or files by a pattern with ``*``.
+
+    Args:
+        path: A JSON list, JSONL or Parquet file, a folder of Parquet files, a data set saved by Hugging Face
+            datasets, or a pattern.
+
+    Raises:
+        DataError: When there is nothing, or nothing in an accepted format.
+    """
+    path = Path(path).expanduser()
+    if not path.exists() and "*" in path.name:
+        found = sorted(glob.glob(str(path)))
+        if found:
+            return JoinedRows(path, [open_rows(name) for name in found])
+    if not path.exists():
+        raise DataError(
+            f"--data_path {path}: no such file, expected rows. Fix the path (looked at {path.absolute()})."
+        )
+    if path.is_dir() or path.suffix == ".parquet":
+        rows = _arrow_rows(path)
+    elif path.stat().st_size == 0:
+        raise DataError(
+            f"--data_path {path}: the file is empty, expected rows. Write rows into it, or fix the path."
+        )
+    else:
+        rows = JsonRows(path)
+    if not len(rows):
+        raise DataError(
+            f"--data_path {path}: the file has no rows, expected some. Write rows into it, or fix the path."
+        )
+    return rows
+
+
+def _arrow_rows(path: Path) -> Rows:
+    # Imported here: datasets takes two seconds, which JSON files need not wait for.
+    from minicpm_tune.data.files.arrow_rows import open_parquet, open_parquet_folder, open_saved
+
+    if not path.is_dir():
+        return open_parquet(path)
+    saved = open_saved(path)
+    return JoinedRows(path / "rows", open_parquet_folder(path)) if saved is None else saved
