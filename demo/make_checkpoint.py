@@ -256,7 +256,7 @@ def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: 
 
 @torch.no_grad()
 def _smooth_positions(table: torch.Tensor) -> None:
-    """Fill a [side * side, width] position table with low-frequency waves, so that neighbours are alike.
+    """Fill a [side * side, width] position table with low-frequency waves, so that neighbors are alike.
 
     Trained tables are smooth; with independent random rows a small model takes far longer to tell places
     (one run each, 1600 pictures: 26 % of nine places right, against 10 %).

@@ -15,7 +15,7 @@ from support.minicpmv46_cases import (
     gradients,
     loss_and_gradients,
     made_sample,
-    normalised,
+    normalized,
     one_thread,
     our_model,
     packed_rows,
@@ -81,13 +81,13 @@ def test_loss_logits_and_gradients_equal_transformers(name, case):
 
 def test_two_images_one_of_them_sliced_equal_transformers(name):
     sample = made_sample(1, images=[SLICED, (4, 12)])
-    check_against_transformers(name, sample, normalised(sample), exact=True)
+    check_against_transformers(name, sample, normalized(sample), exact=True)
 
 
 def test_mode_4x_equals_transformers_and_leaves_zeros_on_the_skipped_merger(name):
     sample = made_sample(1, images=[((4, 6), (2, 4), (2, 4))], per_token=4)
     assert (sample["input_ids"] == PAD_IMAGE).sum() == 10  # (4 * 6 + 2 * 4 + 2 * 4) / 4
-    check_against_transformers(name, sample, normalised(sample), mode="4x", exact=True)
+    check_against_transformers(name, sample, normalized(sample), mode="4x", exact=True)
     model = our_model(name, mode="4x")
     _, found = loss_and_gradients(model, batch_of([[sample]]))
     skipped = {key for key in found if ".vit_merger." in key}
@@ -246,7 +246,7 @@ def test_video_frames_are_scattered_and_placed_like_images_of_their_kind(name):
     ids = sample["input_ids"]
     second = (ids == PAD_IMAGE).nonzero()[-1]
     ids[second] = model.config.video_token_id
-    pixels, sizes = normalised(sample), sample["tgt_sizes"]
+    pixels, sizes = normalized(sample), sample["tgt_sizes"]
     inputs = {"input_ids": ids[None], "pixel_values": pixels[..., : 14 * 32], "target_sizes": sizes[:1]}
     inputs |= {"pixel_values_videos": pixels[..., 14 * 32 :], "target_sizes_videos": sizes[1:]}
     if name == "v4_7":

@@ -15,7 +15,7 @@ from support.minicpmv46_cases import (
     batch_of,
     loss_and_gradients,
     made_sample,
-    normalised,
+    normalized,
     one_thread,
     our_model,
     packed_rows,
@@ -58,7 +58,7 @@ GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None
 def test_generation_with_and_without_cache_equals_transformers(name):
     model, reference = our_model(name).eval(), transformers_model(name).eval()
     sample = made_sample(1, images=[SLICED])
-    inputs = released_inputs(name, sample, normalised(sample))
+    inputs = released_inputs(name, sample, normalized(sample))
     expected = reference.generate(
         **{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **GREEDY
     )
@@ -79,7 +79,7 @@ def test_a_batch_of_prompts_generates_what_each_does_alone(name):
 def test_beams_and_prompts_of_unlike_images_generate_what_transformers_does(name):
     model, reference = our_model(name).eval(), transformers_model(name).eval()
     sample = made_sample(1, images=[SLICED, (4, 4)])
-    inputs = released_inputs(name, sample, normalised(sample))
+    inputs = released_inputs(name, sample, normalized(sample))
     beams = GREEDY | {"num_beams": 3}
     expected = reference.generate(
         **{key: inputs[key] for key in inputs if key not in ("labels", "use_cache")}, **beams
@@ -101,7 +101,7 @@ def with_frames(model, sample):
 def test_videos_generate_what_transformers_does(name, options):
     model, reference = our_model(name).eval(), transformers_model(name).eval()
     sample = with_frames(model, made_sample(1, images=[SLICED, (4, 4)]))
-    pixels, sizes, ids = normalised(sample), sample["tgt_sizes"], sample["input_ids"]
+    pixels, sizes, ids = normalized(sample), sample["tgt_sizes"], sample["input_ids"]
     image = int(sizes[:-1].prod(1).sum()) * 14
     inputs = {"input_ids": ids[None], "pixel_values": pixels[..., :image], "target_sizes": sizes[:-1]}
     inputs |= {"pixel_values_videos": pixels[..., image:], "target_sizes_videos": sizes[-1:]}

@@ -1,4 +1,4 @@
-"""Quantised weights: what is quantised, what stays exact, and that training on them works."""
+"""Quantized weights: what is quantized, what stays exact, and that training on them works."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_exactly_the_layers_of_the_llm_are_quantised(checkpoint, bits):
+def test_exactly_the_layers_of_the_llm_are_quantized(checkpoint, bits):
     model = load(checkpoint, quant_bits=bits)
     found = quantized_modules(model)
     expected = {
@@ -60,10 +60,10 @@ def test_the_bytes_of_the_llm_shrink_as_the_bits_say(checkpoint, bits):
     assert bits / 32 * layers < small["llm"] - head < bits / 32 * layers * 1.35
 
 
-def test_counts_of_a_quantised_model_are_those_of_the_exact_one(checkpoint):
-    exact, quantised = (count_parts(load(checkpoint, quant_bits=bits), V2_6) for bits in (None, 4))
-    assert [count.total for count in quantised.values()] == [count.total for count in exact.values()]
-    assert quantised["llm"].dtypes == ("uint8", "float32")
+def test_counts_of_a_quantized_model_are_those_of_the_exact_one(checkpoint):
+    exact, quantized = (count_parts(load(checkpoint, quant_bits=bits), V2_6) for bits in (None, 4))
+    assert [count.total for count in quantized.values()] == [count.total for count in exact.values()]
+    assert quantized["llm"].dtypes == ("uint8", "float32")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -82,7 +82,7 @@ def test_the_log_shows_memory_before_and_after(checkpoint, caplog, bits):
 
 
 @pytest.mark.parametrize(("generation", "bits"), [("v2", 4), ("v2_5", 8), ("v4", 8), ("v4_5", 4)])
-def test_the_loss_of_a_quantised_model_is_near_the_exact_one(generation, bits, tmp_path):
+def test_the_loss_of_a_quantized_model_is_near_the_exact_one(generation, bits, tmp_path):
     model = load(save_golden(generation, tmp_path), generation, quant_bits=bits)
     found, expected = golden_loss(model, generation)
     assert found.item() != expected
@@ -104,11 +104,11 @@ def test_an_evaluation_between_steps_does_not_change_the_gradients(checkpoint, b
         assert "lora" not in name or gradient.abs().max() > 0, name
 
 
-def test_the_gradients_are_those_of_the_dequantised_model(checkpoint):
-    quantised = with_adapter(load(checkpoint, quant_bits=4))
+def test_the_gradients_are_those_of_the_dequantized_model(checkpoint):
+    quantized = with_adapter(load(checkpoint, quant_bits=4))
     ordinary = with_adapter(dequantize(load(checkpoint, quant_bits=4), torch.float32))
     expected = gradients(ordinary)
-    for name, gradient in gradients(quantised).items():
+    for name, gradient in gradients(quantized).items():
         worst = (gradient - expected[name]).abs().max()
         assert worst <= 1e-4 * expected[name].abs().max() + 1e-7, name
 
@@ -123,18 +123,18 @@ def test_checkpointing_gives_the_same_gradients(checkpoint):
         assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-7), name
 
 
-def test_vision_trains_beside_a_quantised_llm(checkpoint):
+def test_vision_trains_beside_a_quantized_llm(checkpoint):
     found = gradients(with_adapter(load(checkpoint, quant_bits=4), vision=True))
     vision = [name for name in found if V2_6.part_of(name) == "vision"]
     assert len(vision) == sum(name.startswith("vpm.") for name in load_file(checkpoint / "model.safetensors"))
     assert sum(found[name].abs().max() > 0 for name in vision) > len(vision) // 2
 
 
-def test_the_dequantised_model_computes_and_saves_as_an_ordinary_one(checkpoint, tmp_path):
-    quantised = load(checkpoint, quant_bits=4)
+def test_the_dequantized_model_computes_and_saves_as_an_ordinary_one(checkpoint, tmp_path):
+    quantized = load(checkpoint, quant_bits=4)
     ordinary = dequantize(load(checkpoint, quant_bits=4), torch.float32)
     assert not quantized_modules(ordinary)
-    assert golden_loss(ordinary)[0].item() == pytest.approx(golden_loss(quantised)[0].item(), abs=1e-5)
+    assert golden_loss(ordinary)[0].item() == pytest.approx(golden_loss(quantized)[0].item(), abs=1e-5)
     ordinary.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
         (checkpoint / "config.json").read_text()
@@ -146,7 +146,7 @@ def test_the_dequantised_model_computes_and_saves_as_an_ordinary_one(checkpoint,
 
 
 @pytest.mark.parametrize("generation", ["v4_6", "v4_7"])
-def test_generations_of_transformers_are_quantised_alike(generation, tmp_path):
+def test_generations_of_transformers_are_quantized_alike(generation, tmp_path):
     model = minicpmv46_cases.our_model(generation)
     model.config.name_or_path = str(GOLDENS / generation / "tokenizer")
     model.save_pretrained(tmp_path / "full")

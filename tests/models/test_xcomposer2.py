@@ -226,7 +226,7 @@ def test_all_linear_leaves_the_partial_lora_alone():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_layers_keep_their_partial_lora_exact(bits):
+def test_quantized_layers_keep_their_partial_lora_exact(bits):
     name = "xc2_7b"
     exact = load_model(checkpoint(name), dtype=torch.float32)
     model = load_model(checkpoint(name), dtype=torch.float32, quant_bits=bits)

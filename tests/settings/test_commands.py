@@ -137,7 +137,7 @@ def test_commands_say_what_they_do_and_nothing_else(tmp_path):
     assert said[0].startswith("probe of ")
     assert said[1] == f"Merged model: {tmp_path / 'merged'} (float32)"
     said = said_by("quantize.py", "--model_name_or_path", base, "--output_dir", tmp_path / "int4")
-    assert said[0] == "Quantised weights:"
+    assert said[0] == "Quantized weights:"
     assert said[-1].startswith(f"{tmp_path / 'int4'}: 14 layers in 4 bit")
     assert len(said) == 8, said
     said = said_by("plan_memory.py", "--model_name_or_path", base)

@@ -58,7 +58,7 @@ def transformers_model(name, **options):
 
 
 def golden_sample(name, case, mode="16x"):
-    """A golden case as a sample of ours, and the pixels as transformers' own processor normalises them."""
+    """A golden case as a sample of ours, and the pixels as transformers' own processor normalizes them."""
     golden = json.loads((GOLDENS / name / "processor.json").read_text())["cases"][case]
     ids = torch.tensor(golden["input_ids"])
     labels = ids.clone()
@@ -169,7 +169,7 @@ def released_inputs(name, sample, pixels):
     return inputs
 
 
-def normalised(sample):
+def normalized(sample):
     return ((sample["pixel_values"].float() / 255 - 0.5) / 0.5)[None] if len(sample["tgt_sizes"]) else None
 
 

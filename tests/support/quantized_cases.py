@@ -1,4 +1,4 @@
-"""Small quantised models, shared by the tests of quantisation."""
+"""Small quantized models, shared by the tests of quantization."""
 
 import json
 
@@ -15,9 +15,9 @@ from support.golden_models import full_batch, golden_model
 from support.paths import GOLDENS
 
 V2_6 = GENERATIONS["v2_6"]
-# Modules that the released int4 checkpoints keep exact, by their config.json: vision is quantised there.
+# Modules that the released int4 checkpoints keep exact, by their config.json: vision is quantized there.
 RELEASED_SKIP = ["out_proj", "kv_proj", "lm_head"]
-# How far quantised weights move the loss of the random golden models; worst measured 0.1 of 6.5 and 0.01.
+# How far quantized weights move the loss of the random golden models; worst measured 0.1 of 6.5 and 0.01.
 LOSS_TOLERANCE = {4: 0.2, 8: 0.03}
 # q, k, v, o in two layers, A and B; resampler; token embeddings.
 TRAINED_TENSORS = 2 * 8 + 13 + 1
@@ -32,7 +32,7 @@ def save_golden(generation, folder):
 
 
 def save_released_int4(checkpoint, folder):
-    """As the released int4 files are: vision quantised too, with the settings of the official script."""
+    """As the released int4 files are: vision quantized too, with the settings of the official script."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -114,7 +114,7 @@ class Generation:
         adapter_parts: Parts that train in full beside an adapter, as far as they are tuned.
         saved_name_parts: Parts of a module's name that an adapter's ``modules_to_save`` needs. 4.6 and 4.7
             need two: ``merger`` alone would also match the vit_merger inside the vision tower.
-        exact: Linear layers inside the LLM that are never quantised and get no adapter, by last name.
+        exact: Linear layers inside the LLM that are never quantized and get no adapter, by last name.
     """
 
     name: str

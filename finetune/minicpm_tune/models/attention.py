@@ -28,7 +28,7 @@ def attend_within_slices(
 ) -> Tensor:
     """Attend from every token to the tokens of its own slice.
 
-    On a GPU in half precision it is one variable-length kernel for all slices; elsewhere one
+    On a GPU in half precision this is one variable-length kernel for all slices; elsewhere it is one
     dense call per run of equally long slices.
 
     Args:
@@ -101,9 +101,9 @@ def packed_mask(position_ids: Tensor) -> Tensor:
 
 @contextmanager
 def masks_given(config: Any) -> Iterator[bool]:
-    """Within it the LLM uses the mask it is given and makes none; yields whether that is so.
+    """While it is open the LLM uses the mask it is given and makes none; yields whether that is so.
 
-    It is for plain scaled-dot-product attention alone. What checkpointing computes again outside of it is the
+    Only plain scaled-dot-product attention allows it. What checkpointing recomputes after it is closed is the
     same function with the same mask.
 
     Args:

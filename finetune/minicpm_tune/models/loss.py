@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**26
 
 @dataclass
 class SupervisedLoss:
-    """What one batch's supervised tokens say.
+    """Sums over one batch's supervised tokens.
 
     Attributes:
         loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats.
@@ -66,7 +66,7 @@ class MiniCPMVOutput(ModelOutput):
         num_items_in_batch: Tensor | int | None,
         new_features: NewFeatures | None = None,
     ) -> MiniCPMVOutput:
-        """The output of a forward with labels; without ``num_items_in_batch`` the loss is the batch's mean."""
+        """Make the output of a forward with labels. Without ``num_items_in_batch`` the loss is the batch's mean."""
         count = found.token_count if num_items_in_batch is None else num_items_in_batch
         return cls(
             loss=found.loss_sum / torch.as_tensor(count, device=found.loss_sum.device).clamp(min=1),
@@ -79,10 +79,10 @@ class MiniCPMVOutput(ModelOutput):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy of a linear head, with the gradient worked out chunk by chunk in the forward.
+    """Cross entropy of a linear head that computes its gradient chunk by chunk in the forward.
 
-    Doing so keeps one chunk of logits alive instead of all of them, and needs no second pass over
-    the vocabulary in the backward. Gradients of the weight are summed in fp32 over the chunks.
+    Only one chunk of logits is alive at a time, and the backward needs no second pass over the vocabulary. The
+    weight's gradient is summed over the chunks in fp32.
     """
 
     @staticmethod
@@ -132,19 +132,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class LMHead(nn.Linear):
-    """An output layer that can give the loss instead of the logits.
+    """An output layer that can return the loss instead of the logits.
 
-    It is one module with one call per forward, however many chunks there are: under ZeRO-3 each
-    call of a module is a collective, and ranks have different numbers of supervised tokens.
+    It is called once per forward, however many chunks there are: under ZeRO-3 each call of a module is a
+    collective, and ranks have different numbers of supervised tokens.
     """
 
     def forward(  # type: ignore[override]  # more than a Linear's
         self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Give logits, or the loss of the tokens in ``labels``.
+        """Compute logits, or the loss of the tokens in ``labels``.
 
-        With labels it gives a plain tuple: DeepSpeed hooks its gathering of the weight for the
-        backward to the tensors of a tuple, and looks into no other kind of object.
+        With labels it returns a plain tuple: DeepSpeed attaches the gathering of the weight for the backward to
+        the tensors of a tuple, and looks into no other kind of object.
 
         Args:
             hidden: [N, D] (with labels) or [..., D], float.
@@ -155,7 +155,7 @@ class LMHead(nn.Linear):
             [..., V] logits in the dtype of ``hidden``; or the fp32 sum of the tokens' cross entropies in
             nats, the int64 number of tokens predicted right, and [N] fp32 each token's cross entropy.
         """
-        # There is no autocast on the meta device, where plan_memory.py runs a step.
+        # The meta device, where plan_memory.py runs a step, has no autocast.
         if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
         if labels is None:
@@ -166,15 +166,15 @@ class LMHead(nn.Linear):
 
 
 def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any = None) -> SupervisedLoss:
-    """Select the positions that predict a supervised token, and give their loss.
+    """Compute the loss of the positions that predict a supervised token.
 
     Args:
         head: The output layer, an ``LMHead`` possibly wrapped by an adapter.
         hidden: [B, T, D] last hidden states.
         labels: [B, T] int64, token id or -100; position t is predicted from position t - 1.
         places: [N] numpy int64, the flattened positions whose next token is supervised, as
-            ``batch.Batch.supervised`` gives them. Without it they are looked for, and on a GPU the
-            program waits for the answer.
+            ``supervised`` in ``batch.Batch`` holds them. Without it they are searched for, and on a GPU the
+            program waits for the result.
 
     Returns:
         The sums over the batch.
@@ -190,10 +190,10 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
 
 
 def as_lm_head(linear: Any) -> LMHead:
-    """Give the output layer of a transformers LLM the loss-making forward, keeping its parameters.
+    """Turn the output layer of a transformers LLM into an ``LMHead`` with the same parameters.
 
-    The class of the module is changed in place: the parameters stay the same objects, so weight
-    tying and ZeRO-3's partitioning, both done when the layer was made, stay as they are.
+    The module's class is changed in place, so that weight tying and ZeRO-3's partitioning, both done when the layer
+    was created, stay as they are.
     """
     linear.__class__ = LMHead
     return linear

@@ -49,10 +49,10 @@ def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler:
 
 
 def raise_precision_of_trained(model: nn.Module) -> None:
-    """Hold trained parameters in fp32 where no other part of the stack keeps fp32 masters.
+    """Hold trained parameters in fp32; autocast still computes in 16 bit.
 
-    An update is about the size of a bf16 rounding step and would often vanish. DeepSpeed keeps fp32
-    copies itself; call this only without it. Autocast still computes in 16 bit.
+    An update is about the size of a bf16 rounding step and would often be lost. Not needed with DeepSpeed, which
+    keeps fp32 copies itself.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):

@@ -1,11 +1,11 @@
 """Weights in 4 or 8 bit through bitsandbytes: the frozen language model of QLoRA.
 
-Only the linear layers of the LLM's blocks are quantised. Vision tower, resampler, embeddings, output
-layer and norms stay as they are: they are a fifth of an 8B model's weights, most of them can train, and
-an error in them reaches every token. A checkpoint that is stored quantised keeps what its files hold.
+Only the linear layers of the LLM's blocks are quantized. Vision tower, resampler, embeddings, output
+layer and norms stay exact: they are a fifth of an 8B model's weights, most of them can train, and
+an error in them reaches every token. A checkpoint whose files are quantized is loaded as stored.
 
 Source: "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:2305.14314): 4-bit NormalFloat with
-double quantisation; "LLM.int8()" (arXiv:2208.07339) for 8 bit.
+double quantization; "LLM.int8()" (arXiv:2208.07339) for 8 bit.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ logger = logging.getLogger(__name__)
 
 _MEBIBYTE = 2**20
 _OTHER_OUTPUT = "output"  # the output layer's name where it isn't lm_head
-# What transformers leaves on a model that it quantised.
+# What transformers leaves on a model that it quantized.
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def loading_quantization(
     folder: Path, generation: Generation, *, bits: int | None, compute_dtype: torch.dtype
 ) -> Quantization | None:
-    """Say how a checkpoint's weights are held when loaded: as stored, or quantised as asked for.
+    """Decide how a checkpoint's weights are held once loaded: as stored, or quantized as requested.
 
     Args:
         folder: The checkpoint.
         generation: Its generation.
-        bits: 4 or 8; None: as the files have them.
+        bits: 4 or 8; None: as stored.
         compute_dtype: What the run computes in.
 
     Returns:
@@ -56,8 +56,8 @@ def loading_quantization(
         return None if bits is None else _new_quantization(folder, generation, bits, compute_dtype)
     if bits not in (None, stored.bits):
         raise QuantizationError(
-            f"{folder}: found weights stored in {stored.bits} bit, expected {bits} bit or full precision "
-            "(which is quantised while loading). Give one of these checkpoints."
+            f"{folder}: found weights stored in {stored.bits} bit, expected {bits} bit or full precision. Give the "
+            "full-precision checkpoint, which is quantized while it is loaded."
         )
     return stored
 
@@ -65,9 +65,9 @@ def loading_quantization(
 def _new_quantization(
     folder: Path, generation: Generation, bits: int, compute_dtype: torch.dtype
 ) -> Quantization:
-    """Quantize the LLM's blocks: everything else is named as exact, in names that the released class knows.
+    """Quantize the LLM's blocks. Everything else is listed as exact, by the released module names.
 
-    Besides vision and resampler these are o-2.6's speech parts, which are in the files and not run here.
+    The list includes o-2.6's speech parts, which are stored in the files and not run here.
     """
     modules = tuple(name for names in generation.modules.values() for name in names)
     exact = {name.partition(".")[0] for name in tensor_names(folder) if not name.startswith(modules)}
@@ -86,7 +86,7 @@ def _new_quantization(
 
 
 def loading_arguments(quantization: Quantization | None, config: PreTrainedConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` must be given; a stored quantisation is read from ``config`` instead."""
+    """Arguments for ``from_pretrained``; a stored quantization is put into ``config`` instead."""
     if quantization is None:
         return {}
     if quantization.stored:
@@ -96,55 +96,54 @@ def loading_arguments(quantization: Quantization | None, config: PreTrainedConfi
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Any]:
-    """Name -> module of every layer whose weight is held in 4 or 8 bit."""
-    return {name: module for name, module in model.named_modules() if _is_quantised(module)}
+    """Every layer whose weight is held in 4 or 8 bit, by its name."""
+    return {name: module for name, module in model.named_modules() if _is_quantized(module)}
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    # By name: a run in full precision does not need bitsandbytes, nor its import.
+def _is_quantized(module: nn.Module) -> bool:
+    # By name, because a run in full precision should not import bitsandbytes.
     kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("bitsandbytes.")]
     return "Linear4bit" in kinds or "Linear8bitLt" in kinds
 
 
 def finish_loading(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> None:
-    """Make a freshly loaded quantised model fit for training, and log what it takes.
+    """Make a freshly loaded quantized model fit for training, and log the memory it takes.
 
-    What PEFT's ``prepare_model_for_kbit_training`` does besides freezing is left out. It would hold every
-    exact weight in fp32, 2.9 GiB more for MiniCPM-V 2.6, where norms compute in fp32 anyway and what trains
-    gets its fp32 masters elsewhere; gradients come no nearer to those of an fp32 run (relative distance
-    0.117, without it 0.112; small V-2.6, bf16). Inputs that require gradients are for reentrant
-    checkpointing only.
+    This replaces PEFT's ``prepare_model_for_kbit_training``, which holds every exact weight in fp32: 2.9 GiB more
+    for MiniCPM-V 2.6, although norms compute in fp32 anyway and trained weights get fp32 masters elsewhere. Its
+    gradients are no closer to those of an fp32 run (relative distance 0.117, without it 0.112; small V-2.6, bf16).
+    It also makes inputs require gradients, which only reentrant checkpointing needs.
 
     Args:
         model: As ``from_pretrained`` gave it.
         generation: Its generation.
-        dtype: What the weights would be held in without quantisation.
+        dtype: What the weights would be held in without quantization.
     """
     for parameter in model.parameters():
-        # Beside stored quantised weights transformers 5.23 leaves exact ones in the files' dtype.
+        # transformers 5.23 leaves the exact weights beside stored quantized ones in the files' dtype.
         if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
     for module in quantized_modules(model).values():
-        # On a CPU with AVX512_BF16 an evaluation would repack 4-bit weights for a kernel without a
-        # backward, and training steps after it fail or get wrong gradients (bitsandbytes 0.50).
+        # On a CPU with AVX512_BF16 an evaluation repacks 4-bit weights for a kernel without a backward.
+        # Later training steps then fail or get wrong gradients (bitsandbytes 0.50).
         module.support_avx512bf16_for_cpu = False
-    logger.info("Quantised weights:\n%s", memory_table(model, generation, dtype))
+    logger.info("Quantized weights:\n%s", memory_table(model, generation, dtype))
     if is_deepspeed_zero3_enabled():
         logger.info(
-            "ZeRO-3 with quantised weights: every process loads the whole model (%.1f MiB) before the "
-            "weights are divided, because bitsandbytes' layers can't be made in parts.",
+            "ZeRO-3 with quantized weights: every process first loads the whole model (%.1f MiB), because "
+            "bitsandbytes' layers can't be created in parts.",
             bytes_by_part(model, generation).total() / _MEBIBYTE,
         )
 
 
 def bytes_by_part(model: nn.Module, generation: Generation) -> Counter[str]:
-    """Bytes that each part's weights take as they are stored, scales of quantised ones included."""
+    """Bytes that each part's weights take, including the scales of quantized ones."""
     found: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         tensors = [parameter, *_scales(parameter)]
         found[generation.part_of(name)] += sum(tensor.nbytes for tensor in tensors)
     for name, module in quantized_modules(model).items():
-        # After its first forward an 8-bit layer holds the scales itself.
+        # After its first forward, an 8-bit layer itself holds the scales.
         scales = getattr(getattr(module, "state", None), "SCB", None)
         found[generation.part_of(f"{name}.weight")] += 0 if scales is None else scales.nbytes
     return found
@@ -160,7 +159,7 @@ def _scales(parameter: Any) -> Iterator[Tensor]:
 
 
 def memory_table(model: nn.Module, generation: Generation, dtype: torch.dtype) -> str:
-    """The weights' memory before and after quantisation by part, as a table for the log."""
+    """The memory of each part's weights before and after quantization, as a table for the log."""
     after = bytes_by_part(model, generation)
     before: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -173,16 +172,16 @@ def memory_table(model: nn.Module, generation: Generation, dtype: torch.dtype) -
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Turn every quantised layer into an ordinary one with the values that it computed with.
+    """Replace every quantized layer by an ordinary one that holds the dequantized values.
 
-    A QLoRA adapter was trained on these values. Call it before an adapter is put on.
+    These are the values that a QLoRA adapter was trained on. Call this before an adapter is added.
 
     Args:
-        model: A quantised model without adapters; changed in place.
+        model: A quantized model without adapters; changed in place.
         dtype: What the values are held in.
 
     Returns:
-        The model, which saves itself as one in full precision.
+        The model; it saves as one in full precision.
     """
     for name, module in quantized_modules(model).items():
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -194,7 +193,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         for mark in _MARKS:
             module.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
-    # What turned the stored tensors into quantised ones; saving would run it backwards.
+    # These conversions turned stored tensors into quantized ones; saving would reverse them.
     if "_weight_conversions" in model.__dict__:
         conversions: Any = model.__dict__["_weight_conversions"]
         model.__dict__["_weight_conversions"] = [each for each in conversions if not _deserialises(each)]

@@ -120,7 +120,7 @@ class VisionInput:
     """What a batch has of its slices.
 
     Attributes:
-        pixel_values: [3, 14, 14 * patches] uint8, patches of the slices side by side, cached ones left out.
+        pixel_values: [3, 14, 14 * patches] uint8, patches side by side, of the slices that are not cached.
         sources: Which slices' features are cached; None: none.
         known_features: [tokens, C] of the cached slices, as the tower gave them.
     """

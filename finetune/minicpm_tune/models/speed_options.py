@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
 class SpeedOptionError(UserError):
-    """A flag that can't act on this machine; the message says why."""
+    """A flag that has no effect on this machine or model."""
 
 
 def set_checkpointing(model: PreTrainedModel, generation: Generation, training: TrainingArguments) -> None:
-    """Turn activation checkpointing on for the parts that are asked for.
+    """Turn on activation checkpointing, part by part.
 
-    ``--activation_checkpointing`` is for the whole model; ``--vision_gradient_checkpointing`` decides for
-    the vision tower and the resampler by itself. Never reentrant: that drops the gradients of layers whose
-    inputs need none.
+    ``--activation_checkpointing`` covers the whole model; ``--vision_gradient_checkpointing`` overrides it for
+    the vision tower and the resampler. Checkpointing is never reentrant, because that drops the gradients of layers
+    whose inputs need none.
 
     Args:
         model: A model without adapters.
         generation: Its generation.
-        training: The arguments; afterwards Trainer leaves checkpointing alone.
+        training: The arguments. They are changed so that Trainer does not turn checkpointing on again.
     """
     llm = bool(training.gradient_checkpointing)
     vision = llm if training.vision_gradient_checkpointing is None else training.vision_gradient_checkpointing
@@ -50,7 +48,7 @@ def set_checkpointing(model: PreTrainedModel, generation: Generation, training: 
 def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
     """Replace RMSNorm, rotary embedding and SwiGLU of the LLM by liger's kernels, with ``--use_liger_kernel true``.
 
-    Its fused loss is not needed: ``loss.LMHead`` makes no full logits either, and only of supervised tokens.
+    Its fused loss is not used: ``loss.LMHead`` makes logits of supervised tokens alone, chunk by chunk.
 
     Raises:
         SpeedOptionError: Without a GPU, without the package, or for an LLM it has no kernels for.
@@ -59,8 +57,8 @@ def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
         return
     if not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None:
         raise SpeedOptionError(
-            "--use_liger_kernel true needs a GPU and the liger-kernel package (pip install liger-kernel). "
-            "Leave it out to train without."
+            "--use_liger_kernel true: needs a GPU and the liger-kernel package. Run pip install liger-kernel, or leave "
+            "the flag out."
         )
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -69,7 +67,7 @@ def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
     kind = llm.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise SpeedOptionError(
-            f"--use_liger_kernel true: the installed liger-kernel has none for {kind} models. Leave the flag out."
+            f"--use_liger_kernel true: the installed liger-kernel has no kernels for {kind} models. Leave the flag out."
         )
     _apply_liger_kernel_to_instance(model=llm, fused_linear_cross_entropy=False, cross_entropy=False)
     training.use_liger_kernel = False  # Trainer would look for kernels for the whole model, and find none

@@ -27,7 +27,7 @@ class FramePacks:
     """Which slices share a placeholder, in the batch's order (video of V-4.5).
 
     Attributes:
-        sizes: [P] slices per placeholder; slices of one placeholder are neighbours.
+        sizes: [P] slices per placeholder; slices of one placeholder are neighbors.
         times: [S] time index of each slice, -1 for a still image.
     """
 

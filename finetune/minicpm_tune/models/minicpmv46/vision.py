@@ -94,7 +94,7 @@ class SliceMerger(nn.Module):
     mlp: nn.ModuleList
 
     def forward(self, hidden_states: Tensor, target_sizes: Tensor) -> list[Tensor]:
-        """Merge neighbouring tokens and project them to the LLM's width.
+        """Merge neighboring tokens and project them to the LLM's width.
 
         Args:
             hidden_states: [1, N, C], the slices one after another, tokens row-major.

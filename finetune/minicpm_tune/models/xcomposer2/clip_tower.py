@@ -76,7 +76,7 @@ class CLIPTower(nn.Module):
         """Encode crops that have the same number of patches.
 
         Args:
-            patches: [S, L, 588] normalised pixels in the tower's dtype, patches row-major. Fewer patches than
+            patches: [S, L, 588] normalized pixels in the tower's dtype, patches row-major. Fewer patches than
                 the position table has rows take its first ones (the dummy of a batch without images).
 
         Returns:

@@ -59,7 +59,7 @@ def new_projection(inputs: int, outputs: int, rank: int) -> nn.Linear:
 
 
 def keep_partial(old: nn.Module, new: nn.Module) -> None:
-    """Hand the partial LoRA of a projection on to the layer that takes its place (when it is quantised)."""
+    """Hand the partial LoRA of a projection on to the layer that takes its place (when it is quantized)."""
     for name in PARTIAL:
         if hasattr(old, name):
             new.add_module(name, getattr(old, name))
@@ -69,7 +69,7 @@ def project(linear: nn.Module, hidden: Tensor, image: ImageTokens | None, dropou
     """Apply a projection, with its partial LoRA at the image tokens.
 
     Args:
-        linear: Made by ``new_projection``, possibly wrapped by an adapter or quantised.
+        linear: Made by ``new_projection``, possibly wrapped by an adapter or quantized.
         hidden: [B, T, inputs].
         image: The image tokens; None: there are none, and no other rank has any.
         dropout: Share of the partial LoRA's inputs that are zeroed, 0 outside training.

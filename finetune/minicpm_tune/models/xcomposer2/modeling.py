@@ -119,7 +119,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             initialization.normal_(self.plora_sub_GN, std=0.02)
 
     def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
-        """As torch's; a projection's partial LoRA stays where the projection is replaced (quantised)."""
+        """As torch's; a projection's partial LoRA stays where the projection is replaced (quantized)."""
         keep_partial(self.get_submodule(target), module)
         super().set_submodule(target, module, strict)
 

@@ -146,7 +146,7 @@ def _cut(image: Tensor, side: int) -> Tensor:
     """Cut an image into what the tower sees.
 
     Args:
-        image: [3, H, W] normalised pixels, fp32; H and W are multiples of a tile's side.
+        image: [3, H, W] normalized pixels, fp32; H and W are multiples of a tile's side.
         side: Patches on a tile's side.
 
     Returns:
@@ -196,7 +196,7 @@ def _in_token_order(
 
 
 def _merged(features: Tensor) -> Tensor:
-    """[S, n * n, C] -> [S, n / 2, n / 2, 4 C]: 2 x 2 neighbours joined, row by row."""
+    """[S, n * n, C] -> [S, n / 2, n / 2, 4 C]: 2 x 2 neighbors joined, row by row."""
     side = round(features.shape[1] ** 0.5)
     split = features.view(features.shape[0], side // 2, 2, side // 2, 2, -1)
     return split.transpose(2, 3).flatten(3)
