@@ -35,7 +35,7 @@ OFFICIAL_TABLE = {"lora": {2: 14.4, 4: 13.6, 8: 13.1}, "full": {2: 16.0, 4: 15.8
 
 def real_model(generation, folder, training):
     """The planned model with weights, on the CPU."""
-    base = model = load_model(folder, generation, dtype=torch.float32)
+    base = model = load_model(folder, dtype=torch.float32)
     if training.method == "full":
         freeze(model, generation, vision=training.tune_vision, resampler=True, llm=True)
     else:

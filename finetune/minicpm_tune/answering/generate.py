@@ -85,7 +85,6 @@ def answer(
     batch: dict[str, Any] = {
         **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
     }
-    width = batch["input_ids"].shape[1]
     for name in ("input_ids", "attention_mask", "pixel_values"):
         batch[name] = batch[name].to(model.device)
     if synced:
@@ -96,8 +95,6 @@ def answer(
         found = model.generate(
             **batch, eos_token_id=stops, pad_token_id=stops[0], streamer=streamer, **options
         )
-    if processing.generation.native:
-        found = found[:, width:]  # transformers' own classes give the prompt too
     return [decode(row, tokenizer, stops) for row in found.tolist()]
 
 
@@ -127,9 +124,7 @@ class TextPieces(BaseStreamer):
         self.tokenizer, self.stops, self.give = tokenizer, set(stops), give
         self.ids: list[int] = []
         self._prompt_seen = self._ended = False
-        self._start = self._shown = (
-            0  # tokens before _shown are given; those from _start on are their context
-        )
+        self._start = self._shown = 0  # tokens before _shown are given, those from _start on as their context
         self._held = ""
         self._any = False
 

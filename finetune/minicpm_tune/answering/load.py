@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from minicpm_tune.checkpoints.model_folder import stored_dtype
+from minicpm_tune.checkpoints.model_folder import resolve_model_folder, stored_dtype
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
-from minicpm_tune.models.loading import load_model, resolve_model_folder
+from minicpm_tune.models.loading import load_model
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.hardware import best_precision
@@ -147,7 +147,6 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
     device = choose_device(choice.device)
     model: Any = load_model(
         found.folder,
-        generation,
         dtype=choose_dtype(choice.dtype, found.folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
