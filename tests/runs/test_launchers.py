@@ -379,8 +379,10 @@ def own_copy(tmp_path):
     python = root / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     line = f'printf "%s|" "$HF_HUB_OFFLINE" "$@" >>{quoted}; echo >>{quoted}'
-    python.write_text(f"#!/bin/sh\n{line}\n")
-    python.chmod(0o755)
+    for name in ("python", "ruff", "mypy", "lint-imports"):
+        program = python.with_name(name)
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
     return root, log
 
 
@@ -409,7 +411,9 @@ def test_the_test_command_installs_once_and_passes_arguments_on(shell, own_copy)
     with (root / "tests" / "requirements.txt").open("a") as file:
         file.write("another==1\n")
     run_tests(root, shell=shell, script=".ci/run")
-    assert len(log.read_text().splitlines()) == 2
+    called = [line.split("|")[1:3] for line in log.read_text().splitlines()]
+    assert called[:3] == [["-m", "pip"], ["format", "--check"], ["check", "."]]
+    assert called[-1] == ["-m", "pytest"]
 
 
 def test_a_port_taken_between_the_look_and_the_start_is_replaced(tmp_path):
@@ -426,4 +430,4 @@ def test_a_port_taken_between_the_look_and_the_start_is_replaced(tmp_path):
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()[1]
     assert found != port
-    assert f"Port {port} was taken by another run just now; using {found}." in done.stderr
+    assert f"Another run has just taken port {port}; using {found}." in done.stderr
