@@ -36,7 +36,7 @@ from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
-from minicpm_tune.lora.continuing import check_continued, new_or_continued_adapter
+from minicpm_tune.lora.continuing import check_adapter, new_or_continued_adapter
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
@@ -105,7 +105,7 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     quantization = stored_quantization(folder)
     check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
     if training.use_lora:
-        check_continued(lora, folder, generation, **training.tuned_around_llm)
+        check_adapter(lora, folder, generation, **training.tuned_around_llm)
     return folder, processing
 
 

@@ -5,6 +5,9 @@
 The new folder holds everything that inference servers and the released code load: weights, configuration,
 tokenizer, processor and *.py files. Before it is written, the merged model is compared with the adapter on a
 probe prompt.
+
+With ``--export_lora gguf-names`` nothing is merged: the new folder holds the adapter under the tensor names that
+llama.cpp's convert_lora_to_gguf.py understands.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minicpm_tune.settings.command_flags import DTYPES, CommandParser, add_switch
 from minicpm_tune.training.process_lifecycle import run_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from minicpm_tune.lora.adapter_folders import AdapterFolder
 
 logger = logging.getLogger("minicpm_tune.merge_lora")
 
@@ -36,6 +44,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", required=True, help="Folder for the merged model; it must be new or empty."
     )
+    parser.add_argument(
+        "--export_lora", choices=["gguf-names"],
+        help="Merge nothing; write a plain adapter of the LLM under the names that llama.cpp's "
+        "convert_lora_to_gguf.py understands.",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -76,25 +89,51 @@ def main(argv: list[str]) -> int:
 
 
 def run(values: argparse.Namespace) -> None:
+    """Merge, or only rename."""
+    from minicpm_tune.answering.load import resolve_base
+    from minicpm_tune.files import check_new_folder
+
+    output = check_new_folder(values.output_dir)
+    base, adapter = resolve_base(values.model_name_or_path, values.adapter, cache_dir=values.cache_dir)
+    assert adapter is not None, values.adapter
+    if values.export_lora:
+        _export(base, adapter, output)
+    else:
+        _merge(values, base, adapter, output)
+
+
+def _export(base: Path, adapter: AdapterFolder, output: Path) -> None:
+    from minicpm_tune.checkpoints.model_folder import read_generation
+    from minicpm_tune.files import whole_folder
+    from minicpm_tune.lora.llama_cpp import check_convertible, write_gguf_names
+
+    generation = read_generation(base)
+    check_convertible(adapter, generation)
+    with whole_folder(output) as partial:
+        partial.mkdir(parents=True)
+        write_gguf_names(adapter, generation, partial)
+    logger.info(
+        "Adapter for llama.cpp: %s. Next: convert_lora_to_gguf.py --base LLM_FOLDER %s", output, output
+    )
+
+
+def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, output: Path) -> None:
     """The steps of a merge, in order."""
-    from minicpm_tune.answering.load import DTYPE_NAMES, choose_device, resolve_base
+    from minicpm_tune.answering.load import DTYPE_NAMES, choose_device
     from minicpm_tune.checkpoints.model_folder import stored_dtype
     from minicpm_tune.data.samples import load_processing
-    from minicpm_tune.files import check_new_folder, checked_size, whole_folder
+    from minicpm_tune.files import checked_size, whole_folder
     from minicpm_tune.lora.adapter_folders import check_base
     from minicpm_tune.lora.loading import load_adapter
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
 
     size = checked_size(values.max_shard_size)
-    output = check_new_folder(values.output_dir)
-    base, adapter = resolve_base(values.model_name_or_path, values.adapter, cache_dir=values.cache_dir)
-    assert adapter is not None, values.adapter
     processing = load_processing(base)
     check_base(adapter, base, processing.generation, allow_other_base=values.allow_other_base)
     dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
 
-    model = _load_base(values, base, processing.generation, adapter=adapter, dtype=dtype)
-    model = load_adapter(model.to(choose_device(values.device)), adapter)
+    model = _load_base(values, base, adapter, dtype).to(choose_device(values.device))
+    model = load_adapter(model, adapter)
     layers = adapter.config.get("layer_replication")
     merged, report = merge(model, processing)
     logger.info("%s", report)
@@ -108,7 +147,7 @@ def run(values: argparse.Namespace) -> None:
     logger.info("Merged model: %s (%s)", output, str(dtype).removeprefix("torch."))
 
 
-def _load_base(values: argparse.Namespace, base: Path, generation: Any, *, adapter: Any, dtype: Any) -> Any:
+def _load_base(values: argparse.Namespace, base: Path, adapter: AdapterFolder, dtype: torch.dtype) -> Any:
     """Load the weights that the adapter is merged into, and log which they are."""
     from minicpm_tune.checkpoints.quantized_files import stored_quantization
     from minicpm_tune.lora.merging import MergeError

@@ -8,7 +8,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, read_adapter_folder
 from minicpm_tune.lora.base_fingerprint import FingerprintError
-from minicpm_tune.lora.continuing import check_continued
+from minicpm_tune.lora.continuing import check_adapter
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
@@ -25,7 +25,7 @@ def adapter(tmp_path_factory):
 
 def check(folder, *, name="v2_6", base=None, vision=False, **flags):
     lora = LoraArguments(lora_weight_path=str(folder), **flags)
-    check_continued(lora, base or checkpoint(name), GENERATIONS[name], vision=vision, resampler=True)
+    check_adapter(lora, base or checkpoint(name), GENERATIONS[name], vision=vision, resampler=True)
 
 
 def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
@@ -88,6 +88,24 @@ def test_the_continued_adapter_trains_from_where_it_was(adapter):
     trained = {name for name, value in wrapped.named_parameters() if value.requires_grad}
     assert any("lora_B" in name for name in trained)
     assert any("resampler.modules_to_save" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "flags", "warned"),
+    [
+        ("v2", True, {}, True),
+        ("v2", False, {"lora_modules_to_save": ["vpm"]}, True),
+        ("v2", False, {}, False),
+        ("v2", True, {"lora_modules_to_save": ["resampler"]}, False),
+        ("v2_6", True, {}, False),
+    ],
+)
+def test_an_adapter_with_the_tower_of_v2_is_announced_as_closed_to_the_released_code(
+    name, vision, flags, warned, caplog
+):
+    check_adapter(LoraArguments(**flags), checkpoint(name), GENERATIONS[name], vision=vision, resampler=True)
+    said = "released code of MiniCPM-V 2.0 can't load such an adapter"
+    assert (said in caplog.text) == warned
 
 
 @pytest.mark.slow

@@ -154,9 +154,8 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )
     if adapter is not None:
-        from minicpm_tune.lora.loading import (
-            load_adapter,  # peft takes seconds that most calls need not wait for
-        )
+        # peft takes seconds that most calls need not wait for.
+        from minicpm_tune.lora.loading import load_adapter
 
         model = load_adapter(model, adapter)
         logger.info("Adapter: %s", adapter.path)

@@ -114,6 +114,8 @@ class Generation:
         adapter_parts: Parts that train in full beside an adapter, as far as they are tuned.
         saved_name_parts: Parts of a module's name that an adapter's ``modules_to_save`` needs. 4.6 and 4.7
             need two: ``merger`` alone would also match the vit_merger inside the vision tower.
+        reads_inside_tower: Whether the released code reads attributes inside the vision tower (V-2), and so can't
+            load an adapter that holds the tower.
         exact: Linear layers inside the LLM that are never quantized and get no adapter, by last name.
     """
 
@@ -146,6 +148,7 @@ class Generation:
     lora_targets: str = ""
     adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
     saved_name_parts: int = 1
+    reads_inside_tower: bool = False
     exact: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
@@ -211,7 +214,7 @@ GENERATIONS: dict[str, Generation] = {
         Generation(
             "v2", "MiniCPM-V 2.0", "minicpm", ("minicpm",), "granite", vision="timm",
             positions="resampled", prompt="minicpm", image_ids=False, slice_tag="image",
-            turn_end="</s>", frames=None, tokenizer="sentencepiece",
+            turn_end="</s>", frames=None, tokenizer="sentencepiece", reads_inside_tower=True,
         ),
         Generation(
             "v2_5", "MiniCPM-Llama3-V 2.5", "llama3", ("llama3",), "llama", positions="one_row",

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors
+from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors, weight_files
 
 
 class ReleasedConfig(PreTrainedConfig):
@@ -91,6 +91,7 @@ class ReleasedModel:
         if pretrained_model_name_or_path is not None:
             name = str(pretrained_model_name_or_path)
             pretrained_model_name_or_path = resolve_model_folder(name, cache_dir=kwargs.get("cache_dir"))
+            weight_files(pretrained_model_name_or_path)  # complete, and all of them in this folder
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(

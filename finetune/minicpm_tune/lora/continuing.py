@@ -67,13 +67,16 @@ def new_or_continued_adapter(
     return wrapped
 
 
-def check_continued(
+def check_adapter(
     lora: LoraArguments, base: Path, generation: Generation, *, vision: bool, resampler: bool
 ) -> None:
-    """Refuse an adapter that can't be continued on this model with these flags; call before loading weights.
+    """Check what an adapter run asks for, as far as possible before weights are loaded.
+
+    Warns of an adapter that the released code can't load. Refuses to continue one that does not belong to this
+    model, or has other properties than these flags ask for.
 
     Args:
-        lora: The adapter's arguments. Without ``lora_weight_path`` there is nothing to check.
+        lora: The adapter's arguments; ``lora_weight_path`` names an adapter to continue.
         base: The base model's folder.
         generation: Its generation.
         vision: ``--tune_vision``.
@@ -82,6 +85,16 @@ def check_continued(
     Raises:
         AdapterError: With every contradiction.
     """
+    saved = lora.modules_to_save
+    if saved is None:
+        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
+    if generation.reads_inside_tower and not set(saved).isdisjoint(generation.modules["vision"]):
+        logger.warning(
+            "The adapter of this run will hold the vision tower (%s). The released code of %s can't load such an "
+            "adapter, because it reads attributes inside the tower, which PEFT wraps. chat.py, predict.py and "
+            "merge_lora.py load it: merge it before using it elsewhere, or give --tune_vision false.",
+            ", ".join(generation.modules["vision"]), generation.title,
+        )  # fmt: skip
     if not lora.lora_weight_path:
         return
     adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
@@ -92,9 +105,6 @@ def check_continued(
             "on the result."
         )
     check_base(adapter, base, generation, allow_other_base=lora.allow_other_base)
-    saved = lora.modules_to_save
-    if saved is None:
-        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
     problems = [*_other_properties(adapter, lora, generation), *_other_saved_modules(adapter, saved)]
     if problems:
         raise AdapterError(f"--lora_weight_path {adapter.path}: " + " ".join(problems))

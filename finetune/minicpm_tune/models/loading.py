@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder, stored_dtype
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.weight_files import WeightFileError, weight_files
+from minicpm_tune.checkpoints.weight_files import WeightFileError
 from minicpm_tune.models.quantization import finish_loading, loading_arguments, loading_quantization
 from minicpm_tune.safe_loading import reading
 
@@ -48,7 +48,6 @@ def load_model(
     """
     folder = resolve_model_folder(str(name_or_path), cache_dir=cache_dir)
     generation = read_generation(folder)
-    weight_files(folder)
     dtype = stored_dtype(folder) if dtype is None else dtype
     quantization = loading_quantization(folder, generation, bits=quant_bits, compute_dtype=dtype)
     kind = model_class(generation)
