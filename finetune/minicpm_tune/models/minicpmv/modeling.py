@@ -296,7 +296,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             )
         return output.last_hidden_state.view(shape)
 
-    def generate(
+    def generate(  # type: ignore[override]  # input_ids come first, as in forward
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -7,6 +7,7 @@ slice, C width of the tower.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -151,6 +152,8 @@ class TimmBlock(nn.Module):
 class TimmTower(nn.Module):
     """V-2's tower: a SigLIP ViT in timm's form whose 27 x 27 position table is resized per image."""
 
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by transformers
+
     def __init__(self, encoder: str, *, drop_last_layer: bool):
         super().__init__()
         if encoder not in TIMM_ENCODERS:
@@ -172,7 +175,7 @@ class TimmTower(nn.Module):
         hidden = self.patch_embed["proj"](patches) + self._resized_table(layout)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(block, hidden, layout)  # from transformers
+                hidden = self._gradient_checkpointing_func(block, hidden, layout)
             else:
                 hidden = block(hidden, layout)
         return self.norm(hidden)

@@ -239,7 +239,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
                 "generate: found a prompt padded on the right, expected padding on the left. "
                 "New tokens go behind the last one, which must be a real one."
             )
-        input_ids = kwargs.get("input_ids", inputs)
+        input_ids: Any = kwargs.get("input_ids", inputs)
         kwargs |= self.own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
         generate = super().generate  # type: ignore[misc]
         if tgt_sizes is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,12 @@ class XComposer2Config(ReleasedConfig):
         return self.generation.slicing == "tiles"
 
     @classmethod
-    def get_config_dict(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json, and the names and shapes of the weights where there are any."""
-        content, unused = super().get_config_dict(name_or_path, *args, **kwargs)
-        folder = Path(name_or_path)
+        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
         if has_weights(folder):
             content |= {"tensors": tensor_names(folder), "stored_positions": position_rows(folder)}
         return content, unused

@@ -269,7 +269,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
         )
 
-    def generate(
+    def generate(  # type: ignore[override]  # input_ids come first, as in forward
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -314,7 +314,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         *args: Any,
         inputs_embeds: Tensor | None = None,
         image_mask: Tensor | None = None,
