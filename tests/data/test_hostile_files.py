@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dataset import SupervisedDataset
+from minicpm_tune.data.bad_rows import BadRowLog
 from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.data.media.images import ImageOptions, open_image
 from minicpm_tune.data.row_check import check_rows
@@ -67,20 +68,46 @@ def test_a_table_whose_description_is_a_pickle_is_refused(tmp_path, write):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("depth", [*range(100, 1000, 60), *range(920, 1000, 7), 100_000])
-def test_deep_rows_are_read_or_named(tmp_path, depth):
+def beside_a_deep_one(folder, depth):
+    """A good row and one that nests, as JSONL and as a list."""
     row = json.dumps(good(1))[:-1] + ', "deep": ' + "[" * depth + "]" * depth + "}"
-    lines = tmp_path / "rows.jsonl"
-    lines.write_text(f"{json.dumps(good(0))}\n{row}\n")
-    data = SupervisedDataset(lines, processing("v2_6", model_max_length=512, on_bad_row="skip"))
+    (folder / "rows.jsonl").write_text(f"{json.dumps(good(0))}\n{row}\n")
+    (folder / "rows.json").write_text(f"[{json.dumps(good(0))}, {row}]")
+    return folder / "rows.jsonl", folder / "rows.json"
+
+
+def checked(path):
+    """Where the samples of a checked file are from (None for a row that is left out), and why rows are left out."""
+    data = SupervisedDataset(path, processing("v2_6", model_max_length=512, on_bad_row="skip"))
+    data.bad_rows = BadRowLog(path.with_name("bad_rows.jsonl"))
     check_rows(data)
-    assert data.left_out == ({1} if depth > 1000 else set()) or (900 < depth < 1000 and data.left_out == {1})
-    listed = tmp_path / "rows.json"
-    listed.write_text(f"[{json.dumps(good(0))}, {row}]")
-    try:
-        assert len(open_rows(listed)) == 2
-    except DataError as error:
-        assert "nested too deeply" in str(error)  # noqa: PT017  (both ends are right, a crash is not)
+    origins = [data[index]["origin"] for index in (0, 1)]
+    return origins, {bad["row"]: bad["reason"] for bad in data.bad_rows.read()}
+
+
+TOO_DEEP = "the row is nested too deeply, expected a conversation. Remove it."
+
+
+@pytest.mark.parametrize("depth", [100, 500, 800])
+def test_rows_that_nest_are_read(tmp_path, depth):
+    for path in beside_a_deep_one(tmp_path, depth):
+        assert checked(path) == ([(0, 0), (0, 1)], {})
+
+
+def test_rows_that_nest_too_deeply_are_named(tmp_path):
+    lines, listed = beside_a_deep_one(tmp_path, 100_000)
+    assert checked(lines) == ([(0, 0), None], {1: TOO_DEEP})
+    with pytest.raises(DataError, match="nested too deeply"):
+        open_rows(listed)
+
+
+@pytest.mark.parametrize("depth", range(820, 1000, 9))
+def test_at_the_limit_a_row_is_read_or_named(tmp_path, depth):
+    """How deep Python reads also depends on how deep its own calls are at that moment."""
+    lines, _ = beside_a_deep_one(tmp_path, depth)
+    origins, bad = checked(lines)
+    assert origins == [(0, 0), None if bad else (0, 1)]
+    assert set(bad.items()) <= {(1, TOO_DEEP)}
 
 
 def test_a_deep_conversation_is_named(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import datasets
 import pyarrow
@@ -95,6 +96,11 @@ def test_many_rows_open_fast_once_indexed(tmp_path):
     again = JsonRows(path)
     assert again[150_000] == {"id": 150_000}
     assert time.process_time() - start < 0.5
+    tracemalloc.start()
+    kept = JsonRows(path)
+    assert len(kept) == 300_000
+    assert tracemalloc.get_traced_memory()[0] < 100_000  # bytes: no object per row, the places are mapped
+    tracemalloc.stop()
 
 
 def test_a_broken_row_of_a_jsonl_file_is_that_rows_problem(tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 
 from minicpm_tune.data.prompts import PromptWriter
-from support.data_helpers import chat, encoded, processing, supervised_text, turns_of
+from minicpm_tune.data.samples import load_processing
+from support.data_helpers import chat, checkpoint_folder, encoded, supervised_text, turns_of
 
 THINKING = ("v4_5", "v4_6", "v4_7")
 THOUGHTFUL = "<think>\nOne, two.\n</think>\n\nTwo cats."
@@ -37,17 +38,16 @@ def test_enable_thinking_true_asks_for_thoughts_of_every_answer():
 
 
 def test_a_template_that_opens_the_think_block_does_not_get_a_second_one():
-    prepared = processing("v4_6")
+    prepared = load_processing(checkpoint_folder("v4_6"))  # of its own: the template is changed
     template = prepared.tokenizer.chat_template
-    prepared.tokenizer.chat_template = template.replace(
+    changed = template.replace(
         "<think>\n\n</think>\n\n", "<think>\n{% if not enable_thinking %}\n</think>\n\n{% endif %}"
     )
-    try:
-        writer = PromptWriter(prepared.tokenizer, prepared.generation)
-        text = "".join(piece.text for piece in writer.training_pieces(turns_of(chat("Hi", THOUGHTFUL))))
-        assert text.endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
-    finally:
-        prepared.tokenizer.chat_template = template
+    assert changed != template
+    prepared.tokenizer.chat_template = changed
+    writer = PromptWriter(prepared.tokenizer, prepared.generation)
+    text = "".join(piece.text for piece in writer.training_pieces(turns_of(chat("Hi", THOUGHTFUL))))
+    assert text.endswith(f"<|im_start|>assistant\n{THOUGHTFUL}<|im_end|>\n")
 
 
 def test_thoughts_of_earlier_answers_are_left_out_as_the_template_does():

@@ -27,5 +27,9 @@ def test_a_number_given_is_used_and_kept_processes_need_some(workers, tmp_path):
     assert not arguments.dataloader_pin_memory
 
 
-def test_a_number_is_always_settled(tmp_path):
-    assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True).dataloader_num_workers >= 0
+@pytest.mark.parametrize(("cores", "expected"), [(2, 0), (8, 2)])
+def test_without_a_number_the_machine_decides(cores, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert arguments.dataloader_num_workers == expected
