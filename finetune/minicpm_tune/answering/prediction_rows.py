@@ -15,7 +15,7 @@ from minicpm_tune.answering.metrics import score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
-from minicpm_tune.data.samples import Processing
+from minicpm_tune.data.samples import Processing, TrainingRows
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DataError, RowError
 
@@ -51,7 +51,7 @@ class PredictionRows:
         system_prompt: Put in front of rows without a system turn; empty for none.
     """
 
-    def __init__(self, rows: Any, *, thinking: bool = False, system_prompt: str = "") -> None:
+    def __init__(self, rows: TrainingRows, *, thinking: bool = False, system_prompt: str = "") -> None:
         self.rows = rows
         self.processing: Processing = rows.processing
         self.thinking, self.system_prompt = thinking, system_prompt

@@ -16,40 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from minicpm_tune.data.bad_rows import BadRow, BadRowLog
+from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.files.cache import cache_file, file_state, written_whole
-from minicpm_tune.data.files.mixtures import Mixture
-from minicpm_tune.data.samples import Plan, Processing
-from minicpm_tune.errors import RowError
+from minicpm_tune.data.samples import Processing, TrainingRows
 
 STORED_FROM = 5000  # rows; fewer are checked within seconds
 _LOOKED_AT = 500  # good rows that are looked at again
 _MOST_BAD = 20_000  # with more, looking at all of them again is no gain
 _LIBRARIES = ("Pillow", "tokenizers", "transformers")
-
-
-class CheckedRows(Protocol):
-    """What a check needs of a data set; ``SupervisedDataset`` is one."""
-
-    processing: Processing
-    mixture: Mixture
-    bad_rows: BadRowLog
-
-    def plan(self, index: int) -> Plan:
-        """Everything of a row's sample but its pixels; ``RowError`` when the row can't be used."""
-        ...
-
-    def describe(self, index: int, error: RowError) -> BadRow:
-        """A bad row with its place."""
-        ...
-
-    def leave_out(self, index: int) -> None:
-        """Have a row contribute nothing from now on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -103,10 +81,10 @@ def _finding(values: dict[str, Any]) -> Finding:
     return Finding(bad=None if bad is None else BadRow(**bad), **values)
 
 
-Look = Callable[[CheckedRows, int], Finding]
+Look = Callable[[TrainingRows, int], Finding]
 
 
-def stored_checks(rows: CheckedRows, look: Look, *, decoded: bool) -> dict[int, FileCheck]:
+def stored_checks(rows: TrainingRows, look: Look, *, decoded: bool) -> dict[int, FileCheck]:
     """The stored findings that still hold, by the file's number.
 
     Args:
@@ -124,7 +102,7 @@ def stored_checks(rows: CheckedRows, look: Look, *, decoded: bool) -> dict[int, 
     return found
 
 
-def _still_holds(check: FileCheck, rows: CheckedRows, first: int, look: Look) -> bool:
+def _still_holds(check: FileCheck, rows: TrainingRows, first: int, look: Look) -> bool:
     """Look at rows again; what has become better is corrected."""
     for row in list(check.bad):
         now = look(rows, first + row)
@@ -137,7 +115,7 @@ def _still_holds(check: FileCheck, rows: CheckedRows, first: int, look: Look) ->
     )
 
 
-def check_path(rows: CheckedRows, number: int, *, decoded: bool) -> Path:
+def check_path(rows: TrainingRows, number: int, *, decoded: bool) -> Path:
     """Where the findings of a file are stored, in the present state of everything they depend on."""
     # Neither the names of the files nor what happens to bad rows changes what is found.
     arguments = replace(rows.processing.arguments, data_path=None, eval_data_path=None, on_bad_row="skip")

@@ -181,8 +181,7 @@ class PromptWriter:
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
             raise ModelFolderError(
-                f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many "
-                "(or one "
+                f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many (or one "
                 "more, for a default system turn). The checkpoint's chat template can't be trained with."
             )
         order = iter(media_of(turns))

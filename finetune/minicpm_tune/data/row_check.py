@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from minicpm_tune import processes
 from minicpm_tune.data.bad_rows import BadRow
-from minicpm_tune.data.check_cache import CheckedRows, FileCheck, Finding, check_path, stored_checks
+from minicpm_tune.data.check_cache import FileCheck, Finding, check_path, stored_checks
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class _Task(Dataset):
     """Does something with chosen rows, for a DataLoader's workers."""
 
     def __init__(
-        self, rows: CheckedRows, indices: Sequence[int], work: Callable[[CheckedRows, int], Any]
+        self, rows: TrainingRows, indices: Sequence[int], work: Callable[[TrainingRows, int], Any]
     ) -> None:
         self.rows, self.indices, self.work = rows, indices, work
 
@@ -40,9 +41,9 @@ class _Task(Dataset):
 
 
 def for_rows(
-    rows: CheckedRows,
+    rows: TrainingRows,
     indices: Sequence[int],
-    work: Callable[[CheckedRows, int], Any],
+    work: Callable[[TrainingRows, int], Any],
     *,
     title: str,
     workers: int | None = None,
@@ -79,7 +80,7 @@ def _free_cores() -> int:
     return share if share > 1 else 0
 
 
-def check_row(rows: CheckedRows, index: int) -> Finding:
+def check_row(rows: TrainingRows, index: int) -> Finding:
     """Check one row: form, roles, placeholders, files, image headers, length, something to learn."""
     try:
         return Finding(len(rows.plan(index).encoded.input_ids))
@@ -87,7 +88,7 @@ def check_row(rows: CheckedRows, index: int) -> Finding:
         return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
 
 
-def decode_row(rows: CheckedRows, index: int) -> Finding:
+def decode_row(rows: TrainingRows, index: int) -> Finding:
     """Check one row as ``check_row`` does, and decode its images and videos as well."""
     try:
         plan = rows.plan(index)
@@ -99,7 +100,7 @@ def decode_row(rows: CheckedRows, index: int) -> Finding:
     return Finding(len(plan.encoded.input_ids))
 
 
-def check_rows(rows: CheckedRows, *, workers: int | None = None) -> np.ndarray:
+def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
     """Check every row; with several ranks each checks its share, and all come to the same result.
 
     Images are first looked at by their headers only, so that most mistakes show within seconds; then, as
@@ -130,7 +131,7 @@ def check_rows(rows: CheckedRows, *, workers: int | None = None) -> np.ndarray:
     return lengths
 
 
-def _read_stored(rows: CheckedRows, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
+def _read_stored(rows: TrainingRows, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
     """What earlier checks found: lengths and bad rows by row number, and the rows still to be checked.
 
     The first process reads it for all, so that they agree, and none but it looks at rows twice.
@@ -153,7 +154,7 @@ def _read_stored(rows: CheckedRows, decodes: bool) -> tuple[np.ndarray, dict[int
 
 
 def _store(
-    rows: CheckedRows,
+    rows: TrainingRows,
     lengths: np.ndarray,
     bad: dict[int, Finding],
     checked: np.ndarray,
@@ -169,9 +170,9 @@ def _store(
 
 
 def _check_shared(
-    rows: CheckedRows,
+    rows: TrainingRows,
     indices: np.ndarray,
-    work: Callable[[CheckedRows, int], Finding],
+    work: Callable[[TrainingRows, int], Finding],
     *,
     title: str,
     workers: int | None,
@@ -193,7 +194,7 @@ def _check_shared(
     return lengths, {row: bad[row] for row in sorted(bad)}
 
 
-def _leave_out_or_raise(rows: CheckedRows, bad: dict[int, Finding]) -> None:
+def _leave_out_or_raise(rows: TrainingRows, bad: dict[int, Finding]) -> None:
     """Raise, or have the bad rows left out and listed."""
     first = processes.rank() == 0
     problems = [finding.bad for finding in bad.values() if finding.bad and not finding.dropped]

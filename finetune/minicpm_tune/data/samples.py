@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_folder import load_tokenizer, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.media.images import Picture
+from minicpm_tune.data.bad_rows import BadRow, BadRowLog
+from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.media.images import ImageOptions, Picture
+from minicpm_tune.data.media_references import Source
 from minicpm_tune.data.placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
 from minicpm_tune.data.prompts import Piece, PromptWriter
+from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.slicing.families import read_media_rules
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
 from minicpm_tune.data.slicing.media_rules import MediaRules
@@ -51,6 +55,46 @@ class Plan:
     encoded: Encoded
     pictures: tuple[Picture, ...]
     layouts: Layouts
+
+
+class TrainingRows(Protocol):
+    """What checks, plans and reports need of a data set; ``SupervisedDataset`` is one."""
+
+    processing: Processing
+    mixture: Mixture
+    bad_rows: BadRowLog
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Make the sample of a row."""
+        ...
+
+    def parse(self, index: int) -> ParsedRow:
+        """Read a row's turns, and where its media come from."""
+        ...
+
+    def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture]:
+        """Open a row's images and videos; they are decoded later."""
+        ...
+
+    def image_options(self, index: int) -> ImageOptions:
+        """How a row's images are found and opened."""
+        ...
+
+    def plan(self, index: int) -> Plan:
+        """Everything of a row's sample but its pixels; ``RowError`` when the row can't be used."""
+        ...
+
+    def describe(self, index: int, error: RowError) -> BadRow:
+        """A bad row with its place."""
+        ...
+
+    def leave_out(self, index: int) -> None:
+        """Have a row contribute nothing from now on."""
+        ...
 
 
 @dataclass(frozen=True)

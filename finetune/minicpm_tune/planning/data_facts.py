@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dataset import SupervisedDataset
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.packing import pack_in_windows
 from minicpm_tune.data.placeholders import PlaceholderStyle
-from minicpm_tune.data.samples import Plan
+from minicpm_tune.data.samples import Plan, TrainingRows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
 
@@ -48,7 +47,7 @@ class RowFacts:
     details: str | None = None
 
 
-def examine(rows: SupervisedDataset, index: int, *, decode: bool, details: bool) -> RowFacts:
+def examine(rows: TrainingRows, index: int, *, decode: bool, details: bool) -> RowFacts:
     """Look at one row.
 
     Args:
@@ -84,7 +83,7 @@ def _with(facts: RowFacts, **changes: Any) -> RowFacts:
     return RowFacts(**{**facts.__dict__, **changes})
 
 
-def _numbers(rows: SupervisedDataset, index: int, plan: Plan) -> tuple[int, ...]:
+def _numbers(rows: TrainingRows, index: int, plan: Plan) -> tuple[int, ...]:
     encoded = plan.encoded
     cells = [layout.count for frames in plan.layouts for layout in frames]
     return (
@@ -98,7 +97,7 @@ def _numbers(rows: SupervisedDataset, index: int, plan: Plan) -> tuple[int, ...]
     )
 
 
-def _lengths(rows: SupervisedDataset, plan: Plan) -> tuple[int, ...]:
+def _lengths(rows: TrainingRows, plan: Plan) -> tuple[int, ...]:
     """The row's length with every limit of slices up to the present one; videos keep their frames' slices."""
     processing = rows.processing
     length = len(plan.encoded.input_ids)
@@ -126,7 +125,7 @@ def _tokens(layout: ImageLayout, style: PlaceholderStyle, between_rows: int) -> 
     return pads + newlines + 2 * (style.slice_tag == "image")
 
 
-def _details(rows: SupervisedDataset, index: int, sample: Sample) -> str:
+def _details(rows: TrainingRows, index: int, sample: Sample) -> str:
     """The row as the model will see it, as one line of JSON."""
     source, row = rows.mixture.origin(index)
     value = rows.mixture.read(index)
@@ -186,7 +185,7 @@ class DataFacts:
 
 
 def gather(
-    facts: Iterable[RowFacts], rows: SupervisedDataset, *, write: Callable[[str], None] | None
+    facts: Iterable[RowFacts], rows: TrainingRows, *, write: Callable[[str], None] | None
 ) -> DataFacts:
     """Put the rows' facts together; only numbers are kept of them.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset import SupervisedDataset
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.planning.data_facts import DataFacts, padding_shares, recommended_length, recommended_slices
 
 _PERCENTS = (0, 50, 90, 99, 100)
@@ -22,7 +22,7 @@ background: #fafafa; border: 1px solid #ddd; margin: .3em 1em 1em 0; } .bad { co
 """
 
 
-def summarise(found: DataFacts, rows: SupervisedDataset, *, batch_size: int) -> dict[str, Any]:
+def summarise(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
     """Everything that is known of all rows, as plain values.
 
     Args:
@@ -70,7 +70,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
             "mean": round(float(values.mean()), 1), "sum": int(values.sum(dtype=np.int64))}  # fmt: skip
 
 
-def _tokens_per_epoch(found: DataFacts, rows: SupervisedDataset, kept: np.ndarray) -> int:
+def _tokens_per_epoch(found: DataFacts, rows: TrainingRows, kept: np.ndarray) -> int:
     source = found.column("source")
     total = 0.0
     for number, one in enumerate(rows.mixture.files):
@@ -129,7 +129,7 @@ def _rows_with(found: DataFacts, kind: str) -> str:
     return "; ".join(parts)
 
 
-def as_html(summary: dict[str, Any], found: DataFacts, rows: SupervisedDataset) -> str:
+def as_html(summary: dict[str, Any], found: DataFacts, rows: TrainingRows) -> str:
     """The summary as a page of its own, with histograms."""
     length = found.column("length")
     limit = rows.processing.arguments.model_max_length

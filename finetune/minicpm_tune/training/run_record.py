@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dataset import SupervisedDataset
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.output_folder import RUN_RECORD
 from minicpm_tune.processes import world_size
 
@@ -78,7 +78,7 @@ class RunRecord:
             except OSError as error:  # a record is no reason to end a run
                 logger.warning("%s was not written: %s", self.path, error)
 
-    def add_rows(self, train: SupervisedDataset | None, evaluation: SupervisedDataset | None) -> None:
+    def add_rows(self, train: TrainingRows | None, evaluation: TrainingRows | None) -> None:
         """Add the data files with their rows, their samples per epoch and, once known, sizes and digests."""
         data = {
             name: [

@@ -86,8 +86,7 @@ class ImageFile:
             self._image.close()
             raise RowError(
                 "image",
-                f"image {self.name} has {width} x {height} pixels, expected at most {options.max_pixels}. "
-                "Make it "
+                f"image {self.name} has {width} x {height} pixels, expected at most {options.max_pixels}. Make it "
                 "smaller, or raise --max_image_pixels.",
             )
         self.size = (height, width) if options.upright and self._turned() else (width, height)

@@ -80,8 +80,7 @@ def check_file(value: str, folder: Path, word: str) -> Path:
     if not found:
         raise RowError(
             f"missing {word}",
-            f"{word} {value!r:.200} not found (looked at {str(path.absolute())!r:.300}), expected a file. "
-            "Fix the "
+            f"{word} {value!r:.200} not found (looked at {str(path.absolute())!r:.300}), expected a file. Fix the "
             "path, or say what it is relative to with --image_folder.",
         )
     if size == 0:
