@@ -39,7 +39,7 @@ def stand_ins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     model = make_checkpoint(folder / "output" / "merged", "v2_6", size="tiny")
     generation = GENERATIONS["v2_6"]
-    base = load_model(model, generation, dtype=torch.float32)
+    base = load_model(model, dtype=torch.float32)
     adapted = add_adapter(base, generation, LoraArguments(lora_r=4), vision=False, resampler=True)
     adapted.save_pretrained(folder / "output" / "output_lora")
     Image.new("RGB", (40, 30), "red").save(folder / "cat.jpg")
@@ -49,7 +49,7 @@ def stand_ins(tmp_path_factory):
 @pytest.mark.parametrize(("page", "code"), CODE, ids=[f"{page}-{at}" for at, (page, _) in enumerate(CODE)])
 def test_code_runs_as_it_stands(page, code, stand_ins, monkeypatch):
     monkeypatch.chdir(stand_ins)
-    base = load_model(stand_ins / "output" / "merged", GENERATIONS["v2_6"], dtype=torch.float32)
+    base = load_model(stand_ins / "output" / "merged", dtype=torch.float32)
     picture = Image.open("cat.jpg")
     msgs = [{"role": "user", "content": "What is it?"}]
     names = {"base": base, "json": json, "picture": picture, "other": picture, "msgs": msgs}

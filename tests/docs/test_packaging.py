@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import tomllib
 
 import pytest
 
 import minicpm_tune
+from support import processes
 from support.paths import FINETUNE, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,11 +29,10 @@ def installed(tmp_path_factory):
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("output", "runs", "__pycache__")
         )
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
-         "--disable-pip-version-check", "--target", str(target), str(source)],
-        check=True, timeout=200,
-    )  # fmt: skip
+    flags = "--quiet --no-deps --no-index --no-build-isolation --disable-pip-version-check".split()
+    words = [sys.executable, "-m", "pip", "install", *flags, "--target", target, source]
+    done = processes.run(words, limit=200)
+    assert done.returncode == 0, done.stderr
     return target
 
 
@@ -48,10 +47,9 @@ def test_the_package_alone_is_installed(installed):
 def test_it_says_the_version_that_the_source_says(installed):
     code = "import importlib.metadata as m, json; import minicpm_tune as t; "
     code += "print(json.dumps([t.__file__, t.__version__, m.version('minicpm-tune'), m.requires('minicpm-tune')]))"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(installed)!r}); {code}"],
-        capture_output=True, text=True, check=True, timeout=100,
-    )  # fmt: skip
+    words = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(installed)!r}); {code}"]
+    done = processes.run(words, limit=100)
+    assert done.returncode == 0, done.stderr
     file, version, declared, requires = json.loads(done.stdout)
     assert file.startswith(str(installed))
     assert version == declared == minicpm_tune.__version__

@@ -1,15 +1,12 @@
 """What the pages of the documentation promise of each other and of the files: links, names, flags, spelling."""
 
 import re
-import subprocess
 import sys
 
 import pytest
-from transformers import HfArgumentParser
 
-from minicpm_tune.settings import legacy_flags
-from minicpm_tune.settings.argument_groups import LoraArguments, ModelArguments
-from minicpm_tune.settings.arguments import DataArguments, TrainingArguments
+from minicpm_tune.settings.command_line import flag_names
+from support import processes
 from support.pages import PAGES, commands, name_of, prose, read
 from support.paths import FINETUNE, ROOT
 
@@ -62,15 +59,9 @@ def test_the_readme_stays_short():
 @pytest.fixture(scope="session")
 def known_flags():
     """Every flag of finetune.py, of old guides, and of the commands."""
-    groups = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-    flags = {"--help", "--version", *HfArgumentParser(groups)._option_string_actions}
-    for table in (legacy_flags.RENAMED, legacy_flags.DROPPED, legacy_flags.REWRITTEN):
-        flags |= {f"--{name}" for name in table}
+    flags = {"--help", "--help-all", "--version", *flag_names()}
     for command in COMMANDS:
-        done = subprocess.run(
-            [sys.executable, str(FINETUNE / f"{command}.py"), "--help"], capture_output=True, text=True,
-            timeout=100, check=True,
-        )  # fmt: skip
+        done = processes.run([sys.executable, FINETUNE / f"{command}.py", "--help"], limit=100)
         flags |= set(re.findall(r"--\w+", done.stdout))
     return flags
 
