@@ -42,14 +42,16 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
+from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.checkpointing import check_continues, run_shape, write_failures_told
+from minicpm_tune.training.early_stopping import EarlyStopping
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.loss_curve import LossCurve
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.run_folder import RunFolder
+from minicpm_tune.training.run_plan import log_plan, plan_run
 from minicpm_tune.training.run_record import start_record
-from minicpm_tune.training.stop_signals import log_how_to_continue
 from trainer import CPMTrainer
 
 logger = logging.getLogger("minicpm_tune.finetune")
@@ -86,6 +88,8 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     outcome = train_and_save(trainer, argv)
     if outcome == "finished":
         log_bad_rows(datasets)
+        if arguments.training.do_train:
+            log_what_comes_next(arguments.training.output_dir, adapter=arguments.training.use_lora)
         output.close()
     record.end(outcome, step=trainer.state.global_step)
 
@@ -131,6 +135,12 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     if train_rows is not None and training.resume_from_checkpoint:
         checkpoint, shape = Path(training.resume_from_checkpoint), run_shape(training, len(train_rows))
         check_continues(checkpoint, shape, skips_data=training.ignore_data_skip)
+    if train_rows is not None:
+        tokens = train_rows.lengths[train_rows.mixture.epoch_order(seed=training.seed, epoch=0)].sum()
+        plan = plan_run(
+            training, samples=len(train_rows), left_out=len(train_rows.left_out), tokens=int(tokens)
+        )
+        log_plan(plan, training)
     return train_rows, eval_rows
 
 
@@ -205,6 +215,9 @@ def build_trainer(
         else None,
         callbacks=[LossCurve()],
     )
+    if training.early_stopping_patience is not None:
+        patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+        trainer.add_callback(EarlyStopping(patience, threshold))
     if training.predict_with_generate:
         rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing))
         trainer.add_callback(

@@ -73,7 +73,11 @@ class CPMTrainer(ResilientTrainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
-        order = _order((train_dataset or self.train_dataset).rows.mixture, seed=seed, shuffle=True)
+        order = _order(
+            (train_dataset or self.train_dataset).rows.mixture,
+            seed=seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+        )
         if args.train_sampling_strategy == "group_by_length":
             order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
         if not args.packing:

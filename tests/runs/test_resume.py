@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 
 from minicpm_tune import output_folder
-from minicpm_tune.training.stop_signals import command_to_continue
 from support import finetune_runs, live_runs, processes
 from support.live_runs import LORA, STAGES, LiveRun, finish
 
@@ -230,34 +229,6 @@ def test_a_full_disk_is_a_message_and_the_last_checkpoint_stays(small, tmp_path)
 
 
 # From here on without runs.
-
-
-def test_the_command_that_continues_leaves_out_what_contradicts_it(monkeypatch):
-    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    words = [
-        "--data_path",
-        "it's.json",
-        "--overwrite_output_dir",
-        "--seed",
-        "1",
-        "--resume_from_checkpoint=x",
-    ]
-    command = command_to_continue(words, script="finetune.py")
-    assert (
-        command == "python finetune.py --data_path 'it'\"'\"'s.json' --seed 1 --resume_from_checkpoint true"
-    )
-    for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}.items():
-        monkeypatch.setenv(name, value)
-    for name, value in {
-        "GROUP_WORLD_SIZE": "2",
-        "GROUP_RANK": "1",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    start = "torchrun --nproc_per_node 2 --nnodes 2 --node_rank 1 --master_addr a --master_port 1 finetune.py"
-    assert command_to_continue([], script="finetune.py") == f"{start} --resume_from_checkpoint true"
 
 
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_model_loads(small):

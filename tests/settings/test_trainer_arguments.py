@@ -137,6 +137,7 @@ PROBLEMS = [
     ("--activation_checkpointing_kwargs [1]", "--activation_checkpointing_kwargs is '[1]', expected a JSON object"),
     ("--eval_on_start true", "--eval_on_start true needs --eval_strategy"),
     ("--train_sampling_strategy batch_rebalance", "batch_rebalance is not supported: it moves rows between processes"),
+    ("--train_sampling_strategy sequential --packing true", "sequential and --packing true contradict each other"),
     ("--load_best_model_at_end true", "--load_best_model_at_end true compares evaluations"),
     ("--save_strategy best", "--save_strategy best compares evaluations"),
     ("--early_stopping_patience 2", "--early_stopping_patience compares evaluations"),

@@ -141,6 +141,8 @@ def _schedule(training: Namespace) -> Iterator[str]:
 def _evaluation(training: Namespace) -> Iterator[str]:
     if training.eval_on_start and training.eval_strategy == "no":
         yield "--eval_on_start true needs --eval_strategy steps (or epoch) and --eval_data_path."
+    if training.train_sampling_strategy == "sequential" and training.packing:
+        yield "--train_sampling_strategy sequential and --packing true contradict each other: packed rows are shuffled."
     if training.train_sampling_strategy == "batch_rebalance":
         yield (
             "--train_sampling_strategy batch_rebalance is not supported: it moves rows between processes. "

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a run, and the command that continues a stopped one.
+"""What SIGINT, SIGTERM and SIGHUP do to a run.
 
 Before training there is nothing to save, and they end the process. While it trains, the first one lets the step be
 finished and a checkpoint be written; the second ends the run at once.
@@ -6,22 +6,16 @@ finished and a checkpoint be written; the second ends the run at once.
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
 import signal
-import sys
 from contextlib import suppress
 from types import FrameType
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Set by start_processes.py, which then does what is left to the one process that got the signal from the user:
 # to show a line, and to end everything at the second signal.
 LAUNCHED = "MINICPM_TUNE_LAUNCHED"
-_NEXT_RUN_DECIDES = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
 def say(number: int, text: str) -> None:
@@ -87,51 +81,3 @@ class StopSignals:
                 )
         elif LAUNCHED not in os.environ:
             os._exit(128 + number)
-
-
-def log_how_to_continue(argv: list[str], *, step: int, steps: int) -> None:
-    """After a signal, log what was saved and the command that continues from it."""
-    logger.info(
-        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue, in %s:\n\n    %s\n",
-        step, steps, step, os.getcwd(), command_to_continue(argv, script=sys.argv[0]),
-    )  # fmt: skip
-
-
-def command_to_continue(argv: list[str], *, script: str) -> str:
-    """The command line that goes on where this run stopped, from the folder it was started in.
-
-    Args:
-        argv: The words after the script's name.
-        script: The script's name, as it was started.
-
-    Example:
-        >>> words = ["--data_path", "my rows.json", "--overwrite_output_dir", "true"]
-        >>> command_to_continue(words, script="finetune.py").partition(" ")[2]
-        "finetune.py --data_path 'my rows.json' --resume_from_checkpoint true"
-    """
-    words = [*_without(argv, _NEXT_RUN_DECIDES), "--resume_from_checkpoint", "true"]
-    return shlex.join([*_start(), script, *words])
-
-
-def _start() -> list[str]:
-    """How the processes of this run were started."""
-    here, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if here is None or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return [os.path.basename(sys.executable)]
-    start = ["torchrun", "--nproc_per_node", here]
-    if everywhere != here:
-        start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "--node_rank", os.environ["GROUP_RANK"]]
-        start += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
-    return start
-
-
-def _without(argv: list[str], names: tuple[str, ...]) -> list[str]:
-    """Leave flags out, with their values."""
-    kept: list[str] = []
-    dropping = False
-    for word in argv:
-        if word.startswith("--"):
-            dropping = word[2:].partition("=")[0].replace("-", "_") in names
-        if not dropping:
-            kept.append(word)
-    return kept
