@@ -40,12 +40,80 @@ def test_the_name_of_the_folder_tells_nothing():
         ({"model_type": "llama"}, "model_type is 'llama', expected 'minicpmv'"),
         ({}, "model_type is 'missing'"),
         ({"model_type": "minicpmv", "version": 9}, "version is 9, expected one of 2.5, 2.6"),
-        ({"model_type": "minicpmv"}, "nothing in it tells the generation"),
+        ({"model_type": "minicpmv"}, "nothing else tells the generation"),
     ],
 )
 def test_another_checkpoint_is_refused(config, message):
     with pytest.raises(UnknownCheckpointError, match=message):
         detect_generation(config)
+
+
+XC2 = {"auto_map": {"AutoModel": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"}}
+# What config.json of the released InternLM-XComposer2 checkpoints says of itself.
+RELEASED_XC2 = {
+    "xc2_7b": {"architectures": ["InternLMXComposer2ForCausalLM"], "img_size": 224, "max_length": 4096},
+    "xc2_vl_7b": {"architectures": ["InternLMXComposer2ForCausalLM"], "img_size": 490, "max_length": 4096},
+    "xc2_4khd_7b": {"architectures": ["InternLM2ForCausalLM"], "max_length": 16384},
+}
+
+
+@pytest.mark.parametrize("model_type", ["internlmxcomposer2", "internlm"])
+@pytest.mark.parametrize("generation", RELEASED_XC2)
+def test_both_model_types_of_xcomposer2_are_accepted(generation, model_type):
+    config = {"model_type": model_type, **XC2, **RELEASED_XC2[generation]}
+    assert detect_generation(config).name == generation
+
+
+def test_4khd_is_known_by_its_class_or_its_tensors():
+    config = {"model_type": "internlmxcomposer2", **XC2, **RELEASED_XC2["xc2_7b"]}
+    four = {"AutoModel": "modeling_internlm_xcomposer2_4khd.InternLMXComposer2ForCausalLM"}
+    assert detect_generation(config | {"auto_map": four}).name == "xc2_4khd_7b"
+    tensors = {"model.norm.weight", "plora_glb_GN"}
+    assert detect_generation(config, tensors=tensors).name == "xc2_4khd_7b"
+    longer = config | {"max_length": 16384}  # a derivative of 7b with more room for text
+    assert detect_generation(longer, tensors={"model.norm.weight"}).name == "xc2_7b"
+
+
+def test_an_internlm_without_images_is_refused():
+    with pytest.raises(
+        UnknownCheckpointError, match=r"architectures is \['InternLMForCausalLM'\], expected InternLMX"
+    ):
+        detect_generation({"model_type": "internlm", "architectures": ["InternLMForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "title"),
+    [
+        ({"model_type": "minicpmo", "version": "4.5"}, (), "MiniCPM-o 4.5"),
+        ({"model_type": "minicpmo", "version": 4.5}, (), "MiniCPM-o 4.5"),
+        ({"model_type": "minicpmo", "head_dim": 128}, (), "MiniCPM-o 4.5"),
+        (
+            {"model_type": "minicpmo"},
+            {"llm.model.layers.0.self_attn.q_norm.weight"},
+            "MiniCPM-o 4.5",
+        ),
+        ({"model_type": "minicpmv", "scale_emb": 12, "query_num": 64}, (), "MiniCPM-V 1.0"),
+        ({"model_type": "internlm2", **XC2}, (), "InternLM-XComposer 2.5"),
+        (
+            {"model_type": "internlmxcomposer2", "architectures": ["InternLMXComposer2d5ForCausalLM"]},
+            (),
+            "InternLM-XComposer 2.5",
+        ),
+    ],
+)
+def test_a_relative_of_a_generation_is_refused_by_name(config, tensors, title):
+    with pytest.raises(
+        UnknownCheckpointError, match=f"this is {title}, which can't be trained here; expected one"
+    ):
+        detect_generation(config, tensors=tensors)
+
+
+def test_o_2_6_is_known_with_and_without_a_version():
+    config = config_of("o2_6") | {"version": 2.6}
+    assert detect_generation(config).name == "o2_6"
+    del config["version"]
+    tensors = {"llm.model.layers.0.self_attn.q_proj.bias"}
+    assert detect_generation(config, tensors=tensors).name == "o2_6"
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,21 @@ def test_4khd_is_known_by_its_separators_too(tmp_path):
     assert load_model(folder, dtype=torch.float32).config.tiles
 
 
+@pytest.mark.parametrize("name", THREE)
+def test_the_released_model_type_loads_and_is_kept(tmp_path, name):
+    folder = changed(name, tmp_path / "base", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "internlmxcomposer2"}
+    if name == "xc2_4khd_7b":  # whose config.json names the LLM's class and no image size
+        config |= {"architectures": ["InternLM2ForCausalLM"]}
+        del config["img_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_processing(folder).generation.name == name
+    model = load_model(folder)
+    assert model.config.generation.name == name
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == config
+
+
 @pytest.mark.parametrize(
     ("sizes", "bounds", "message"),
     [

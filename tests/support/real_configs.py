@@ -43,6 +43,7 @@ REAL_CONFIGS = {
         "dim_model_base": 256,
         "scale_depth": 1.4,
         "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+        **{"slice_mode": True, "max_slice_nums": 9, "scale_resolution": 448},
         "drop_vision_last_layer": True,
     },
     "v2_5": {

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
-from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
+from minicpm_tune.checkpoints.model_generations import XCOMPOSER2_TYPES, Generation, detect_generation
 from minicpm_tune.checkpoints.sentencepiece_tokenizer import build_tokenizer
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.errors import UserError
@@ -117,8 +117,8 @@ def added_tokens(folder: str | Path) -> list[str]:
 def read_generation(folder: str | Path) -> Generation:
     """Tell a model folder's generation from its files; see ``model_generations.detect_generation``."""
     config = read_config(folder)
-    # Only InternLM-XComposer2's generations are told apart by their tensors.
-    by_weights = config["model_type"] == "internlm" and has_weights(Path(folder))
+    # These alone are told apart by their tensors as well.
+    by_weights = config["model_type"] in (*XCOMPOSER2_TYPES, "minicpmo") and has_weights(Path(folder))
     tensors = tensor_names(Path(folder)) if by_weights else ()
     return detect_generation(config, added_tokens(folder), tensors)
 

@@ -51,6 +51,10 @@ _XCOMPOSER2_TEMPLATE = (
 )
 
 
+# Values of model_type: as released; and in derivatives and the official 4-bit files.
+XCOMPOSER2_TYPES = ("internlmxcomposer2", "internlm")
+# Keys of V-2's config.json that V-1.0 lacks.
+_V2_SLICING = {"slice_mode", "max_slice_nums", "scale_resolution"}
 # config.json of 7b and vl-7b; 4khd has 16384.
 _XC2_MAX_LENGTH = 4096
 _XC2_SMALL_IMAGE = 224  # pixels: 7b; vl-7b has 490
@@ -251,12 +255,14 @@ def detect_generation(
     The model type decides 4.6, 4.7 and o-2.6; ``version`` decides the rest where it is present;
     V-2, which has none, is known by its MiniCPM scalings and its top-level slice fields. A
     checkpoint of 2.6 or later without ``version`` is told apart by what its LLM needs: biases
-    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5).
+    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5). MiniCPM-V 1.0, MiniCPM-o 4.5 and
+    InternLM-XComposer 2.5 share a model type with one of these, and are refused by name.
 
     Args:
         config: The parsed config.json.
         tokens: The tokenizer's special tokens; used only when the config leaves two generations.
-        tensors: Names of the stored weights, where they are at hand; 4khd has some that the others lack.
+        tensors: Names of the stored weights, where they are at hand: 4khd and MiniCPM-o 4.5 have some that their
+            relatives lack.
 
     Returns:
         The row of ``GENERATIONS``.
@@ -269,16 +275,19 @@ def detect_generation(
         'MiniCPM-V 2.6'
     """
     model_type = str(config.get("model_type", ""))
-    by_type = {"minicpmv4_6": "v4_6", "minicpmv4_7": "v4_7", "minicpmo": "o2_6"}
+    by_type = {"minicpmv4_6": "v4_6", "minicpmv4_7": "v4_7"}
     if model_type in by_type:
         return GENERATIONS[by_type[model_type]]
-    if model_type == "internlm":
+    _refuse_relatives(config, tensors)
+    if model_type == "minicpmo":
+        return GENERATIONS["o2_6"]
+    if model_type in XCOMPOSER2_TYPES:
         return GENERATIONS[_xcomposer2_model(config, tensors)]
     if model_type != "minicpmv":
         raise UnknownCheckpointError(
             f"config.json: model_type is {model_type or 'missing'!r}, expected 'minicpmv', 'minicpmo', "
-            "'minicpmv4_6' or 'minicpmv4_7' (MiniCPM-V), or 'internlm' (InternLM-XComposer2). "
-            "--model_name_or_path must be such a checkpoint."
+            "'minicpmv4_6' or 'minicpmv4_7' (MiniCPM-V), or 'internlmxcomposer2' or 'internlm' "
+            "(InternLM-XComposer2). Give --model_name_or_path such a checkpoint."
         )
     by_version = {"2.5": "v2_5", "2.6": "v2_6", "4": "v4", "4.0": "v4", "4.5": "v4_5"}
     version = config.get("version")
@@ -286,20 +295,66 @@ def detect_generation(
         if str(version) in by_version:
             return GENERATIONS[by_version[str(version)]]
         raise UnknownCheckpointError(
-            f"config.json: version is {version!r}, expected one of {', '.join(by_version)} (or none, "
-            "for V-2). This release of the tool does not know that generation."
+            f"config.json: version is {version!r}, expected one of {', '.join(by_version)}, or none for V-2. "
+            "Use a release of this tool that knows that generation."
         )
     return GENERATIONS[_generation_without_version(config, tokens)]
 
 
+def _refuse_relatives(config: dict[str, Any], tensors: Collection[str]) -> None:
+    """Refuse models that look like one of the generations in config.json, and are another."""
+    if config.get("model_type") == "minicpmo" and _is_omni_4_5(config, tensors):
+        title = "MiniCPM-o 4.5"
+    elif config.get("model_type") == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
+        title = "MiniCPM-V 1.0"
+    elif "2d5" in _class_names(config) or (
+        config.get("model_type") == "internlm2" and "XComposer2" in _class_names(config)
+    ):
+        title = "InternLM-XComposer 2.5"
+    else:
+        return
+    known = ", ".join(row.title for row in GENERATIONS.values())
+    raise UnknownCheckpointError(
+        f"config.json: this is {title}, which can't be trained here; expected one of {known}. Give "
+        "--model_name_or_path another checkpoint."
+    )
+
+
+def _is_omni_4_5(config: dict[str, Any], tensors: Collection[str]) -> bool:
+    """By its version; without one by its Qwen3 LLM, which has norms on queries and keys and names its head size."""
+    if config.get("version") is not None:
+        return str(config["version"]) != "2.6"
+    return "head_dim" in config or any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+
+
+def _class_names(config: dict[str, Any]) -> str:
+    """The names of the released classes and files, in one text."""
+    return " ".join(
+        [*(config.get("architectures") or ()), *map(str, (config.get("auto_map") or {}).values())]
+    )
+
+
 def _xcomposer2_model(config: dict[str, Any], tensors: Collection[str]) -> str:
-    """4khd by its separators or its longer ``max_length``; the other two by the size of their image."""
-    if not any("XComposer2" in name for name in config.get("architectures") or ()):
+    """4khd by its separators, its class, its longer ``max_length``, or as the one without an image size.
+
+    The other two by the size of their image.
+    """
+    names = _class_names(config)
+    if "XComposer2" not in names and "InternLM2ForCausalLM" not in names:
         raise UnknownCheckpointError(
-            f"config.json: model_type is 'internlm' and architectures {config.get('architectures')!r}, expected "
-            "InternLMXComposer2ForCausalLM. --model_name_or_path must be an InternLM-XComposer2 checkpoint."
+            f"config.json: model_type is {config['model_type']!r} and architectures is "
+            f"{config.get('architectures')!r}, expected InternLMXComposer2ForCausalLM. Give --model_name_or_path an "
+            "InternLM-XComposer2 checkpoint."
         )
-    if "plora_glb_GN" in tensors or config.get("max_length", 0) > _XC2_MAX_LENGTH:
+    if tensors:
+        tiles = "plora_glb_GN" in tensors
+    else:
+        tiles = (
+            "4khd" in names.lower()
+            or config.get("max_length", 0) > _XC2_MAX_LENGTH
+            or "img_size" not in config
+        )
+    if tiles:
         return "xc2_4khd_7b"
     return "xc2_7b" if config.get("img_size", 0) <= _XC2_SMALL_IMAGE else "xc2_vl_7b"
 
@@ -316,7 +371,7 @@ def _generation_without_version(config: dict[str, Any], tokens: Collection[str])
     if "head_dim" in config or "mlp_bias" in config:
         return "v4"
     raise UnknownCheckpointError(
-        "config.json: model_type is 'minicpmv' but nothing in it tells the generation (looked at "
+        "config.json: model_type is 'minicpmv', and nothing else tells the generation (looked at "
         "version, scale_emb, vision_encoder, batch_3d_resampler, vision_config.model_type, "
         'max_window_layers, head_dim). Add the checkpoint\'s "version" to its config.json.'
     )

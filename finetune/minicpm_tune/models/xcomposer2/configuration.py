@@ -33,7 +33,7 @@ class XComposer2Config(ReleasedConfig):
         plora_dropout: Its dropout in training; ``plora_dropout`` of config.json, 0.05 in the released code.
     """
 
-    model_type = "internlm"
+    model_type = "internlmxcomposer2"
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class XComposer2Config(ReleasedConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(released, **kwargs)
-        self._tensors = tuple(name for name in tensors if name.startswith("plora_"))
+        self._tensors = frozenset(tensors)
         self.stored_positions = stored_positions
         self.plora_rank = self.released.get("plora_rank", 256)
         self.plora_dropout = self.released.get("plora_dropout", 0.05)
