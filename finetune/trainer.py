@@ -1,4 +1,4 @@
-"""CPMTrainer: what differs from transformers.Trainer, and nothing else."""
+"""A step: batch -> loss -> update -> log -> checkpoint; what differs from transformers.Trainer, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minicpm_tune.batch import Provenance, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.files.mixtures import Mixture
-from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
+from minicpm_tune.data.sampling import (
+    EpochSampler,
+    PackingSampler,
+    PaddedRows,
+    epoch_order,
+    grouped_by_length,
+)
 from minicpm_tune.data.vision_cache import FeatureWriter
+from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.training.learning_rates import split_by_rate
 from minicpm_tune.training.resilient_trainer import ResilientTrainer
-from minicpm_tune.training.throughput import SourceLosses, ThroughputMeter
+from minicpm_tune.training.step_metrics import EvaluationSums, SourceLosses, ThroughputMeter
 
 
 class CPMTrainer(ResilientTrainer):
-    """Trains a MiniCPM-V model.
+    """Trains a MiniCPM-V or XComposer2 model.
 
-    - The loss is the sum over supervised tokens divided by their number in the whole optimizer
-      step, over all micro-batches and processes; the model's forward divides, see ``models/loss.py``.
     - Every process runs the same number of steps on an order without repeated rows.
+    - The loss is the sum over supervised tokens divided by their number in the whole optimizer step, over all
+      micro-batches and processes; the model's forward divides, see ``models/loss.py``.
     - Evaluation adds up counts; logits are never kept.
 
     Args:
@@ -40,6 +45,8 @@ class CPMTrainer(ResilientTrainer):
         feature_writer: Keeps what the vision tower gave, with ``--cache_vision_features``.
         **kwargs: As for ``ResilientTrainer``.
     """
+
+    train_dataset: PaddedRows | None
 
     def __init__(
         self,
@@ -56,28 +63,26 @@ class CPMTrainer(ResilientTrainer):
                 kwargs[name] = PaddedRows(kwargs[name], padding_sample)
         super().__init__(**kwargs)
         self.generation = generation
-        self.lengths = lengths
+        self.lengths: Any = lengths  # there where it is used
         self.after_save = after_save
         self.feature_writer = feature_writer
         # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self._meter = ThroughputMeter()
-        self._source_losses = SourceLosses(
-            self.train_dataset.rows.mixture.names if self.train_dataset else []
-        )
+        self._throughput = ThroughputMeter()
+        self._source_losses = SourceLosses(self.train_dataset.rows.mixture.names if self.train_dataset else [])
+        self._evaluation = EvaluationSums()
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
-        self._eval_sums: Tensor | None = None
+
+    # The batch
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        args = self.args
+        args, rows = self.args, train_dataset or self.train_dataset
+        assert isinstance(rows, PaddedRows)
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
-        order = _order(
-            (train_dataset or self.train_dataset).rows.mixture,
-            seed=seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-        )
+        shuffle = args.train_sampling_strategy != "sequential"
+        order = epoch_order(rows.rows.mixture, seed=seed, shuffle=shuffle)
         if args.train_sampling_strategy == "group_by_length":
             order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
@@ -91,21 +96,35 @@ class CPMTrainer(ResilientTrainer):
             seed=seed,
         )
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Make Trainer's loader, and let the epoch's number reach the sampler in a run that is continued.
-
-        accelerate's loader passes the number on to the sampler of a batch sampler, or of one wrapped once.
-        Beside other processes, and with the first batches of an epoch left out, ours is wrapped twice: the
-        rows would come in the order of epoch 0 (accelerate 1.15, ``DataLoaderShard.set_epoch``).
-        """
-        loader = super().get_train_dataloader()
-        if isinstance(loader.batch_sampler, BatchSamplerShard):
-            loader.batch_sampler.sampler = loader.batch_sampler.batch_sampler.sampler
-        return loader
-
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        order = _order(eval_dataset.rows.mixture, seed=self.args.seed, shuffle=False)
+        assert isinstance(eval_dataset, PaddedRows)
+        order = epoch_order(eval_dataset.rows.mixture, seed=self.args.seed, shuffle=False)
         return EpochSampler(order, multiple=self.args.eval_batch_size * self.args.world_size)
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Take the provenance out, and leave the rest to Trainer and the model's forward."""
+        inputs = dict(inputs)
+        provenance: Provenance = inputs.pop("provenance")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._throughput.add(inputs, samples=sum(row is not None for row in provenance.rows))
+        if len(self._source_losses.names) > 1:
+            self._source_losses.add(outputs["token_losses"], provenance.supervised_sources)
+        self._keep_features(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _keep_features(self, outputs: Any) -> None:
+        if self.feature_writer is not None:
+            self.feature_writer.keep(outputs.get("new_features"))
+
+    # The update
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make Trainer's optimizer, with the parts' own learning rates in it."""
@@ -115,26 +134,27 @@ class CPMTrainer(ResilientTrainer):
             split_by_rate(optimizer, self.model if model is None else model, self.generation, rates)
         return optimizer
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Count the batch, and leave the rest to Trainer and the model's forward."""
-        inputs = dict(inputs)
-        provenance: Provenance = inputs.pop("provenance")
-        self._meter.add(inputs, samples=sum(row is not None for row in provenance.rows))
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._keep_features(outputs)
-        if len(self._source_losses.names) > 1:
-            self._source_losses.add(outputs["token_losses"], provenance.supervised_sources)
-        return (loss, outputs) if return_outputs else loss
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x tokens x parameters; Trainer's own counts the parameters anew in every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
-    def _keep_features(self, outputs: Any) -> None:
-        if self.feature_writer is not None:
-            self.feature_writer.keep(outputs.get("new_features"))
+    # The log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the sources' losses, speed, shares and memory to every line that reports a training loss."""
+        if "loss" in logs:
+            logs |= self._source_losses.read(self.accelerator) | self._throughput.read(self.accelerator)
+        super().log(logs, start_time)
+
+    # The checkpoint
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            give_umask_mode(folder)
+            if self.after_save is not None:
+                self.after_save(folder)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, and see what the vision tower gave on disk."""
@@ -143,44 +163,16 @@ class CPMTrainer(ResilientTrainer):
             self.feature_writer.close()
         return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the sources' losses, speed, shares and memory to every line that reports a training loss."""
-        if "loss" in logs:
-            logs = {
-                **logs,
-                **self._source_losses.read(self.accelerator),
-                **self._meter.read(self.accelerator),
-            }
-        super().log(logs, start_time)
+    # The evaluation
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.after_save is not None and self.args.should_save:
-            self.after_save(Path(output_dir or self.args.output_dir))
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x tokens x parameters; Trainer's own counts the parameters anew in every step."""
-        return 6 * inputs["input_ids"].numel() * self._parameters
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate from summed counts.
-
-        Trainer averages the losses of batches, which is wrong when they hold different numbers of
-        supervised tokens.
-
-        Returns:
-            Metrics ``<prefix>_loss`` (mean over supervised tokens, nats), ``<prefix>_token_accuracy``
-            and ``<prefix>_supervised_tokens``.
-        """
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate from summed counts; see ``EvaluationSums`` for the metrics."""
         kwargs["prediction_loss_only"] = True
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         if self.feature_writer is not None:
             self.feature_writer.close()
-        loss_sum, tokens, correct = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / max(tokens, 1)
-        output.metrics[f"{metric_key_prefix}_token_accuracy"] = correct / max(tokens, 1)
-        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(tokens)
+        assert output.metrics is not None  # Trainer has put the loss there
+        output.metrics.update(self._evaluation.read(self.accelerator, kwargs["metric_key_prefix"]))
         return output
 
     def prediction_step(
@@ -190,17 +182,12 @@ class CPMTrainer(ResilientTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Add one batch to the sums of the evaluation."""
+        """Add one batch to the evaluation's sums."""
         self.evaluates_batch(inputs)
         inputs = self._prepare_inputs(dict(inputs))
         del inputs["provenance"]
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
+        self._evaluation.add(output)
         self._keep_features(output)
-        found = (output["loss_sum"], output["token_count"], output["correct_count"])
-        self._eval_sums += torch.stack([value.to(torch.float64) for value in found])
         return output["loss"].detach(), None, None
-
-
-def _order(mixture: Mixture, *, seed: int, shuffle: bool) -> Order:
-    return lambda epoch: mixture.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)

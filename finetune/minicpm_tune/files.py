@@ -16,6 +16,8 @@ from minicpm_tune.errors import UserError
 
 GIB = 1024**3
 _NOTHING = 2**24  # bytes; a disk with less is full
+_UMASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(_UMASK)
 # What torch's writer says when the system did not take its bytes (torch 2.13); it raises RuntimeError.
 _TORCH_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
 
@@ -90,6 +92,7 @@ def whole_folder(folder: Path, *, flag: str = "--output_dir") -> Iterator[Path]:
     partial = _partial(folder)
     try:
         yield partial
+        give_umask_mode(partial)
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
@@ -99,6 +102,12 @@ def whole_folder(folder: Path, *, flag: str = "--output_dir") -> Iterator[Path]:
         raise _refused(folder, error, flag) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def give_umask_mode(folder: Path) -> None:
+    """Let those read saved weights who may read other new files; safetensors 0.8 lets only their owner."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _partial(folder: Path) -> Path:

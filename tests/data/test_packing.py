@@ -17,7 +17,7 @@ from minicpm_tune.data.files.mixtures import epoch_order
 from minicpm_tune.data.packing import best_fit
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.sampling import PADDING, EpochSampler, PackingSampler, grouped_by_length
-from minicpm_tune.training.throughput import SourceLosses
+from minicpm_tune.training.step_metrics import SourceLosses
 from support.golden_models import SIX, as_patches, golden_model
 from support.paths import GOLDENS
 

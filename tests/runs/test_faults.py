@@ -4,10 +4,12 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from minicpm_tune.batch import Provenance
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training import nonfinite_and_memory
 from minicpm_tune.training.nonfinite_and_memory import (
@@ -226,7 +228,7 @@ def test_skipped_steps_do_not_count_as_losses_of_zero():
 
 def test_a_batch_is_described_without_being_kept():
     inputs = {
-        "rows": [(0, 3), None],
+        "provenance": Provenance(rows=[(0, 3), None], supervised_sources=np.zeros(0, dtype=np.int64)),
         "input_ids": torch.zeros(2, 50),
         "tgt_sizes": torch.tensor([[4, 4], [2, 3]]),
         "pixel_values": torch.zeros(3, 14, 14 * 22, dtype=torch.uint8),

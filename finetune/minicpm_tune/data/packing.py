@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 
-def best_fit(indices: Sequence[int], lengths: Sequence[int], *, capacity: int) -> list[tuple[int, ...]]:
+Lengths = Sequence[int] | np.ndarray  # tokens of every sample, by number
+
+
+def best_fit(indices: Sequence[int], lengths: Lengths, *, capacity: int) -> list[tuple[int, ...]]:
     """Put samples into as few rows as best fit, longest first, finds.
 
     Args:
@@ -49,7 +53,7 @@ def best_fit(indices: Sequence[int], lengths: Sequence[int], *, capacity: int) -
 
 
 def pack_in_windows(
-    order: Sequence[int], lengths: Sequence[int], *, capacity: int, window: int
+    order: Sequence[int], lengths: Lengths, *, capacity: int, window: int
 ) -> list[tuple[int, ...]]:
     """Pack a shuffled order, window by window.
 

@@ -7,7 +7,7 @@ dataset turns into samples that contribute nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minicpm_tune.batch import Sample
-from minicpm_tune.data.packing import best_fit, pack_in_windows
+from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.packing import Lengths, best_fit, pack_in_windows
 
 PADDING = -1
 Order = Callable[[int], list[int]]
 
 
-def grouped_by_length(order: Order, lengths: Sequence[int], *, batch_size: int, seed: int) -> Order:
+def grouped_by_length(order: Order, lengths: Lengths, *, batch_size: int, seed: int) -> Order:
     """An order in which rows of about equal length are neighbours, so that batches need little padding.
 
     Args:
@@ -38,6 +39,11 @@ def grouped_by_length(order: Order, lengths: Sequence[int], *, batch_size: int, 
         return [rows[place] for place in places]
 
     return grouped
+
+
+def epoch_order(mixture: Mixture, *, seed: int, shuffle: bool) -> Order:
+    """The order of a mixture's rows, by epoch."""
+    return lambda epoch: mixture.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)
 
 
 class EpochSampler(Sampler):
@@ -86,7 +92,7 @@ class PackingSampler(EpochSampler):
     """
 
     def __init__(
-        self, order: Order, *, multiple: int, lengths: Sequence[int], capacity: int, window: int, seed: int
+        self, order: Order, *, multiple: int, lengths: Lengths, capacity: int, window: int, seed: int
     ):
         super().__init__(order, multiple=multiple)
         self.lengths, self.capacity, self.window, self.seed = lengths, capacity, window, seed
@@ -110,15 +116,15 @@ class PaddedRows(Dataset):
     """A data set that answers ``PADDING`` with a sample without supervised tokens, and tuples with lists.
 
     Args:
-        rows: The data set.
+        rows: The ``SupervisedDataset``.
         padding: The sample to give for ``PADDING``.
     """
 
-    def __init__(self, rows: Dataset, padding: Sample):
+    def __init__(self, rows: Any, padding: Sample):
         self.rows, self.padding = rows, padding
 
     def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        return len(self.rows)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Sample | list[Sample]:
         if isinstance(index, tuple):

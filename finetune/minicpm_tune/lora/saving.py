@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_tokenizer_files
+from minicpm_tune.files import give_umask_mode
 from minicpm_tune.lora.adapter_folders import CONFIG_FILE, WEIGHT_FILES
 from minicpm_tune.lora.base_fingerprint import fingerprint_of, write_fingerprint
 
@@ -92,6 +93,7 @@ def fit_to_original_base(model: Any, folder: Path) -> None:
         elif ".lora_B." in key:
             weights[key] = torch.cat([trained, -start], dim=1).contiguous()
     save_file(weights, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+    give_umask_mode(folder)
     _edit_config(folder, _double_rank)
 
 

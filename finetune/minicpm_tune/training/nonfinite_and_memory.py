@@ -14,7 +14,7 @@ from torch import Tensor
 from minicpm_tune import processes
 from minicpm_tune.errors import UserError
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.throughput import peak_memory_gib
+from minicpm_tune.training.step_metrics import peak_memory_gib
 
 logger = logging.getLogger(__name__)
 

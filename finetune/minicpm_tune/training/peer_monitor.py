@@ -42,15 +42,15 @@ class Heartbeat(NamedTuple):
         host: Its machine.
         pid: Its process id there.
         number: Goes up by one per look.
-        count: Goes up by one with each stage of the work; the same on every process at the same point.
-        stage: That stage, in words.
+        stages: Goes up by one with each stage of the work; the same on every process at the same point.
+        stage: The stage it is at, in words.
         done: It has left the work in good order.
     """
 
     host: str
     pid: int
     number: int
-    count: int
+    stages: int
     stage: str
     done: bool
 
@@ -66,7 +66,7 @@ class PeerMonitor:
     def __init__(self, *, limit: float, stack_log: IO[str] | None = None):
         self.limit, self._stack_log = limit, stack_log
         self.rank, self.world = 0, 1
-        self._count, self._stage, self._since = 0, "starting", time.monotonic()
+        self._stages, self._stage, self._since = 0, "starting", time.monotonic()
         self._store: torch.distributed.Store | None = None
         self._number, self._done = 0, False
         self._seen: dict[int, tuple[Heartbeat, float]] = {}
@@ -77,11 +77,11 @@ class PeerMonitor:
         if self.world == 1:
             return
         # A connection of its own: in a shared one, a waiting call of the main thread would hold up ours.
-        store = torch.distributed.TCPStore(
+        connection = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
         run = processes.gather(uuid.uuid4().hex)[0]
-        store = torch.distributed.PrefixStore(f"finetune/{run}", store)
+        store = torch.distributed.PrefixStore(f"finetune/{run}", connection)
         self._publish(store)
         processes.gather(None)  # from here on all have published
         self._store = store
@@ -89,7 +89,7 @@ class PeerMonitor:
 
     def mark(self, stage: str) -> None:
         """Say what is being done now. All processes make the same marks in the same order."""
-        self._count, self._stage, self._since = self._count + 1, stage, time.monotonic()
+        self._stages, self._stage, self._since = self._stages + 1, stage, time.monotonic()
 
     def finish(self) -> None:
         """Say that this process has done its work; from now on it may end without being missed."""
@@ -145,7 +145,7 @@ class PeerMonitor:
 
     def _publish(self, store: torch.distributed.Store) -> None:
         self._number += 1
-        beat = (socket.gethostname(), os.getpid(), self._number, self._count, self._stage, self._done)
+        beat = (socket.gethostname(), os.getpid(), self._number, self._stages, self._stage, self._done)
         store.set(str(self.rank), json.dumps(beat))
 
     def _watch(self) -> None:
@@ -218,7 +218,7 @@ class PeerMonitor:
         behind = [
             f"process {rank} on {beat.host} is still at: {beat.stage}"
             for rank, (beat, _) in sorted(self._others(store).items())
-            if beat.count < self._count and not beat.done
+            if beat.stages < self._stages and not beat.done
         ]
         if not behind:
             return None

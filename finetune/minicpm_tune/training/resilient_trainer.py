@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -62,7 +64,12 @@ class ResilientTrainer(Trainer):
         **kwargs: As for ``transformers.Trainer``.
     """
 
-    args: TrainingArguments  # narrower than Trainer's
+    # Narrower than Trainer's.
+    args: TrainingArguments
+    model: nn.Module
+    model_wrapped: Any
+    train_dataset: Any
+    optimizer: Any  # accelerate's
 
     def __init__(self, *, run_context: RunContext | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -83,8 +90,8 @@ class ResilientTrainer(Trainer):
         self.was_stopped = False
         self._non_finite = NonFiniteSteps(self.args.on_nonfinite)
         self._batches: list[MicroBatch] = []
-        self._asked_to_stop: Tensor | None = None
-        self._loss_before: Tensor | None = None
+        self._asked_to_stop = torch.zeros(())
+        self._loss_before = torch.zeros(())
         self._writer: CheckpointWriter | None = None
         self.add_callback(_StopBetweenSteps(self))
 
@@ -101,6 +108,18 @@ class ResilientTrainer(Trainer):
         if self._is_library:
             self.stop_signals.stop_listening()
         return output
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Make Trainer's loader, and let the epoch's number reach the sampler in a run that is continued.
+
+        accelerate's loader passes the number on to the sampler of a batch sampler, or of one wrapped once.
+        Beside other processes, and with the first batches of an epoch left out, ours is wrapped twice: the
+        rows would come in the order of epoch 0 (accelerate 1.15, ``DataLoaderShard.set_epoch``).
+        """
+        loader = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.sampler = loader.batch_sampler.batch_sampler.sampler
+        return loader
 
     @contextmanager
     def _lack_of_memory_told(self) -> Iterator[None]:

@@ -29,7 +29,6 @@ _PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "safetensors", "tokenizers", "numpy",
     "pillow",
 )  # fmt: skip
-_BLOCK = 2**22  # bytes read at once
 # What a command line may hold and a file that is passed around should not.
 _SECRETS = ("hub_token", "push_to_hub_token")
 
@@ -79,29 +78,22 @@ class RunRecord:
                 logger.warning("%s was not written: %s", self.path, error)
 
     def add_rows(self, train: TrainingRows | None, evaluation: TrainingRows | None) -> None:
-        """Add the data files with their rows, their samples per epoch and, once known, sizes and digests."""
+        """Add the data files with their rows, their samples per epoch and, once known, their digests."""
         data = {
             name: [
-                {
-                    "path": str(source.rows.path),
-                    "rows": len(source.rows),
-                    "samples_per_epoch": source.samples,
-                    "bytes": None,
-                    "sha256": None,
-                }
+                {"path": str(source.rows.path), "rows": len(source.rows), "samples_per_epoch": source.samples}
                 for source in rows.mixture.files
             ]
             for name, rows in (("training", train), ("evaluation", evaluation))
             if rows is not None
         }
         self.add(data=data)
-        self._thread = threading.Thread(target=self._digest, args=(data,), daemon=True)
+        self._thread = threading.Thread(target=self._add_digests, args=(data,), daemon=True)
         self._thread.start()
 
-    def _digest(self, data: dict[str, list[dict[str, Any]]]) -> None:
+    def _add_digests(self, data: dict[str, list[dict[str, Any]]]) -> None:
         for entry in (entry for entries in data.values() for entry in entries):
-            size, sha256 = digest(Path(entry["path"]))
-            entry |= {"bytes": size, "sha256": sha256}
+            entry["sha256"] = digest(Path(entry["path"]))
         self.add(data=data)
 
     def end(self, outcome: str, **values: Any) -> None:
@@ -136,16 +128,13 @@ def start_record(argv: Sequence[str], *groups: Any) -> RunRecord | NoRecord:
     return record
 
 
-def digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file; of a folder, of its files one after another, in the order of names."""
-    sha, size = hashlib.sha256(), 0
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                sha.update(block)
-                size += len(block)
-    return size, sha.hexdigest()
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file; of a folder that datasets saved, of its ``state.json``, which holds its fingerprint."""
+    file = path / "state.json" if path.is_dir() else path
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

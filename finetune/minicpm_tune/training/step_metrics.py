@@ -1,10 +1,10 @@
-"""What a run measures about itself between two log lines: speed, token shares, memory."""
+"""What a run measures about itself: speed, token shares, memory and losses by source, and an evaluation's counts."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,37 @@ class SourceLosses:
             f"loss/{name}": loss / tokens
             for name, (loss, tokens) in zip(self.names, sums, strict=True)
             if tokens
+        }
+
+
+class EvaluationSums:
+    """Adds up an evaluation's counts.
+
+    Trainer averages the losses of batches, which is wrong when they hold different numbers of supervised tokens.
+    """
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+
+    def add(self, output: Mapping[str, torch.Tensor]) -> None:
+        """Count one batch: ``loss_sum`` (nats), ``token_count`` and ``correct_count`` of a model's output."""
+        found = torch.stack([output[name].double() for name in ("loss_sum", "token_count", "correct_count")])
+        self._sums = found if self._sums is None else self._sums + found
+
+    def read(self, accelerator: Accelerator, prefix: str) -> dict[str, float]:
+        """The metrics over all processes, and start anew.
+
+        Returns:
+            ``<prefix>_loss`` (mean over supervised tokens, nats), ``<prefix>_token_accuracy`` and
+            ``<prefix>_supervised_tokens``.
+        """
+        sums = torch.zeros(3, device=accelerator.device).double() if self._sums is None else self._sums
+        loss_sum, tokens, correct = accelerator.reduce(sums, reduction="sum").tolist()
+        self._sums = None
+        return {
+            f"{prefix}_loss": loss_sum / max(tokens, 1),
+            f"{prefix}_token_accuracy": correct / max(tokens, 1),
+            f"{prefix}_supervised_tokens": int(tokens),
         }
 
 
