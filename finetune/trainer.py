@@ -70,7 +70,9 @@ class CPMTrainer(ResilientTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._throughput = ThroughputMeter()
-        self._source_losses = SourceLosses(self.train_dataset.rows.mixture.names if self.train_dataset else [])
+        self._source_losses = SourceLosses(
+            self.train_dataset.rows.mixture.names if self.train_dataset else []
+        )
         self._evaluation = EvaluationSums()
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
 
@@ -79,6 +81,7 @@ class CPMTrainer(ResilientTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args, rows = self.args, train_dataset or self.train_dataset
         assert isinstance(rows, PaddedRows)
+        assert args.model_max_length is not None  # only predictions have no limit
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
         shuffle = args.train_sampling_strategy != "sequential"

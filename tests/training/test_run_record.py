@@ -25,10 +25,8 @@ def entry(folder):
 def test_a_run_on_two_processes_can_be_repeated_from_its_record(tmp_path):
     model, data = live_runs.tiny(tmp_path / "model"), live_runs.uneven_rows(tmp_path / "data")
     output = tmp_path / "out"
-    flags = live_runs.flags(model, data, output, *LORA, "--hub_token", "secret", "--report_to", "tensorboard")
+    flags = live_runs.flags(model, data, output, *LORA, "--report_to", "tensorboard")
     live_runs.finish(flags, processes=2)
-    text = (output / "run.json").read_text()
-    assert "secret" not in text
     (start,) = entry(output)
     assert start["outcome"] == "finished"
     assert start["step"] == 4
@@ -55,12 +53,6 @@ def test_each_start_adds_an_entry_and_a_broken_record_is_replaced(tmp_path):
         record.add(arguments={})
         record.end(outcome)
     assert [start["outcome"] for start in entry(tmp_path)] == ["stopped", "finished"]
-
-
-def test_secrets_are_left_out_of_the_command(tmp_path):
-    RunRecord(tmp_path, ["--hub_token", "s3cret", "--push-to-hub-token=s3cret", "--seed", "1"]).add()
-    (start,) = entry(tmp_path)
-    assert start["command"][2:] == ["--hub_token", "...", "--push-to-hub-token=...", "--seed", "1"]
 
 
 class FullDisk:
@@ -105,7 +97,7 @@ def test_the_curve_is_drawn_of_what_is_finite_and_kept_current(tmp_path, monkeyp
     assert drawn == [1, 3]
 
 
-@pytest.mark.parametrize("names", [["wandb"], ["mlflow"], ["none"]])
+@pytest.mark.parametrize("names", [["tensorboard"], ["none"]])
 def test_where_to_report_passes_through(tmp_path, names):
     data = finetune_runs.write_data(tmp_path / "data", rows=1)
     (tmp_path / "config.json").write_text("{}")
@@ -134,4 +126,4 @@ def test_trusting_code_is_not_needed(tmp_path, caplog):
         str(tmp_path / "out"),
     ]
     parse_arguments([*words, "--trust_remote_code", "true"])
-    assert "--trust_remote_code true is left out: no code of a checkpoint is needed here" in caplog.text
+    assert "--trust_remote_code true is left out: no code of a model folder is needed here" in caplog.text

@@ -225,9 +225,9 @@ def _savings(training: TrainingArguments) -> list[str]:
         found.append(
             f"--deepspeed ds_config_zero{number}_offload.json (keeps the optimizer in the CPU's memory)"
         )
-    found.append(
-        f"--model_max_length {max(256, training.model_max_length // 2)} (now {training.model_max_length})"
-    )
+    length = training.model_max_length
+    if length is not None:
+        found.append(f"--model_max_length {max(256, length // 2)} (now {length})")
     if training.max_slice_nums is None or training.max_slice_nums > 1:
         now = training.max_slice_nums or "the checkpoint's"
         found.append(

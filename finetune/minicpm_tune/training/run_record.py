@@ -29,8 +29,6 @@ _PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "safetensors", "tokenizers", "numpy",
     "pillow",
 )  # fmt: skip
-# What a command line may hold and a file that is passed around should not.
-_SECRETS = ("hub_token", "push_to_hub_token")
 
 
 class RunRecord:
@@ -50,7 +48,7 @@ class RunRecord:
             "started": _now(),
             "ended": None,
             "outcome": None,
-            "command": [sys.executable, sys.argv[0], *_without_secrets(argv)],
+            "command": [sys.executable, sys.argv[0], *argv],
             "folder": os.getcwd(),
             "git_commit": _git_commit(),
             "versions": _versions(),
@@ -150,16 +148,6 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _without_secrets(argv: Sequence[str]) -> list[str]:
-    words, hide = [], False
-    for word in argv:
-        name, equals, _ = word[2:].partition("=") if word.startswith("--") else ("", "", "")
-        secret = name.replace("-", "_") in _SECRETS
-        words.append(f"--{name}=..." if secret and equals else "..." if hide else word)
-        hide = secret and not equals
-    return words
-
-
 def _git_commit() -> str | None:
     """The commit of this program's folder, with a mark when files were changed since; None outside git."""
     here = Path(__file__).parent
@@ -203,6 +191,5 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_arguments(arguments: Any) -> dict[str, Any]:
-    """The arguments of one group, without secrets."""
     values = arguments.to_dict() if hasattr(arguments, "to_dict") else asdict(arguments)
-    return {name: value for name, value in values.items() if name not in _SECRETS and value is not None}
+    return {name: value for name, value in values.items() if value is not None}
