@@ -266,6 +266,12 @@ def test_a_used_folder_and_a_missing_adapter_are_refused(tmp_path):
         resolve_base(None, None)
 
 
+def test_one_adapter_is_merged_at_a_time(capsys):
+    with pytest.raises(SystemExit):
+        merge_lora.parse_flags(["--adapter", "a", "--adapter", "b", "--output_dir", "out"])
+    assert "--adapter is given twice; give it once" in capsys.readouterr().err
+
+
 def test_a_quantised_base_is_not_taken_for_the_original(tmp_path):
     loaded(checkpoint("v2_6"), "v2_6", quant_bits=4).save_pretrained(tmp_path / "int4")
     saved_adapter(tmp_path / "adapter", "v2_6", lora_modules_to_save=["none"])

@@ -92,7 +92,13 @@ class ReleasedModel:
             name = str(pretrained_model_name_or_path)
             pretrained_model_name_or_path = resolve_model_folder(name, cache_dir=kwargs.get("cache_dir"))
             weight_files(pretrained_model_name_or_path)  # complete, and all of them in this folder
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Saving reverses how names were converted in loading. Under ZeRO-3 transformers also remembers conversions
+        # that matched nothing, and saved 4.6's names with a prefix too many (5.23).
+        used = [each for each in getattr(model, "_weight_conversions", ()) if each.was_used()]
+        model._weight_conversions = used
+        return loaded
 
     def save_pretrained(
         self,
