@@ -60,7 +60,7 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     lora_size = counts["lora"].total if "lora" in counts else 0
     trains = Trains(**training.tuned_around_llm, llm=training.tune_llm, lora=lora_size)
-    shape = shape or _shape_unquantised(checkpoint)
+    shape = shape or _shape_unquantized(checkpoint)
     return bench.result(lambda work: sum(needed_flops(shape, work, trains).values()))
 
 
@@ -95,11 +95,11 @@ def random_model(
     finally:
         torch.set_default_dtype(before)
     if bits is not None:
-        _quantise(model, bits, dtype)
+        _quantize(model, bits, dtype)
     return model.train()
 
 
-def _quantise(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
+def _quantize(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
     """Hold the linear layers of the LLM's blocks as ``--q_lora true`` holds them."""
     import bitsandbytes
 
@@ -124,7 +124,7 @@ def _quantise(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
 
 
-def _shape_unquantised(folder: Path) -> Any:
+def _shape_unquantized(folder: Path) -> Any:
     from minicpm_tune.planning.weightless_model import build_on_meta
 
     return shape_of(build_on_meta(folder, GENERATIONS[folder.name]))

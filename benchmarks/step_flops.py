@@ -6,7 +6,7 @@ a weight only where that weight trains. So a frozen linear layer in a LoRA run c
 weight and token, a trained one 2 + 2 + 2, a frozen vision tower 2. Attention is counted over the pairs that the
 mask lets through (half of them in the LLM, all within a slice in the vision tower), its backward twice its
 forward. Logits are counted at supervised tokens alone. Not counted: padding, what checkpointing computes
-again, the resampler's product of its own queries, dequantising, norms, activations, softmax, the optimizer.
+again, the resampler's product of its own queries, dequantizing, norms, activations, softmax, the optimizer.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
     python draw_pictures.py FOLDER [--train 1536] [--eval 48] [--held_out 96] [--seed 0]
 
-Every picture shows one shape in one colour on a ground of another; which shape it is, where it stands and
+Every picture shows one shape in one color on a ground of another; which shape it is, where it stands and
 how large it is, distract. Most pictures are small; one in eight is large enough to be cut into slices by a
 checkpoint with ``scale_resolution`` 112. Two tasks are asked about the same pictures:
 
-- ``questions``: the colour of the shape and that of the background, in either order, in two turns of one word
+- ``questions``: the color of the shape and that of the background, in either order, in two turns of one word
   each (a model with a think block is trained on the last turn as it will be asked, on earlier ones as history);
 - ``descriptions``: one sentence with both, in words that the first task never used.
 
 Each task has rows to train on and to evaluate; ``held_out.json`` asks both tasks about further pictures, one
-row per question. Everywhere all pairs of colours come equally often, in random company, so that neither the
+row per question. Everywhere all pairs of colors come equally often, in random company, so that neither the
 question nor an earlier answer tells the next one. ``chance`` counts that exactly.
 """
 
@@ -29,10 +29,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-# What the first task calls a colour -> what the second calls it, and its red, green and blue.
-COLOURS: dict[str, tuple[str, Colour]] = {
+# What the first task calls a color -> what the second calls it, and its red, green and blue.
+COLORS: dict[str, tuple[str, Color]] = {
     "red": ("crimson", (205, 30, 35)),
     "green": ("emerald", (25, 130, 50)),
     "blue": ("sapphire", (35, 70, 205)),
@@ -42,9 +42,9 @@ COLOURS: dict[str, tuple[str, Colour]] = {
     "black": ("ebony", (20, 20, 20)),
     "cyan": ("teal", (20, 175, 190)),
 }
-BACKGROUNDS: dict[str, tuple[str, Colour]] = {
+BACKGROUNDS: dict[str, tuple[str, Color]] = {
     "white": ("ivory", (245, 245, 242)),
-    "grey": ("slate", (140, 140, 145)),
+    "gray": ("slate", (140, 140, 145)),
     "pink": ("rose", (250, 180, 200)),
     "sky": ("azure", (165, 205, 250)),
     "mint": ("jade", (165, 240, 185)),
@@ -52,12 +52,12 @@ BACKGROUNDS: dict[str, tuple[str, Colour]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = 9  # three by three, row by row
-QUESTIONS = {"colour": "What colour is the shape?", "background": "What colour is the background?"}
+QUESTIONS = {"color": "What color is the shape?", "background": "What color is the background?"}
 REQUEST = "Describe the picture."
 TASKS = ("questions", "descriptions")
 PARTS = {"train": 1536, "eval": 48, "held_out": 96}
 _LARGE_EVERY = 8
-_SHADE = 8  # how far a colour may lie from its list value, of 255
+_SHADE = 8  # how far a color may lie from its list value, of 255
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Scene:
     """What a picture shows, and what is asked first.
 
     Attributes:
-        colour: A key of ``COLOURS``.
+        color: A key of ``COLORS``.
         background: A key of ``BACKGROUNDS``.
         first: The question that comes first, a key of ``QUESTIONS``.
         shape: One of ``SHAPES``.
         place: A number below ``PLACES``.
     """
 
-    colour: str
+    color: str
     background: str
-    first: str = "colour"
+    first: str = "color"
     shape: str = SHAPES[0]
     place: int = 0
 
@@ -112,7 +112,7 @@ def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
 def ask(task: str, scene: Scene) -> list[dict[str, str]]:
     """The conversation about a picture."""
     if task == "descriptions":
-        figure, ground = COLOURS[scene.colour][0], BACKGROUNDS[scene.background][0]
+        figure, ground = COLORS[scene.color][0], BACKGROUNDS[scene.background][0]
         return _turns([(REQUEST, f"The figure is {figure} and the ground is {ground}.")])
     kinds = sorted(QUESTIONS, key=lambda kind: kind != scene.first)
     return _turns([(QUESTIONS[kind], getattr(scene, kind)) for kind in kinds])
@@ -120,8 +120,8 @@ def ask(task: str, scene: Scene) -> list[dict[str, str]]:
 
 def sentences() -> Iterator[str]:
     """Every question and answer there is; what a small tokenizer should have whole words for."""
-    for colour, background, first, task in product(COLOURS, BACKGROUNDS, QUESTIONS, TASKS):
-        yield from (turn["content"] for turn in ask(task, Scene(colour, background, first)))
+    for color, background, first, task in product(COLORS, BACKGROUNDS, QUESTIONS, TASKS):
+        yield from (turn["content"] for turn in ask(task, Scene(color, background, first)))
 
 
 def chance(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -162,7 +162,7 @@ def draw(scene: Scene, rng: random.Random, *, large: bool) -> Image.Image:
     low, high = (160, 280) if large else (84, 112)
     width, height = rng.randint(low, high), rng.randint(low, high)
     image = Image.new("RGB", (width, height), _shade(BACKGROUNDS[scene.background][1], rng))
-    fill = _shade(COLOURS[scene.colour][1], rng)
+    fill = _shade(COLORS[scene.color][1], rng)
     x, y = (_jitter(scene.place % 3, width, rng), _jitter(scene.place // 3, height, rng))
     radius = min(width, height) * rng.uniform(0.2, 0.24)
     pencil = ImageDraw.Draw(image)
@@ -185,8 +185,8 @@ _OUTLINES = {
 }  # fmt: skip
 
 
-def _shade(colour: Colour, rng: random.Random) -> Colour:
-    red, green, blue = (min(max(value + rng.randint(-_SHADE, _SHADE), 0), 255) for value in colour)
+def _shade(color: Color, rng: random.Random) -> Color:
+    red, green, blue = (min(max(value + rng.randint(-_SHADE, _SHADE), 0), 255) for value in color)
     return red, green, blue
 
 
@@ -196,14 +196,14 @@ def _jitter(third: int, side: int, rng: random.Random) -> float:
 
 
 def _balanced_scenes(count: int, rng: random.Random) -> list[Scene]:
-    """Scenes in which each pair of colours comes equally often in each order, and each shape and place too."""
+    """Scenes in which each pair of colors comes equally often in each order, and each shape and place too."""
 
     def deal(values: list[Any]) -> list[Any]:
         dealt = [values[index % len(values)] for index in range(count)]
         rng.shuffle(dealt)
         return dealt
 
-    asked = list(product(COLOURS, BACKGROUNDS, QUESTIONS))
+    asked = list(product(COLORS, BACKGROUNDS, QUESTIONS))
     rng.shuffle(asked)
     dealt = zip(deal(asked), deal(list(SHAPES)), deal(list(range(PLACES))), strict=True)
     return [Scene(*words, shape, place) for words, shape, place in dealt]

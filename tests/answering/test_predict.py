@@ -25,7 +25,7 @@ from support.data_helpers import write_rows
 from support.paths import SUPPORT
 
 TOKENS = 6
-QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the colour?", "Describe the picture.")
+QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the color?", "Describe the picture.")
 
 
 def rows():
@@ -43,7 +43,7 @@ def rows():
             "image": small,
             "conversations": turns("<image>\nWhat is it?", "A cat.", "Why?", "It has fur."),
         },
-        {"id": "d", "image": small, "conversations": turns("<image>\nAnd the colour?")},
+        {"id": "d", "image": small, "conversations": turns("<image>\nAnd the color?")},
         {
             "image": {"<image_00>": small, "<image_01>": wide},
             "conversations": [
@@ -86,7 +86,7 @@ def expected_predictions(name="v2_6"):
             {"role": "assistant", "content": "A cat."},
             {"role": "user", "content": "Why?"},
         ],
-        [{"role": "user", "content": [small, "And the colour?"]}],
+        [{"role": "user", "content": [small, "And the color?"]}],
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [small, wide, "Describe the picture."]},

@@ -35,7 +35,7 @@ def int4_checkpoint(checkpoint, tmp_path_factory):
     return save_released_int4(checkpoint, tmp_path_factory.mktemp("int4"))
 
 
-def test_what_is_quantised_is_read_from_the_checkpoint(int4_checkpoint):
+def test_what_is_quantized_is_read_from_the_checkpoint(int4_checkpoint):
     stored = stored_quantization(int4_checkpoint)
     assert stored.bits == 4
     assert "vpm.encoder.layers.0.mlp.fc1" in stored.modules
@@ -51,7 +51,7 @@ def test_a_missing_skip_list_does_not_matter(int4_checkpoint, tmp_path):
     assert quantized_modules(load(folder)).keys() == stored_quantization(int4_checkpoint).modules
 
 
-def test_a_layer_left_exact_among_quantised_ones_stays_exact(checkpoint, tmp_path):
+def test_a_layer_left_exact_among_quantized_ones_stays_exact(checkpoint, tmp_path):
     settings = BitsAndBytesConfig(
         load_in_4bit=True, llm_int8_skip_modules=["vpm", "resampler", "lm_head", "layers.1.mlp.up_proj"]
     )
@@ -116,7 +116,7 @@ def test_other_methods_are_refused_with_what_to_use(int4_checkpoint, tmp_path, m
         load(folder)
 
 
-def test_the_early_gptq_file_is_recognised(checkpoint, tmp_path):
+def test_the_early_gptq_file_is_recognized(checkpoint, tmp_path):
     shutil.copy(checkpoint / "config.json", tmp_path)
     (tmp_path / "quantize_config.json").write_text("{}")
     with pytest.raises(QuantizationError, match=r"\(GPTQ\)"):
@@ -129,7 +129,7 @@ def test_settings_without_bits_are_refused(int4_checkpoint, tmp_path):
         stored_quantization(folder)
 
 
-def test_a_quantised_resampler_can_not_be_trained(int4_checkpoint):
+def test_a_quantized_resampler_can_not_be_trained(int4_checkpoint):
     stored = stored_quantization(int4_checkpoint)
     stored = type(stored)(4, stored.settings, frozenset({"resampler.kv_proj"}))
     with pytest.raises(QuantizationError, match="--tune_resampler true: 1 layers"):
@@ -137,7 +137,7 @@ def test_a_quantised_resampler_can_not_be_trained(int4_checkpoint):
 
 
 def copy_of(folder, target, change):
-    """A copy of a checkpoint with other quantisation settings."""
+    """A copy of a checkpoint with other quantization settings."""
     target = target / "changed"
     shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())

@@ -83,7 +83,7 @@ def test_frames_of_4_6_equal_transformers_own_choice(seconds):
     assert choose_frames(count, 24.0, SECONDS)[0] == expected
 
 
-def test_4_5_packs_neighbours_of_long_videos_only():
+def test_4_5_packs_neighbors_of_long_videos_only():
     frames, packs = choose_frames(300, 30.0, PACKS)  # 10 s: 30 frames, one to a pack
     assert (len(frames), [len(pack) for pack in packs]) == (30, [1] * 30)
     frames, packs = choose_frames(30 * 100, 30.0, PACKS)  # 100 s: 300 frames in pairs

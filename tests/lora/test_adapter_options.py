@@ -61,7 +61,7 @@ def test_a_saved_adapter_fits_the_unchanged_base_whatever_its_start(tmp_path, st
     assert (found - expected).abs().max() < LOGIT_TOLERANCE
 
 
-def test_rank_stabilised_adapters_and_dora_are_what_peft_is_given(tmp_path):
+def test_rank_stabilized_adapters_and_dora_are_what_peft_is_given(tmp_path):
     model, _ = wrapped_model(use_rslora=True, use_dora=True)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

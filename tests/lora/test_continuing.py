@@ -78,7 +78,7 @@ def test_folders_that_are_not_whole_or_of_the_early_scripts_are_refused(tmp_path
     with pytest.raises(AdapterError, match=r"found adapter_config\.json but no adapter_model\.safetensors"):
         read_adapter_folder(tmp_path / "a")
     (tmp_path / "a/adapter_model.safetensors").write_bytes(b"")
-    edit_json(tmp_path / "a/base_model.json", colour="red")
+    edit_json(tmp_path / "a/base_model.json", color="red")
     with pytest.raises(FingerprintError, match="expected what a LoRA run writes"):
         read_adapter_folder(tmp_path / "a")
 

@@ -272,7 +272,7 @@ def test_one_adapter_is_merged_at_a_time(capsys):
     assert "--adapter is given twice; give it once" in capsys.readouterr().err
 
 
-def test_a_quantised_base_is_not_taken_for_the_original(tmp_path):
+def test_a_quantized_base_is_not_taken_for_the_original(tmp_path):
     loaded(checkpoint("v2_6"), "v2_6", quant_bits=4).save_pretrained(tmp_path / "int4")
     saved_adapter(tmp_path / "adapter", "v2_6", lora_modules_to_save=["none"])
     words = ("--model_name_or_path", tmp_path / "int4", "--adapter", tmp_path / "adapter", "--output_dir")

@@ -58,7 +58,7 @@ def conversation(*parts, answer_text="A red one."):
 ROWS = (
     conversation("Who are you?", answer_text="I am a model, and I can see."),
     conversation((60, 40), "What is it?"),
-    conversation("First: ", (40, 90), ", second: ", (50, 50), ". Compare.", answer_text="Both are grey."),
+    conversation("First: ", (40, 90), ", second: ", (50, 50), ". Compare.", answer_text="Both are gray."),
 )
 
 

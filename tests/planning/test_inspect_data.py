@@ -146,7 +146,7 @@ def test_padding_shares():
     assert padding_shares(np.array([], dtype=int), batch_size=2, capacity=40) == {"plain": 0.0, "packed": 0.0}
 
 
-def test_a_misspelt_flag_is_named_and_flags_of_training_are_known(tmp_path, capsys):
+def test_a_misspelled_flag_is_named_and_flags_of_training_are_known(tmp_path, capsys):
     path = write_rows(tmp_path, GOOD)
     with pytest.raises(SystemExit):
         flags(path, "--model_max_lenght", "100")

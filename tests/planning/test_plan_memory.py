@@ -133,7 +133,7 @@ def test_a_whole_training_step_stays_within_the_plan(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_planned_quantised_weights_are_what_real_ones_take(bits, tmp_path):
+def test_planned_quantized_weights_are_what_real_ones_take(bits, tmp_path):
     lora = LoraArguments(lora_modules_to_save=["none"])
     training = Training(**SMALL, method="qlora", quant_bits=bits, lora=lora)
     found = plan(GOLDENS / "v2_6", training)["weights"]

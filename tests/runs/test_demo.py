@@ -16,7 +16,7 @@ from support.finetune_runs import ROOT
 
 TIME_LIMIT = 280  # seconds, for one start
 PICTURES = {"train": 40, "eval": 8, "held_out": 48}
-QUESTIONS = ("What colour is the shape?", "What colour is the background?", "Describe the picture.")
+QUESTIONS = ("What color is the shape?", "What color is the background?", "Describe the picture.")
 
 
 def demo(folder, *flags, steps=2):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import draw_pictures
-from draw_pictures import BACKGROUNDS, COLOURS, QUESTIONS, REQUEST, TASKS, chance, draw_data_set
+from draw_pictures import BACKGROUNDS, COLORS, QUESTIONS, REQUEST, TASKS, chance, draw_data_set
 from make_checkpoint import SIZES, make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import weight_files
@@ -61,9 +61,9 @@ def test_answers_are_dealt_evenly_so_text_alone_has_little_chance(drawn):
     _, rows = drawn
     found = chance(rows["held_out"])
     assert set(found) == {*QUESTIONS.values(), REQUEST}
-    assert found[QUESTIONS["colour"]] == pytest.approx(1 / len(COLOURS))
+    assert found[QUESTIONS["color"]] == pytest.approx(1 / len(COLORS))
     assert found[QUESTIONS["background"]] == pytest.approx(1 / len(BACKGROUNDS))
-    assert found[REQUEST] == pytest.approx(1 / (len(COLOURS) * len(BACKGROUNDS)))
+    assert found[REQUEST] == pytest.approx(1 / (len(COLORS) * len(BACKGROUNDS)))
 
 
 def test_each_question_comes_last_in_half_of_the_rows(drawn):

@@ -63,7 +63,7 @@ class TestQuantizeCommand:
             else:
                 assert torch.equal(after[name], tensor), name
 
-    def test_it_loads_as_the_model_quantised_while_loading(self, written):
+    def test_it_loads_as_the_model_quantized_while_loading(self, written):
         source, output = written
         found = golden_loss(load(output, "o2_6"), "o2_6")[0]
         assert found == golden_loss(load(source, "o2_6", quant_bits=4), "o2_6")[0]
@@ -71,7 +71,7 @@ class TestQuantizeCommand:
             stored_quantization(output), GENERATIONS["o2_6"], quant_bits=4, vision=True, resampler=True
         )
 
-    def test_a_quantised_checkpoint_is_refused(self, written, tmp_path):
+    def test_a_quantized_checkpoint_is_refused(self, written, tmp_path):
         with pytest.raises(QuantizationError, match="found quantized weights, expected full precision"):
             quantize.quantize_checkpoint(written[1], tmp_path)
 

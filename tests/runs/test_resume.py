@@ -198,7 +198,7 @@ def test_killed_inside_a_step_goes_on(small, tmp_path, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_adapters_on_quantised_weights_continue_exactly(small, tmp_path, stage):
+def test_adapters_on_quantized_weights_continue_exactly(small, tmp_path, stage):
     """Evaluations between the steps, which must not touch the 4-bit weights."""
     more = ("--eval_data_path", small[1], "--eval_strategy", "steps", "--eval_steps", 1)
     flags = (*LORA, "--q_lora", "true", "--lora_dropout", 0.1, *STAGES[stage], *more)

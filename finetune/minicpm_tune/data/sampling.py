@@ -23,7 +23,7 @@ Order = Callable[[int], list[int]]
 
 
 def grouped_by_length(order: Order, lengths: Lengths, *, batch_size: int, seed: int) -> Order:
-    """An order in which rows of about equal length are neighbours, so that batches need little padding.
+    """An order in which rows of about equal length are neighbors, so that batches need little padding.
 
     Args:
         order: Which rows an epoch holds.

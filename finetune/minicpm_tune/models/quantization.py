@@ -196,11 +196,11 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     # These conversions turned stored tensors into quantized ones; saving would reverse them.
     if "_weight_conversions" in model.__dict__:
         conversions: Any = model.__dict__["_weight_conversions"]
-        model.__dict__["_weight_conversions"] = [each for each in conversions if not _deserialises(each)]
+        model.__dict__["_weight_conversions"] = [each for each in conversions if not _deserializes(each)]
     return model
 
 
-def _deserialises(conversion: Any) -> bool:
+def _deserializes(conversion: Any) -> bool:
     operations = getattr(conversion, "operations", [])
     return any(type(each).__module__.endswith("integrations.bitsandbytes") for each in operations)
 

@@ -22,7 +22,7 @@ background: #fafafa; border: 1px solid #ddd; margin: .3em 1em 1em 0; } .bad { co
 """
 
 
-def summarise(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
+def summarize(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
     """Everything that is known of all rows, as plain values.
 
     Args:

@@ -25,7 +25,7 @@ from minicpm_tune.data.row_check import for_rows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.planning.data_facts import DataFacts, examine, gather
-from minicpm_tune.planning.data_report import as_html, as_text, summarise
+from minicpm_tune.planning.data_report import as_html, as_text, summarize
 from minicpm_tune.settings.data_arguments import DataArguments
 
 
@@ -62,12 +62,12 @@ def survey(rows: SupervisedDataset, values: argparse.Namespace) -> tuple[DataFac
     facts = for_rows(rows, range(rows.mixture.row_count), look, title="inspecting", workers=values.workers)
     if values.json is None:
         found = gather(facts, rows, write=None)
-        return found, summarise(found, rows, batch_size=values.per_device_train_batch_size)
+        return found, summarize(found, rows, batch_size=values.per_device_train_batch_size)
     with open(values.json, "w", encoding="utf-8") as file:
         writer = _row_writer(file)
         next(writer)
         found = gather(facts, rows, write=writer.send)
-        summary = summarise(found, rows, batch_size=values.per_device_train_batch_size)
+        summary = summarize(found, rows, batch_size=values.per_device_train_batch_size)
         file.write(f'\n], "summary": {json.dumps(summary)}}}\n')
     return found, summary
 

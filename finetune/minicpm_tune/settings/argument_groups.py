@@ -266,7 +266,7 @@ class LoraArguments:
     )
     use_rslora: bool = field(
         default=False,
-        metadata={"help": "Scale adapters by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."},
+        metadata={"help": "Scale adapters by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA)."},
     )
     use_dora: bool = field(
         default=False,

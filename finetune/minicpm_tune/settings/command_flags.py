@@ -21,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """Read the flags. A misspelt one is reported before what is missing because of it."""
+        """Read the flags. A misspelled one is reported before what is missing because of it."""
         words = sys.argv[1:] if args is None else args
         self.refuse_unknown(words)
         self.refuse_repeated(words)
@@ -55,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def nearest(flag: str, known: Iterable[str]) -> str | None:
-    """The known flag that a misspelt one must have meant; None when none is near.
+    """The known flag that a misspelled one must have meant; None when none is near.
 
     Example:
         >>> nearest("--lerning_rate", ["--learning_rate"]), nearest("--early_stop", ["--learning_rate"])

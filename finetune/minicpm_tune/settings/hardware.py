@@ -113,7 +113,7 @@ class Cards:
 
 
 def settings_for(cards: Cards) -> dict[str, str]:
-    """The variables that NCCL needs with these cards; none with data-centre cards or a single process.
+    """The variables that NCCL needs with these cards; none with data-center cards or a single process.
 
     Peer access is switched off for cards that lack it: a pair of RTX 3090 joined by NVLink keeps it.
     InfiniBand is switched off beside consumer cards unless it joins the machines of the run.

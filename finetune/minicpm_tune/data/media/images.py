@@ -1,7 +1,7 @@
 """Opening images as the released inference does.
 
 The released code of every generation opens a file with ``Image.open(path).convert("RGB")``: the first frame
-of an animation, an alpha channel dropped, a palette and CMYK converted by Pillow, 16-bit grey clipped. The
+of an animation, an alpha channel dropped, a palette and CMYK converted by Pillow, 16-bit gray clipped. The
 one difference is the EXIF orientation: MiniCPM-V 2.0 to 4.5 ignore it, transformers (4.6, 4.7) turns the
 image upright (``transformers.image_utils.load_image``). ``ImageOptions.upright`` says which.
 """

@@ -3,7 +3,7 @@
 Each generation samples frames as its released inference does:
 
 - 2.6, o-2.6, 4: one frame per second; more than 64 are thinned out evenly.
-- 4.5: three frames per second; above 180 frames, up to three neighbours are packed into one placeholder.
+- 4.5: three frames per second; above 180 frames, up to three neighbors are packed into one placeholder.
 - 4.6, 4.7: one frame per second; a video longer than 128 s gives 128 frames, evenly.
 
 A folder or list of frame images is taken as a video that was already sampled at ``fps``.

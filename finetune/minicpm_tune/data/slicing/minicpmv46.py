@@ -23,7 +23,7 @@ from minicpm_tune.settings.data_arguments import DataArguments
 
 
 class MergedSliceRules:
-    """The slicing rules of 4.6 and 4.7, whose vision tower merges neighbouring patches.
+    """The slicing rules of 4.6 and 4.7, whose vision tower merges neighboring patches.
 
     Args:
         max_slice_nums: Most slices an image is cut into, the overview not counted; 1 means never cut.
