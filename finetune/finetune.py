@@ -79,7 +79,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     folder, processing = read_model_folder(arguments)
     datasets = read_data(arguments, processing)
     record.add_rows(*datasets)
-    model = read_model(arguments, folder)
+    model = read_model(arguments, folder, processing)
     model = choose_what_trains(arguments, model, processing.generation)
     files = datasets[0].mixture.names if datasets[0] else []
     context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
@@ -144,7 +144,7 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     return train_rows, eval_rows
 
 
-def read_model(arguments: Arguments, folder: Path) -> PreTrainedModel:
+def read_model(arguments: Arguments, folder: Path, processing: Processing) -> PreTrainedModel:
     """Load the weights."""
     set_seed(arguments.training.seed)  # reading data has drawn random numbers; how many must not matter
     return load_model(
@@ -152,6 +152,7 @@ def read_model(arguments: Arguments, folder: Path) -> PreTrainedModel:
         dtype=arguments.training.weight_dtype,
         attention=arguments.model.attn_implementation,
         quant_bits=arguments.lora.held_bits,
+        downsample_mode=processing.media.downsample_mode,
     )
 
 
@@ -209,7 +210,11 @@ def build_trainer(
         run_context=context,
         feature_writer=features,
         after_save=partial(
-            complete_adapter_folder, base=folder, generation=generation, quant_bits=lora.held_bits
+            complete_adapter_folder,
+            base=folder,
+            generation=generation,
+            quant_bits=lora.held_bits,
+            downsample_mode=processing.media.downsample_mode,
         )
         if training.use_lora
         else None,

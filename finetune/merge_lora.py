@@ -126,9 +126,10 @@ def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, outpu
     from minicpm_tune.lora.adapter_folders import check_base
     from minicpm_tune.lora.loading import load_adapter
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
+    from minicpm_tune.settings.data_arguments import DataArguments
 
     size = checked_size(values.max_shard_size)
-    processing = load_processing(base)
+    processing = load_processing(base, DataArguments.of_checkpoint(downsample_mode=adapter.downsample_mode))
     check_base(adapter, base, processing.generation, allow_other_base=values.allow_other_base)
     dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
 
@@ -155,6 +156,7 @@ def _load_base(values: argparse.Namespace, base: Path, adapter: AdapterFolder, d
     from minicpm_tune.models.quantization import dequantize
 
     stored = stored_quantization(base)
+    mode = adapter.downsample_mode
     trained_in = adapter.fingerprint.quantization if adapter.fingerprint else None
     if values.base_precision == "original":
         if stored is not None:
@@ -164,10 +166,10 @@ def _load_base(values: argparse.Namespace, base: Path, adapter: AdapterFolder, d
             )
         if trained_in:
             logger.info("The adapter was trained on %s weights; merging into full precision.", trained_in)
-        return load_model(base, dtype=dtype)
+        return load_model(base, dtype=dtype, downsample_mode=mode)
     bits = stored.bits if stored else values.quant_bits or int((trained_in or "4").split()[0])
     logger.info("Merging into the values of the %d-bit weights.", bits)
-    return dequantize(load_model(base, dtype=dtype, quant_bits=bits), dtype)
+    return dequantize(load_model(base, dtype=dtype, quant_bits=bits, downsample_mode=mode), dtype)
 
 
 if __name__ == "__main__":

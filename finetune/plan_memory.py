@@ -33,7 +33,7 @@ def render(values: Namespace) -> str:
         PlanError: When the flags can't be combined.
     """
     from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder
-    from minicpm_tune.planning.memory_plan import Training, host_bytes, plan
+    from minicpm_tune.planning.memory_plan import PlanError, Training, host_bytes, plan
     from minicpm_tune.settings.argument_groups import LoraArguments
 
     names = {item.name for item in dataclasses.fields(Training)} - {"lora"}
@@ -44,9 +44,15 @@ def render(values: Namespace) -> str:
     )
     training = Training(lora=lora, **{name: getattr(values, name) for name in names})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
-    title = read_generation(folder).title
+    generation = read_generation(folder)
+    if values.downsample_mode and not generation.downsampling:
+        raise PlanError(
+            f"--downsample_mode: {generation.title} has none, expected MiniCPM-V 4.6 or 4.7. Leave it out."
+        )
     parts = plan(folder, training)
-    lines = [f"{title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})"]
+    lines = [
+        f"{generation.title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})"
+    ]
     lines += [f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()]
     lines.append(f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}")
     host = host_bytes(folder, training)
@@ -83,6 +89,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     add("--model_max_length", type=count, default=2048, help="Length of a row, in tokens.")
     add("--batch_size", type=count, default=1, help="Rows per GPU in each forward.")
     add("--max_slice_nums", type=count, default=9, help="Most slices a row's image is cut into.")
+    add("--downsample_mode", choices=["4x", "16x"], help="As in finetune.py, for 4.6 and 4.7.")
     add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
     add_switch(

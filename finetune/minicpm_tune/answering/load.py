@@ -46,6 +46,7 @@ class ModelChoice:
         max_slice_nums: Most slices an image is cut into; None takes the checkpoint's.
         video_fps: Frames taken per second of video; None takes the generation's.
         max_num_frames: Most frames of a video; None takes the generation's.
+        downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None takes the adapter's, else the checkpoint's.
         enable_thinking: Whether the model thinks first.
         allow_other_base: Whether the adapter may go on a model it was not trained on.
     """
@@ -60,6 +61,7 @@ class ModelChoice:
     max_slice_nums: int | None = None
     video_fps: float | None = None
     max_num_frames: int | None = None
+    downsample_mode: str | None = None
     enable_thinking: bool = False
     allow_other_base: bool = False
 
@@ -116,6 +118,7 @@ def find_model(choice: ModelChoice) -> FoundModel:
         max_slice_nums=choice.max_slice_nums,
         video_fps=choice.video_fps,
         max_num_frames=choice.max_num_frames,
+        downsample_mode=choice.downsample_mode or (adapter.downsample_mode if adapter else None),
     )
     processing = load_processing(folder, arguments)
     if choice.enable_thinking and not processing.generation.thinking:
@@ -150,6 +153,7 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         dtype=choose_dtype(choice.dtype, found.folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
+        downsample_mode=found.processing.media.downsample_mode,
         # Straight to the GPU: quantized layers can't all move later, and RAM need not hold the model.
         **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )

@@ -19,6 +19,8 @@ from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors, weight_files
 
+PROCESSOR_FILE = "processor_config.json"
+
 
 class ReleasedConfig(PreTrainedConfig):
     """A configuration that is saved with the keys of the config.json it was read from.
@@ -138,3 +140,15 @@ class ReleasedModel:
     def tensors_to_save(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose which of the model's tensors are written: all of them, unless a class overrides this."""
         return tensors
+
+
+def set_downsample_mode(folder: Path, mode: str) -> None:
+    """Write 4.6's and 4.7's ``downsample_mode`` into a folder's processor settings, which go before config.json's."""
+    path = folder / PROCESSOR_FILE
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for part in settings.values():
+        if isinstance(part, dict) and "downsample_mode" in part:
+            part["downsample_mode"] = mode
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

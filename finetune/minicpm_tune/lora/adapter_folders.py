@@ -44,6 +44,11 @@ class AdapterFolder:
         return self.config.get("base_model_name_or_path") or ""
 
     @property
+    def downsample_mode(self) -> str | None:
+        """That of its training, for 4.6 and 4.7; None where it is not known."""
+        return self.fingerprint.downsample_mode if self.fingerprint else None
+
+    @property
     def weights(self) -> Path:
         """The file with its weights."""
         return next(self.path / name for name in WEIGHT_FILES if (self.path / name).is_file())

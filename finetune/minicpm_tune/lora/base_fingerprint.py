@@ -37,12 +37,14 @@ class BaseFingerprint:
         norms: Digest of the LLM's one-dimensional weights, rounded to bf16.
         linears: Digest of the first row of each of the LLM's matrices; None when they are quantized.
         quantization: How the base was held while the adapter was trained, such as ``4 bit``; or None.
+        downsample_mode: That of the adapter's training, for 4.6 and 4.7.
     """
 
     generation: str
     norms: str
     linears: str | None
     quantization: str | None = None
+    downsample_mode: str | None = None
 
     def has_same_weights(self, other: BaseFingerprint) -> bool:
         """Whether both come from one model; linear layers are compared where both know them."""

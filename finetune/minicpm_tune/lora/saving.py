@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.released_format import set_downsample_mode
 from minicpm_tune.checkpoints.weight_files import copy_tokenizer_files
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.lora.adapter_folders import CONFIG_FILE, WEIGHT_FILES
@@ -44,7 +46,12 @@ _SETTINGS_OF_PEFT_0_10 = frozenset(
 
 
 def complete_adapter_folder(
-    folder: Path, *, base: Path, generation: Generation, quant_bits: int | None = None
+    folder: Path,
+    *,
+    base: Path,
+    generation: Generation,
+    quant_bits: int | None = None,
+    downsample_mode: str | None = None,
 ) -> None:
     """Make a freshly saved adapter loadable by others, and identify its base model.
 
@@ -53,10 +60,14 @@ def complete_adapter_folder(
         base: The base model's folder.
         generation: The base model's generation.
         quant_bits: How the base was held in training; None for full precision.
+        downsample_mode: That of the training (4.6 and 4.7); the adapter is then used in the same mode.
     """
     held = None if quant_bits is None else f"{quant_bits} bit"
-    write_fingerprint(folder, fingerprint_of(base, generation, quantization=held))
+    fingerprint = fingerprint_of(base, generation, quantization=held)
+    write_fingerprint(folder, replace(fingerprint, downsample_mode=downsample_mode))
     copy_tokenizer_files(base, folder)
+    if downsample_mode is not None:
+        set_downsample_mode(folder, downsample_mode)
     _edit_config(folder, _remove_unneeded_settings)
 
 

@@ -22,6 +22,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
     quant_bits: int | None = None,
+    downsample_mode: str | None = None,
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -34,6 +35,7 @@ def load_model(
         dtype: What the weights are cast to while loading; by default what config.json names.
         attention: transformers' ``attn_implementation`` for the LLM.
         quant_bits: 4 or 8: the LLM's linear layers are quantized while loading. They compute in ``dtype``.
+        downsample_mode: 4.6 and 4.7: ``4x`` or ``16x``; by default what config.json says.
         cache_dir: Where a download goes; huggingface_hub's default when None.
         **kwargs: Handed to ``from_pretrained`` (``device_map``).
 
@@ -52,6 +54,8 @@ def load_model(
     quantization = loading_quantization(folder, generation, bits=quant_bits, compute_dtype=dtype)
     kind = model_class(generation)
     config = kind.config_class.from_pretrained(folder)
+    if downsample_mode is not None:
+        config.downsample_mode = downsample_mode
     kwargs |= loading_arguments(quantization, config)
     with reading(folder):
         model, report = kind.from_pretrained(

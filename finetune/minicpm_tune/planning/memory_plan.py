@@ -70,6 +70,7 @@ class Training:
         model_max_length: Tokens of a row.
         batch_size: Rows per GPU.
         max_slice_nums: Most slices of a row's image, the overview not counted.
+        downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None: the checkpoint's.
         tune_vision: Whether the vision tower trains.
         tune_resampler: Whether the resampler trains.
         gradient_checkpointing: Whether the backward computes activations again.
@@ -86,6 +87,7 @@ class Training:
     model_max_length: int = 2048
     batch_size: int = 1
     max_slice_nums: int = 9
+    downsample_mode: str | None = None
     tune_vision: bool = True
     tune_resampler: bool = True
     gradient_checkpointing: bool = True
@@ -165,7 +167,7 @@ def host_bytes(folder: Path, training: Training) -> int:
 
 def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Module:
     """The model on the meta device, with what trains marked."""
-    model: Any = build_on_meta(folder, generation)
+    model: Any = build_on_meta(folder, generation, downsample_mode=training.downsample_mode)
     model = model.to(DTYPES[training.precision])
     if training.method == "qlora":
         quantize_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])

@@ -56,11 +56,21 @@ class _Dequantized(torch.autograd.Function):
         return slope @ ctx.layer.values(), None
 
 
-def build_on_meta(folder: Path, generation: Generation) -> PreTrainedModel:
-    """Make the model that a config.json describes on the meta device."""
+def build_on_meta(
+    folder: Path, generation: Generation, *, downsample_mode: str | None = None
+) -> PreTrainedModel:
+    """Make the model that a config.json describes on the meta device.
+
+    Args:
+        folder: The model folder.
+        generation: Its generation.
+        downsample_mode: 4.6 and 4.7: replaces that of config.json.
+    """
     kind = model_class(generation)
     config = kind.config_class.from_pretrained(folder)
     config._attn_implementation = "sdpa"
+    if downsample_mode is not None:
+        config.downsample_mode = downsample_mode
     with torch.device("meta"):
         return kind(config)
 

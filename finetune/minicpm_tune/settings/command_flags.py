@@ -256,6 +256,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_num_frames", type=count, help="Most frames of a video. Unset: the generation's."
     )
+    group.add_argument(
+        "--downsample_mode", choices=["4x", "16x"],
+        help="MiniCPM-V 4.6 and 4.7: 4x sees four times the tokens of 16x. Unset: that of the adapter's training, "
+        "else the checkpoint's.",
+    )  # fmt: skip
     add_switch(
         group, "--allow_other_base", default=False, help="Use an adapter on a model it was not trained on."
     )

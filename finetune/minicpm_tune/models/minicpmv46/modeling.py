@@ -14,6 +14,7 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
 from minicpm_tune.batch import IGNORE_INDEX, NewFeatures, SliceSources
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
-from minicpm_tune.checkpoints.released_format import ReleasedModel
+from minicpm_tune.checkpoints.released_format import ReleasedModel, set_downsample_mode
 from minicpm_tune.models.attention import packed_mask
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
@@ -145,6 +146,14 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         runs = PlaceholderRuns.of(kinds, grids, mode=config.downsample_mode)
         embeddings, new = self._embed(input_ids, vision, runs)
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs)), new
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As ``ReleasedModel``; the processor's files then name the model's ``downsample_mode`` too."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            set_downsample_mode(Path(save_directory), self.config.downsample_mode)
 
     def _embed(
         self, input_ids: Tensor, vision: VisionInput, runs: PlaceholderRuns
