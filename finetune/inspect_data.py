@@ -3,26 +3,40 @@
     python inspect_data.py --model_name_or_path M --data_path D [--report report.html] [--json rows.json]
     [--show 0]
 
-Reads every row in parallel: problems by kind with row numbers, lengths, slices, what --model_max_length and
---max_slice_nums should be, how much of a batch is padding. The exit code is 1 when a row can't be used.
+Reads every row, in parallel, and reports problems by kind with row numbers, lengths, slices, what --model_max_length
+and --max_slice_nums should be, and how much of a batch is padding. The exit code is 1 when a row can't be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
+from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.settings.command_flags import CommandParser, add_fields
 from minicpm_tune.settings.command_line import flag_names
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.training.process_lifecycle import run_command
 
+if TYPE_CHECKING:
+    from dataset import SupervisedDataset
+    from minicpm_tune.planning.row_statistics import DataStatistics
+
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line; flags of training that say nothing about data are named and ignored."""
+    """Parse the command line. Flags of training that have nothing to do with data are named and ignored."""
     parser = CommandParser(prog="inspect_data.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model_name_or_path", required=True, help="The checkpoint: a folder or a hub id.")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="The model: a checkpoint's folder or a Hub id."
+    )
     parser.add_argument("--data_path", required=True, help="The rows, in any form that finetune.py takes.")
     parser.add_argument(
         "--per_device_train_batch_size",
@@ -30,45 +44,126 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         default=1,
         help="Rows in a batch, for the share of padding.",
     )
-    parser.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
+    parser.add_argument("--cache_dir", help="Where checkpoints from the Hub are kept.")
     names = {one.name for one in fields(DataArguments)} - {"data_path", "eval_data_path"}
     add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
     output = parser.add_argument_group("Output")
     output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
     output.add_argument(
         "--json",
-        help="Write a JSON file: a summary, and per row input_ids, labels, image_bound, tgt_sizes and the "
-        "SHA-256 of "
-        "each slice's uint8 pixels, or its problem.",
+        help="Write a JSON file: a summary, and of each row its input_ids, labels, image_bound, tgt_sizes and the "
+        "SHA-256 of each slice's uint8 pixels, or its problem.",
     )
     output.add_argument(
         "--show", type=int, nargs="+", default=[], metavar="N",
-        help="Only print these rows as the model will see them, numbered from 0 through all files: the "
-        "prompt with "
-        "placeholders folded, supervised text in [[ ]]. The slices go to sample_N.png in the current folder.",
+        help="Only print these rows as the model will see them: the prompt with placeholders folded and supervised "
+        "text in [[ ]]. The slices are drawn to sample_N.png in the current folder. Rows are numbered from 0, through "
+        "all files.",
     )  # fmt: skip
     output.add_argument(
-        "--workers", type=int, help="Processes that read rows. Unset: one per core, at most 16."
+        "--workers", type=int, help="Processes that read rows. Default: one per core, at most 16."
     )
+    parser.refuse_repeated(argv)
     values, rest = parser.parse_known_args(argv)
     parser.refuse_unknown(rest, also_known=flag_names())
     ignored = [word for word in rest if word.startswith("--")]
     if ignored:
-        sys.stderr.write(f"ignored, as they say nothing about data: {' '.join(ignored)}\n")
+        sys.stderr.write(f"ignored, because they have nothing to do with data: {' '.join(ignored)}\n")
     return values
 
 
 def main(argv: list[str]) -> int:
-    """Inspect a data set; give the exit code: 1 for rows that can't be used, or a mistake of the user's."""
-    return run_command(run, parse_flags(argv), interrupted="Interrupted.")
+    """Inspect a data set; the exit code is 1 for rows that can't be used, or for a user's mistake."""
+    return run_command(run, parse_flags(argv), interrupted="Interrupted; no report was written.")
 
 
 def run(values: argparse.Namespace) -> int:
-    """Do what the flags ask for; 1 when there are rows that can't be used."""
-    # Imported here: torch and transformers take seconds that --help need not wait for.
-    from minicpm_tune.planning.inspection import inspect
+    """Show the rows that are asked for, or report on all; 1 when some of them can't be used."""
+    rows = open_rows(values)
+    if values.show:
+        return int(not all([show(rows, index) for index in values.show]))
+    return int(report(rows, values).bad != [])
 
-    return min(inspect(values), 1)
+
+def open_rows(values: argparse.Namespace) -> SupervisedDataset:
+    """Open the rows with what the checkpoint says about text and images."""
+    # Imported here, as in the functions below: torch and transformers take seconds that --help need not wait for.
+    from dataset import SupervisedDataset
+    from minicpm_tune.checkpoints.model_folder import resolve_model_folder
+    from minicpm_tune.data.samples import load_processing
+
+    given = {one.name: getattr(values, one.name) for one in fields(DataArguments) if one.name in values}
+    arguments = DataArguments(**{**given, "model_max_length": values.model_max_length or None})
+    folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
+    return SupervisedDataset(values.data_path, load_processing(folder, arguments))
+
+
+def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistics:
+    """Measure every row, print the summary, and write the files that are asked for."""
+    from minicpm_tune.data.row_check import for_rows
+    from minicpm_tune.files import whole_file
+    from minicpm_tune.planning.data_report import as_html, as_text, summarize
+    from minicpm_tune.planning.row_statistics import collect, measure_row
+
+    measure = partial(measure_row, decode=values.check_images != "header", details=values.json is not None)
+    with ExitStack() as files:
+        # Opened before the work, so that a place that can't be written to is reported at once.
+        page = values.report and files.enter_context(whole_file(values.report, flag="--report"))
+        lines = values.json and files.enter_context(whole_file(values.json, flag="--json"))
+        facts = for_rows(
+            rows, range(rows.mixture.row_count), measure, title="inspecting", workers=values.workers
+        )
+        found = collect(facts, rows, write=_list_writer(lines) if lines else None)
+        summary = summarize(found, rows, batch_size=values.per_device_train_batch_size)
+        if lines:
+            lines.write(f'\n], "summary": {json.dumps(summary)}}}\n')
+        if page:
+            page.write(as_html(summary, found, rows))
+    sys.stdout.write(as_text(summary, found) + "\n")
+    return found
+
+
+def _list_writer(file: IO[str]) -> Callable[[str], None]:
+    """Writes rows into a JSON list as they come."""
+    before = chain(['{"rows": [\n'], repeat(",\n"))
+    return lambda line: file.write(next(before) + line)
+
+
+def show(rows: SupervisedDataset, index: int) -> bool:
+    """Print a row as the model will see it, and draw its slices.
+
+    Returns:
+        Whether it can be used.
+
+    Raises:
+        DataError: When there is no such row.
+    """
+    from minicpm_tune.batch import IGNORE_INDEX
+    from minicpm_tune.planning.sample_preview import contact_sheet, prompt_text
+
+    processing, count = rows.processing, rows.mixture.row_count
+    if not 0 <= index < count:
+        raise DataError(
+            f"--show {index}: expected a number from 0 to {count - 1}, as there are {count} rows."
+        )
+    try:
+        sample = processing.finish(rows.plan(index))
+    except RowError as error:
+        sys.stdout.write(f"{rows.describe(index, error)}\n")
+        return False
+    supervised = int((sample["labels"] != IGNORE_INDEX).sum())
+    sizes = ", ".join(f"{height} x {width}" for height, width in sample["tgt_sizes"].tolist())
+    sys.stdout.write(
+        f"--- row {index}: {len(sample['input_ids'])} tokens, {supervised} supervised, "
+        f"{len(sample['tgt_sizes'])} slices{sizes and f' ({sizes} patches)'}\n"
+        f"{prompt_text(sample, processing.tokenizer, processing.style)}\n"
+    )
+    sheet = contact_sheet(sample)
+    if sheet is not None:
+        path = Path(f"sample_{index}.png")
+        sheet.save(path)
+        sys.stdout.write(f"slices: {path}\n")
+    return True
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -110,8 +111,33 @@ def give_umask_mode(folder: Path) -> None:
         path.chmod(0o666 & ~_UMASK)
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+@contextmanager
+def whole_file(name: str, *, flag: str) -> Iterator[IO[str]]:
+    """Write a text file under another name first; it gets its own name when it is whole.
+
+    Args:
+        name: The file that the user named.
+        flag: The flag it was named with.
+
+    Raises:
+        OutputError: When the system refuses to write; what was written is removed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise OutputError(f"{flag} {name}: found a folder, expected a file. Name a file in it.")
+    partial = _partial(path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise _refused(path, error, flag) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _refused(folder: Path, error: Exception, flag: str) -> OutputError:

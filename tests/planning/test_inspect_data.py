@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 
 from dataset import SupervisedDataset
-from inspect_data import parse_flags
+from inspect_data import open_rows, parse_flags, report
+from inspect_data import run as inspect
 from minicpm_tune.errors import DataError
-from minicpm_tune.planning.data_facts import padding_shares, pixel_hashes
-from minicpm_tune.planning.inspection import contact_sheet, inspect, open_data, slice_images, survey
+from minicpm_tune.files import OutputError
+from minicpm_tune.planning.data_report import summarize
+from minicpm_tune.planning.row_statistics import padding_shares, pixel_hashes
+from minicpm_tune.planning.sample_preview import contact_sheet, slice_images
 from support import processes
 from support.data_helpers import chat, checkpoint_folder, processing, write_rows
 from support.paths import FINETUNE, IMAGES
@@ -29,14 +32,19 @@ def flags(path, *more, name="v2_6"):
     )
 
 
+def survey(path, *more, name="v2_6"):
+    values = flags(path, *more, name=name)
+    rows = open_rows(values)
+    found = report(rows, values)
+    return rows, found, summarize(found, rows, batch_size=values.per_device_train_batch_size)
+
+
 GOOD = [row(0), row(1, "big"), {"id": 2, "conversations": chat("Hi", "Yes.")}, row(3, "wide", "A dog. " * 30)]
 BAD = [{"id": "role", "conversations": [{"role": "cat"}]}, {**row("gone"), "image": "gone.png"}]
 
 
 def test_good_rows_are_counted_and_measured(tmp_path):
-    values = flags(write_rows(tmp_path, GOOD), "--per_device_train_batch_size", "2")
-    rows = open_data(values)
-    found, summary = survey(rows, values)
+    rows, found, summary = survey(write_rows(tmp_path, GOOD), "--per_device_train_batch_size", "2")
     lengths = [len(rows[index]["input_ids"]) for index in range(4)]
     assert found.column("length").tolist() == lengths
     assert found.lengths[:, -1].tolist() == lengths
@@ -53,7 +61,7 @@ def test_good_rows_are_counted_and_measured(tmp_path):
 def test_lengths_by_limit_are_those_of_samples_made_with_it(tmp_path):
     for name in ("v2", "v2_6", "v4_6"):
         path = write_rows(tmp_path, GOOD)
-        found, _ = survey(open_data(flags(path, name=name)), flags(path, name=name))
+        _, found, _ = survey(path, name=name)
         for limit in (1, 2, 4):
             limited = SupervisedDataset(path, processing(name, max_slice_nums=limit))
             expected = [len(limited[index]["input_ids"]) for index in range(4)]
@@ -62,15 +70,16 @@ def test_lengths_by_limit_are_those_of_samples_made_with_it(tmp_path):
 
 def test_bad_rows_are_listed_by_kind_and_make_the_exit_code(tmp_path, capsys):
     path = write_rows(tmp_path, GOOD + BAD)
-    report = tmp_path / "report.html"
-    assert inspect(flags(path, "--report", str(report))) == 2
+    page_file = tmp_path / "report.html"
+    assert inspect(flags(path, "--report", str(page_file))) == 1
     text = capsys.readouterr().out
     assert "1 role: rows 4" in text
     assert "1 missing image: rows 5" in text
     assert f"{path}: row 4 (id 'role'): turn 0 has role 'cat'" in text
-    page = report.read_text()
+    page = page_file.read_text()
     assert page.count("<svg") == 5
-    assert "2 rows can&#x27;t be used" in page.replace("can't", "can&#x27;t")
+    assert "<h2 class='bad'>2 rows can't be used</h2>" in page
+    assert "<td class='text'>turn 0 has role &#x27;cat&#x27;" in page
     assert inspect(flags(write_rows(tmp_path, GOOD))) == 0
 
 
@@ -104,9 +113,9 @@ def test_the_json_file_holds_every_sample(tmp_path):
 
 def test_the_flags_of_training_decide_what_is_bad(tmp_path):
     path = write_rows(tmp_path, GOOD)
-    assert inspect(flags(path, "--model_max_length", "60")) == 2
+    assert inspect(flags(path, "--model_max_length", "60")) == 1
     assert inspect(flags(path, "--model_max_length", "60", "--overlength", "drop")) == 0
-    assert inspect(flags(path, "--model_max_length", "60", "--overlength", "error")) == 2
+    assert inspect(flags(path, "--model_max_length", "60", "--overlength", "error")) == 1
     assert inspect(flags(path, "--max_slice_nums", "1", "--model_max_length", "60")) == 0
 
 
@@ -122,7 +131,7 @@ def test_show_prints_the_prompt_and_draws_the_slices(tmp_path, capsys, monkeypat
         assert sheet.width > 1000
     assert not (tmp_path / "sample_2.png").exists()
     assert inspect(flags(path, "--show", "4")) == 1
-    with pytest.raises(DataError, match="--show 9: found 6 rows"):
+    with pytest.raises(DataError, match="--show 9: expected a number from 0 to 5, as there are 6 rows"):
         inspect(flags(path, "--show", "9"))
 
 
@@ -152,7 +161,7 @@ def test_a_misspelled_flag_is_named_and_flags_of_training_are_known(tmp_path, ca
         flags(path, "--model_max_lenght", "100")
     assert "unknown flag --model_max_lenght; did you mean --model_max_length?" in capsys.readouterr().err
     flags(path, "--lora_r=8", "--evaluation_strategy", "no", "--gradient_checkpointing", "true", "--bf16")
-    assert "say nothing about data: --lora_r=8 --evaluation_strategy" in capsys.readouterr().err
+    assert "have nothing to do with data: --lora_r=8 --evaluation_strategy" in capsys.readouterr().err
 
 
 def run(*arguments, cwd):
@@ -171,7 +180,7 @@ def test_the_command_gives_an_exit_code_and_ignores_flags_of_training(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert "ignored, as they say nothing about data: --learning_rate" in done.stderr
+    assert "ignored, because they have nothing to do with data: --learning_rate" in done.stderr
     assert "bad          1" in done.stdout
     assert "Traceback" not in done.stderr
     shown = run("--help", cwd=tmp_path)

@@ -1,40 +1,67 @@
-"""What ``inspect_data.py`` says about a data set: a summary in text and as JSON, and a page to look at."""
+"""What ``inspect_data.py`` reports of a data set: a summary as text and as JSON, and an HTML page."""
 
 from __future__ import annotations
 
 import html
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from minicpm_tune.data.samples import TrainingRows
-from minicpm_tune.planning.data_facts import DataFacts, padding_shares, recommended_length, recommended_slices
+from minicpm_tune.planning.row_statistics import (
+    DataStatistics,
+    padding_shares,
+    recommended_length,
+    recommended_slices,
+    samples_per_epoch,
+    token_zero,
+)
 
-_PERCENTS = (0, 50, 90, 99, 100)
+_PERCENTS = {0: "min", 50: "median", 90: "90 %", 99: "99 %", 100: "max"}
+_SPREADS = {
+    "tokens": "tokens",
+    "text_tokens": "text tokens",
+    "image_tokens": "image tokens",
+    "supervised_tokens": "supervised tokens",
+    "slices": "slices",
+}
 _BARS = 40
 _SHOWN_ROWS = 20
+_LISTED_ROWS = 1000
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222;
-} table { border-collapse: collapse; margin: .6em 0 1.4em; } td, th { border-bottom: 1px solid #ddd; padding:
-.25em .8em; text-align: right; } td:first-child, th:first-child, td.text { text-align: left; } svg {
-background: #fafafa; border: 1px solid #ddd; margin: .3em 1em 1em 0; } .bad { color: #b00020; }
+:root { color-scheme: light dark; --line: #d8d8d8; --soft: #f6f6f6; --bar: #4477aa; --bad: #b00020; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #222; --bar: #7aa6d6; --bad: #ff6b81; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin: 1.8em 0 .4em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .4em 0 1em; }
+td, th { border-bottom: 1px solid var(--line); padding: .3em .8em; text-align: left; vertical-align: top; }
+td:first-child, th:first-child { padding-left: 0; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.text { min-width: 12em; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr)); gap: 1em; }
+figure { margin: 0; } figcaption { font-size: .9em; }
+svg { display: block; width: 100%; height: auto; background: var(--soft); border: 1px solid var(--line); }
+svg text { fill: currentColor; font-size: 12px; } .bar { fill: var(--bar); } .mark { stroke: var(--bad); }
+.bad { color: var(--bad); }
 """
 
 
-def summarize(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
+def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
     """Everything that is known of all rows, as plain values.
 
     Args:
-        found: What was seen in the rows.
+        found: What was found in the rows.
         rows: The data set.
         batch_size: Rows that are padded to the same length.
     """
     limit = rows.processing.arguments.model_max_length
-    length = found.column("length")
-    kept = length if limit is None else np.minimum(length, limit)
-    over = int((length > limit).sum()) if limit is not None else 0
-    shares = padding_shares(kept, batch_size=batch_size, capacity=limit)
+    length, kept = found.column("length"), found.column("kept")
+    shares = padding_shares(kept[kept > 0], batch_size=batch_size, capacity=limit)
+    samples, tokens = samples_per_epoch(found, rows)
     return {
         "generation": rows.processing.generation.title,
         "rows": found.row_count,
@@ -43,7 +70,7 @@ def summarize(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[
         "problems": dict(found.kinds.most_common()),
         "dropped_as_over_long": found.dropped,
         "cut_by_model_max_length": found.cut,
-        "over_model_max_length": over,
+        "over_model_max_length": 0 if limit is None else int((length > limit).sum()),
         "model_max_length": limit,
         "with_pictures": int((found.column("pictures") > 0).sum()),
         "text_only": int((found.column("pictures") == 0).sum()),
@@ -52,63 +79,43 @@ def summarize(found: DataFacts, rows: TrainingRows, *, batch_size: int) -> dict[
         "text_tokens": _spread(length - found.column("image_tokens")),
         "supervised_tokens": _spread(found.column("supervised")),
         "slices": _spread(found.column("slices")),
-        "samples_per_epoch": len(rows),
-        "tokens_per_epoch": _tokens_per_epoch(found, rows, kept),
+        "samples_per_epoch": samples,
+        "tokens_per_epoch": tokens,
         "recommended_model_max_length": recommended_length(found),
         "recommended_max_slice_nums": recommended_slices(found, limit),
         "padding_share": round(shares["plain"], 4),
         "padding_share_packed": round(shares["packed"], 4),
         "batch_size": batch_size,
+        "token_id_0": token_zero(rows.processing.tokenizer),
+        "rows_with_token_id_0": int(found.column("token_zero").sum()),
     }
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
-    middle = np.percentile(values, _PERCENTS, method="nearest").tolist()
-    return {**{f"{percent}%": value for percent, value in zip(_PERCENTS, middle, strict=True)},
-            "mean": round(float(values.mean()), 1), "sum": int(values.sum(dtype=np.int64))}  # fmt: skip
+    found = np.percentile(values, list(_PERCENTS), method="nearest").tolist()
+    spread = {f"{percent}%": value for percent, value in zip(_PERCENTS, found, strict=True)}
+    return {**spread, "mean": round(float(values.mean()), 1), "sum": int(values.sum(dtype=np.int64))}
 
 
-def _tokens_per_epoch(found: DataFacts, rows: TrainingRows, kept: np.ndarray) -> int:
-    source = found.column("source")
-    total = 0.0
-    for number, one in enumerate(rows.mixture.files):
-        mine = kept[source == number]
-        if len(mine):
-            total += mine.sum(dtype=np.int64) / len(one.rows) * one.samples
-    return round(total)
-
-
-def as_text(summary: dict[str, Any], found: DataFacts) -> str:
+def as_text(summary: dict[str, Any], found: DataStatistics) -> str:
     """The summary for the terminal."""
     lines = [
         f"model        {summary['generation']}",
-        f"rows         {summary['rows']} ({summary['with_pictures']} with pictures, {summary['text_only']} "
-        "text only)",
-        f"usable       {summary['usable']} ({summary['cut_by_model_max_length']} cut at --model_max_length "
-        f"{summary['model_max_length']}, {summary['dropped_as_over_long']} more dropped)",
+        f"rows         {summary['rows']} ({summary['with_pictures']} with pictures, {summary['text_only']} text only)",
+        f"usable       {summary['usable']} ({_cut_and_dropped(summary)})",
         f"bad          {summary['bad']}",
     ]
     lines += [f"  {count:7} {kind}: {_rows_with(found, kind)}" for kind, count in summary["problems"].items()]
-    heads = "".join(f"{percent:7} %" for percent in _PERCENTS)
-    lines += ["", f"per row      {heads}     mean          sum"]
-    for name in ("tokens", "text_tokens", "image_tokens", "supervised_tokens", "slices"):
-        spread = summary[name]
-        if spread:
-            cells = "".join(f"{spread[f'{percent}%']:9}" for percent in _PERCENTS)
-            lines.append(f"{name.replace('_tokens', ''):12} {cells} {spread['mean']:8} {spread['sum']:12}")
     lines += [
         "",
-        f"longer than --model_max_length {summary['model_max_length']}: {summary['over_model_max_length']} "
-        "rows",
-        f"recommended  --model_max_length {summary['recommended_model_max_length']} (99 % of the rows whole) "
-        f"--max_slice_nums {summary['recommended_max_slice_nums']}",
-        f"padding      {summary['padding_share']:.1%} with --per_device_train_batch_size "
-        f"{summary['batch_size']}, "
-        f"{summary['padding_share_packed']:.1%} with --packing true",
-        f"an epoch     {summary['samples_per_epoch']} samples, {summary['tokens_per_epoch']} tokens",
+        f"{'per row':18}" + "".join(f"{head:>9}" for head in (*_PERCENTS.values(), "mean")) + f"{'sum':>14}",
     ]
+    for name, title in _SPREADS.items():
+        *cells, total = summary[name].values() or (0,)
+        lines += [f"{title:18}" + "".join(f"{cell:9}" for cell in cells) + f"{total:14}"] if cells else []
+    lines += ["", *(f"{title:13}{text}" for title, text in _advice(summary))]
     if found.bad:
         lines += ["", *(str(bad) for bad in found.bad[:_SHOWN_ROWS])]
         more = len(found.bad) - _SHOWN_ROWS
@@ -116,8 +123,49 @@ def as_text(summary: dict[str, Any], found: DataFacts) -> str:
     return "\n".join(lines)
 
 
-def _rows_with(found: DataFacts, kind: str) -> str:
-    """Row numbers with a problem, by file."""
+def _cut_and_dropped(summary: dict[str, Any]) -> str:
+    cut = f"{summary['cut_by_model_max_length']} of them cut at --model_max_length {summary['model_max_length']}"
+    return f"{cut}, {summary['dropped_as_over_long']} more dropped"
+
+
+def _advice(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What follows for a training: title and text of each line."""
+    lines = []
+    if summary["over_model_max_length"]:
+        lines.append(
+            (
+                "over-long",
+                f"{summary['over_model_max_length']} rows are longer than --model_max_length "
+                f"{summary['model_max_length']}: raise it, or use --overlength shrink_slices, which cuts the images of "
+                "such rows into fewer slices",
+            )
+        )
+    lines += [
+        (
+            "recommended",
+            f"--model_max_length {summary['recommended_model_max_length']} (99 % of the rows whole) "
+            f"--max_slice_nums {summary['recommended_max_slice_nums']}",
+        ),
+        (
+            "padding",
+            f"{summary['padding_share']:.1%} with --per_device_train_batch_size {summary['batch_size']}, "
+            f"{summary['padding_share_packed']:.1%} with --packing true",
+        ),
+        ("an epoch", f"{summary['samples_per_epoch']} samples, {summary['tokens_per_epoch']} tokens"),
+    ]
+    if summary["rows_with_token_id_0"]:
+        lines.append(
+            (
+                "token id 0",
+                f"{summary['rows_with_token_id_0']} rows hold {summary['token_id_0']!r}, which the released chat() "
+                "hides from the model in prompts and drops from answers",
+            )
+        )
+    return lines
+
+
+def _rows_with(found: DataStatistics, kind: str) -> str:
+    """Numbers of the rows with a problem, by file."""
     numbers = defaultdict(list)
     for bad in found.bad:
         if bad.kind == kind:
@@ -129,45 +177,72 @@ def _rows_with(found: DataFacts, kind: str) -> str:
     return "; ".join(parts)
 
 
-def as_html(summary: dict[str, Any], found: DataFacts, rows: TrainingRows) -> str:
+def as_html(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows) -> str:
     """The summary as a page of its own, with histograms."""
-    length = found.column("length")
-    limit = rows.processing.arguments.model_max_length
+    length, images = found.column("length"), found.column("image_tokens")
     charts = [
-        _histogram("tokens per row", length, mark=limit),
-        _histogram("text tokens per row", length - found.column("image_tokens")),
-        _histogram("image tokens per row", found.column("image_tokens")),
+        _histogram("tokens per row", length, mark=rows.processing.arguments.model_max_length),
+        _histogram("text tokens per row", length - images),
+        _histogram("image tokens per row", images),
         _histogram("supervised tokens per row", found.column("supervised")),
         _histogram("slices per row", found.column("slices")),
     ]
-    plain = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
-    spreads = [(key, value) for key, value in summary.items() if isinstance(value, dict) and "mean" in value]
+    counts = [
+        ("model", summary["generation"]),
+        ("rows", f"{summary['rows']:,}"),
+        ("with pictures", f"{summary['with_pictures']:,}"),
+        ("text only", f"{summary['text_only']:,}"),
+        ("usable", f"{summary['usable']:,} ({_cut_and_dropped(summary)})"),
+        ("bad", f"{summary['bad']:,}"),
+    ]
+    spreads = [(title, *summary[name].values()) for name, title in _SPREADS.items() if summary[name]]
     parts = [
-        f"<!doctype html><meta charset='utf-8'><title>Data report</title><style>{_STYLE}</style>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>Data report</title><style>{_STYLE}</style>",
         f"<h1>{_escaped(', '.join(rows.mixture.names))}</h1>",
-        _table([("", "")], [(key.replace("_", " "), value) for key, value in plain]),
+        _table((), counts),
+        "<h2>For the training</h2>",
+        _table((), _advice(summary)),
         "<h2>Per row</h2>",
-        _table([("", *(f"{percent} %" for percent in _PERCENTS), "mean", "sum")],
-               [(key.replace("_", " "), *value.values()) for key, value in spreads]),
-        *charts,
-    ]  # fmt: skip
+        _table(("", *_PERCENTS.values(), "mean", "sum"), spreads),
+        f"<div class='charts'>{''.join(charts)}</div>",
+    ]
     if found.bad:
-        parts.append(f"<h2 class='bad'>{len(found.bad)} rows can't be used</h2>")
-        parts.append(_table([("problem", "rows")], list(summary["problems"].items())))
-        listed = [
-            (bad.file, bad.row, bad.id if bad.id is not None else "", bad.reason) for bad in found.bad[:1000]
-        ]
-        parts.append(_table([("file", "row", "id", "reason")], listed))
+        parts.append(f"<h2 class='bad'>{len(found.bad):,} rows can't be used</h2>")
+        parts.append(_table(("problem", "rows"), list(summary["problems"].items())))
+        listed = found.bad[:_LISTED_ROWS]
+        lines = [(bad.file, bad.row, "" if bad.id is None else str(bad.id), bad.reason) for bad in listed]
+        parts.append(_table(("file", "row", "id", "reason"), lines))
+        if len(found.bad) > _LISTED_ROWS:
+            parts.append(f"<p>... and {len(found.bad) - _LISTED_ROWS:,} more; --json lists all.</p>")
     return "\n".join(parts)
 
 
-def _table(head: list[tuple[Any, ...]], body: list[tuple[Any, ...]]) -> str:
-    lines = ["<table>"]
-    for tag, lists in (("th", head), ("td", body)):
-        for row in lists:
-            if any(str(cell) for cell in row):
-                lines.append("<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in row) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+    """A table that scrolls within the page where it is too wide; numbers are set to the right."""
+    numeric = [isinstance(cell, (int, float)) for cell in body[0]] if body else []
+    lines = ["<div class='wide'><table>"]
+    for tag, rows in (("th", [head] if head else []), ("td", body)):
+        for row in rows:
+            cells = (
+                f"<{tag}{_kind(column, row, numeric)}>{_shown(cell)}</{tag}>"
+                for column, cell in enumerate(row)
+            )
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</table></div>"])
+
+
+def _kind(column: int, row: Sequence[Any], numeric: Sequence[bool]) -> str:
+    if numeric and numeric[column]:
+        return " class='number'"
+    return " class='text'" if column == len(row) - 1 else ""
+
+
+def _shown(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.1f}"
+    return f"{cell:,}" if isinstance(cell, int) else _escaped(cell)
 
 
 def _histogram(title: str, values: np.ndarray, *, mark: int | None = None) -> str:
@@ -176,23 +251,24 @@ def _histogram(title: str, values: np.ndarray, *, mark: int | None = None) -> st
         return ""
     top = int(max(values.max(), 1))
     counts, edges = np.histogram(values, bins=min(_BARS, top + 1), range=(0, top + 1))
-    width, height, left = 440, 150, 8
+    width, height, left = 440, 130, 8
     step = (width - 2 * left) / len(counts)
     bars = "".join(
-        f"<rect x='{left + index * step:.1f}' y='{height - 22 - count / counts.max() * 100:.1f}' "
-        f"width='{max(step - 1, 1):.1f}' height='{count / counts.max() * 100:.1f}' fill='#4477aa'>"
+        f"<rect class='bar' x='{left + index * step:.1f}' y='{height - 22 - count / counts.max() * 100:.1f}' "
+        f"width='{max(step - 1, 1):.1f}' height='{count / counts.max() * 100:.1f}'>"
         f"<title>{edges[index]:.0f} to {edges[index + 1]:.0f}: {count} rows</title></rect>"
         for index, count in enumerate(counts)
     )
-    line = ""
+    line, note = "", ""
     if mark is not None and mark <= top:
         place = left + mark / (top + 1) * (width - 2 * left)
-        line = f"<line x1='{place:.1f}' x2='{place:.1f}' y1='24' y2='{height - 22}' stroke='#b00020'/>"
+        line = f"<line class='mark' x1='{place:.1f}' x2='{place:.1f}' y1='4' y2='{height - 22}'/>"
+        note = f"; the line is --model_max_length {mark:,}"
     return (
-        f"<svg width='{width}' height='{height}' role='img'><text x='{left}' "
-        f"y='16'>{_escaped(title)}</text>{bars}{line}"
-        f"<text x='{left}' y='{height - 6}' font-size='12'>0</text>"
-        f"<text x='{width - left}' y='{height - 6}' font-size='12' text-anchor='end'>{top}</text></svg>"
+        f"<figure><figcaption>{_escaped(title)}{note}</figcaption>"
+        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{_escaped(title)}'>{bars}{line}"
+        f"<text x='{left}' y='{height - 6}'>0</text>"
+        f"<text x='{width - left}' y='{height - 6}' text-anchor='end'>{top:,}</text></svg></figure>"
     )
 
 

@@ -1,4 +1,4 @@
-"""What ``inspect_data.py`` finds out about each row, and about all of them.
+"""What ``inspect_data.py`` measures in each row, and what follows for the whole data set.
 
 Shapes: N rows, M the highest limit of slices.
 """
@@ -9,10 +9,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
@@ -22,16 +23,20 @@ from minicpm_tune.data.samples import Plan, TrainingRows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
 
-COLUMNS = ("length", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source")
+# What is measured in a row. ``length``: tokens before --model_max_length applies; ``kept``: tokens that training sees,
+# 0 when the row can't be used; ``token_zero``: 1 when the text holds token id 0.
+COLUMNS = (
+    "length", "kept", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source", "token_zero",
+)  # fmt: skip
 _PACKING_WINDOW = 4096
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What was seen in a row.
+    """What was found in a row.
 
     Attributes:
-        numbers: One integer for each of ``COLUMNS``; lengths are those before any cut.
+        numbers: One integer for each of ``COLUMNS``; None for a row that no --model_max_length makes usable.
         lengths: Tokens of the whole row with at most 1, 2, ... M slices per image.
         bad: The problem, if the row has one.
         dropped: Whether the user asked to leave such rows out.
@@ -47,8 +52,8 @@ class RowFacts:
     details: str | None = None
 
 
-def examine(rows: TrainingRows, index: int, *, decode: bool, details: bool) -> RowFacts:
-    """Look at one row.
+def measure_row(rows: TrainingRows, index: int, *, decode: bool, details: bool) -> RowFacts:
+    """Measure one row.
 
     Args:
         rows: The data set.
@@ -56,45 +61,56 @@ def examine(rows: TrainingRows, index: int, *, decode: bool, details: bool) -> R
         decode: Whether its images and videos are decoded.
         details: Whether ``RowFacts.details`` is filled in (which decodes, too).
     """
+    processing = rows.processing
     facts = RowFacts()
     try:
         row = rows.parse(index)
-        pictures = rows.open_media(index, row.sources)
-        whole = rows.processing.whole_plan(row.turns, pictures)
-        limit = rows.processing.arguments.model_max_length
-        cut = limit is not None and len(whole.encoded.input_ids) > limit
-        plan = whole if cut else rows.processing.fit(whole)
-        facts = RowFacts(_numbers(rows, index, whole), _lengths(rows, whole), cut=cut)
-        plan = rows.processing.fit(whole) if cut else plan
-        if details:
-            return _with(facts, details=_details(rows, index, rows.processing.finish(plan)))
-        if decode:
-            for picture in plan.pictures:
-                for _ in picture.frames():
-                    pass
+        whole = processing.whole_plan(row.turns, rows.open_media(index, row.sources))
+        limit = processing.arguments.model_max_length
+        over = limit is not None and len(whole.encoded.input_ids) > limit
+        if (
+            over and whole.encoded.supervised
+        ):  # whatever --overlength makes of it, a larger limit would hold it
+            facts = RowFacts(_numbers(rows, index, whole, kept=0), _lengths(rows, whole))
+        plan = processing.fit(whole)
+        facts = RowFacts()  # what can go wrong from here on is not a matter of length
+        line = _details(rows, index, processing.finish(plan)) if details else None
+        if decode and not details:
+            _decode(plan)
     except RowError as error:
         bad = rows.describe(index, error)
         line = json.dumps({**asdict(bad), "ok": False}, default=str) if details else None
-        return _with(facts, bad=bad, dropped=isinstance(error, DroppedRowError), details=line)
-    return facts
+        return replace(facts, bad=bad, dropped=isinstance(error, DroppedRowError), details=line)
+    kept = len(plan.encoded.input_ids)
+    return RowFacts(_numbers(rows, index, whole, kept=kept), _lengths(rows, whole), cut=over, details=line)
 
 
-def _with(facts: RowFacts, **changes: Any) -> RowFacts:
-    return RowFacts(**{**facts.__dict__, **changes})
+def _decode(plan: Plan) -> None:
+    for picture in plan.pictures:
+        for _ in picture.frames():
+            pass
 
 
-def _numbers(rows: TrainingRows, index: int, plan: Plan) -> tuple[int, ...]:
+def _numbers(rows: TrainingRows, index: int, plan: Plan, *, kept: int) -> tuple[int, ...]:
     encoded = plan.encoded
-    cells = [layout.count for frames in plan.layouts for layout in frames]
+    slices = [layout.count for frames in plan.layouts for layout in frames]
     return (
         len(encoded.input_ids),
+        kept,
         sum(end - start for start, end in encoded.media_spans),
         encoded.supervised,
         len(plan.pictures),
-        sum(cells),
-        max((count - 1 for count in cells), default=0),
+        sum(slices),
+        max((count - 1 for count in slices), default=0),
         rows.mixture.origin(index)[0],
+        int(0 in encoded.input_ids and token_zero(rows.processing.tokenizer) is not None),
     )
+
+
+def token_zero(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The text of token id 0; None where it is a special token, which no text holds."""
+    text = tokenizer.convert_ids_to_tokens(0)
+    return None if 0 in tokenizer.added_tokens_decoder or 0 in tokenizer.all_special_ids else str(text)
 
 
 def _lengths(rows: TrainingRows, plan: Plan) -> tuple[int, ...]:
@@ -129,17 +145,16 @@ def _details(rows: TrainingRows, index: int, sample: Sample) -> str:
     """The row as the model will see it, as one line of JSON."""
     source, row = rows.mixture.origin(index)
     value = rows.mixture.read(index)
+    tensors: dict[str, Any] = dict(sample)
+    keys = ("input_ids", "labels", "image_bound", "tgt_sizes", "temporal_ids", "mm_token_type_ids")
     entry = {
         "file": rows.mixture.names[source],
         "row": row,
         "id": value.get("id") if isinstance(value, dict) else None,
         "ok": True,
-        **{key: sample[key].tolist() for key in ("input_ids", "labels", "image_bound", "tgt_sizes")},
+        **{key: tensors[key].tolist() for key in keys if key in tensors},
         "pixels": pixel_hashes(sample),
     }
-    for key in ("temporal_ids", "mm_token_type_ids"):
-        if key in sample:
-            entry[key] = sample[key].tolist()
     return json.dumps(entry, default=str)
 
 
@@ -156,12 +171,12 @@ def pixel_hashes(sample: Sample) -> list[dict[str, Any]]:
 
 
 @dataclass
-class DataFacts:
-    """What was seen in all rows.
+class DataStatistics:
+    """What was found in all rows.
 
     Attributes:
-        numbers: ``COLUMNS`` of the rows that could be read, int32 ``[N, 7]``.
-        lengths: Their lengths by the limit of slices, int32 ``[N, M]``.
+        numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 9].
+        lengths: Their lengths by the limit of slices, int32 [N, M].
         bad: Rows with problems.
         kinds: How many there are of each kind.
         row_count: All rows.
@@ -180,14 +195,14 @@ class DataFacts:
     cut: int = 0
 
     def column(self, name: str) -> np.ndarray:
-        """One of ``COLUMNS`` of all rows that could be read."""
+        """One of ``COLUMNS``, int32 [N]."""
         return self.numbers[:, COLUMNS.index(name)]
 
 
-def gather(
+def collect(
     facts: Iterable[RowFacts], rows: TrainingRows, *, write: Callable[[str], None] | None
-) -> DataFacts:
-    """Put the rows' facts together; only numbers are kept of them.
+) -> DataStatistics:
+    """Put the rows' facts together, keeping only numbers of the good ones.
 
     Args:
         facts: Every row's facts, in order.
@@ -195,14 +210,14 @@ def gather(
         write: Takes each row's details, when there are any.
     """
     count, most = rows.mixture.row_count, rows.processing.rules.max_slice_nums
-    found = DataFacts(
+    found = DataStatistics(
         np.zeros((count, len(COLUMNS)), np.int32), np.zeros((count, most), np.int32), row_count=count
     )
-    used = 0
+    measured = 0
     for one in facts:
         if one.numbers is not None:
-            found.numbers[used], found.lengths[used] = one.numbers, one.lengths
-            used += 1
+            found.numbers[measured], found.lengths[measured] = one.numbers, one.lengths
+            measured += 1
         if one.dropped:
             found.dropped += 1
         elif one.bad is not None:
@@ -213,37 +228,52 @@ def gather(
             found.cut += one.cut
         if write is not None and one.details is not None:
             write(one.details)
-    found.numbers, found.lengths = found.numbers[:used], found.lengths[:used]
+    found.numbers, found.lengths = found.numbers[:measured], found.lengths[:measured]
     return found
 
 
-def recommended_length(found: DataFacts) -> int:
+def samples_per_epoch(found: DataStatistics, rows: TrainingRows) -> tuple[int, int]:
+    """Samples of an epoch that contribute, and the tokens they have after ``--model_max_length``.
+
+    Where a file gives another number of samples than it has rows, both are what is expected on average.
+    """
+    kept, source = found.column("kept"), found.column("source")
+    samples = tokens = 0.0
+    for number, file in enumerate(rows.mixture.files):
+        own = kept[source == number]
+        times = file.samples / len(file.rows)
+        samples += times * np.count_nonzero(own)
+        tokens += times * own.sum(dtype=np.int64)
+    return round(samples), round(tokens)
+
+
+def recommended_length(found: DataStatistics) -> int:
     """The shortest ``--model_max_length``, in steps of 64 tokens, that holds 99 % of the rows whole."""
     if not len(found.numbers):
         return 64
     return max(int(-(-np.percentile(found.column("length"), 99, method="higher") // 64) * 64), 64)
 
 
-def recommended_slices(found: DataFacts, limit: int | None) -> int:
-    """The largest limit of slices of use: 1 % of the rows reach it, and with it 99 % fit ``limit``."""
+def recommended_slices(found: DataStatistics, limit: int | None) -> int:
+    """The largest useful limit of slices: 1 % of the rows reach it, and with it 99 % fit ``limit`` tokens."""
     if not len(found.numbers):
         return 1
-    of_use = max(int(np.percentile(found.column("most_slices"), 99, method="higher")), 1)
+    reached = max(int(np.percentile(found.column("most_slices"), 99, method="higher")), 1)
     if limit is None:
-        return of_use
+        return reached
     fitting = (found.lengths <= limit).mean(axis=0) >= 0.99
     if not fitting.any():  # then the text alone is too long
-        return of_use
-    return min(of_use, int(fitting.nonzero()[0].max()) + 1)
+        return reached
+    return min(reached, int(fitting.nonzero()[0].max()) + 1)
 
 
 def padding_shares(lengths: np.ndarray, *, batch_size: int, capacity: int | None) -> dict[str, float]:
-    """The expected share of padding, with every sample in a row of its own and with packing.
+    """The expected share of padding, with one sample per row and with packing.
 
     Args:
         lengths: The samples' lengths, in tokens.
         batch_size: Rows that are padded to the same length.
-        capacity: Longest packed row; ``None`` takes the longest sample.
+        capacity: Longest packed row; None takes the longest sample.
 
     Returns:
         ``plain`` and ``packed``, each between 0 and 1.
