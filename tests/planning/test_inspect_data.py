@@ -119,6 +119,79 @@ def test_the_flags_of_training_decide_what_is_bad(tmp_path):
     assert inspect(flags(path, "--max_slice_nums", "1", "--model_max_length", "60")) == 0
 
 
+def test_bad_rows_count_neither_in_an_epoch_nor_in_what_is_recommended(tmp_path, capsys):
+    unusable = [
+        {
+            "id": "long",
+            "conversations": [
+                *chat("word " * 3000, "Yes.")[:1],
+                {"role": "assistant", "content": "Yes.", "loss": False},
+            ],
+        },
+        {**row("gone"), "image": "gone.png", "conversations": chat("word " * 3000, "Yes.")},
+    ]
+    _, found, summary = survey(write_rows(tmp_path, GOOD + unusable), "--model_max_length", "0")
+    _, _, expected = survey(write_rows(tmp_path, GOOD), "--model_max_length", "0")
+    assert (summary["bad"], len(found.numbers)) == (2, 4)
+    for name in ("recommended_model_max_length", "samples_per_epoch", "tokens_per_epoch", "tokens"):
+        assert summary[name] == expected[name], name
+    assert "an epoch     4 samples, " in capsys.readouterr().out
+
+
+def test_a_row_that_is_only_too_long_counts_in_the_recommended_length(tmp_path, capsys):
+    long = row("long", answer="A dog. " * 200)
+    lengths = {}
+    for how in ("truncate", "drop", "error"):
+        _, found, summary = survey(
+            write_rows(tmp_path, [*GOOD, long]), "--model_max_length", "100", "--overlength", how
+        )
+        lengths[how] = summary["recommended_model_max_length"]
+        assert summary["samples_per_epoch"] == found.usable
+    assert set(lengths.values()) == {-(-int(found.column("length").max()) // 64) * 64}
+    assert "or use --overlength shrink_slices, which cuts the images" in capsys.readouterr().out
+    whole = (IMAGES / "small.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    damaged = {**long, "image": "half.png"}  # too long, and of no use with any limit
+    _, found, _ = survey(write_rows(tmp_path, [*GOOD, long, damaged]), "--model_max_length", "100")
+    assert (len(found.bad), len(found.numbers)) == (1, 5)
+
+
+def test_tokens_of_an_epoch_are_those_that_the_limit_leaves(tmp_path):
+    for how, picked in (("truncate", [GOOD[0], *GOOD[2:]]), ("shrink_slices", GOOD)):
+        flags = ("--model_max_length", "80", "--overlength", how)
+        rows, _, summary = survey(write_rows(tmp_path, picked), *flags)
+        kept = [len(rows[index]["input_ids"]) for index in range(len(picked))]
+        assert (summary["tokens_per_epoch"], summary["usable"]) == (sum(kept), len(picked)), how
+
+
+def test_rows_with_token_id_0_are_counted_where_it_is_text(tmp_path, capsys):
+    path = write_rows(tmp_path, [*GOOD, row("zero", answer="Stop!")])
+    zero = processing("v2_6").tokenizer.convert_tokens_to_ids("!")
+    assert zero == 0
+    assert survey(path)[2]["rows_with_token_id_0"] == 1
+    assert "token id 0   1 rows hold '!', which the released chat() hides" in capsys.readouterr().out
+    assert survey(path, name="v4")[2]["rows_with_token_id_0"] == 0  # there it is <unk>
+    assert "token id 0" not in capsys.readouterr().out
+
+
+def test_reports_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, out = write_rows(tmp_path, GOOD), tmp_path / "out.json"
+    out.write_text("from before")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minicpm_tune.planning.row_statistics.collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inspect(flags(path, "--json", str(out), "--report", str(tmp_path / "page.html")))
+    assert out.read_text() == "from before"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out.json", path.name]
+    with pytest.raises(OutputError, match=f"--report {tmp_path}: found a folder, expected a file"):
+        inspect(flags(path, "--report", str(tmp_path)))
+    with pytest.raises(OutputError, match=r"--json .*none/out.json: it can't be written: No such file"):
+        inspect(flags(path, "--json", str(tmp_path / "none" / "out.json")))
+
+
 def test_show_prints_the_prompt_and_draws_the_slices(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_rows(tmp_path, GOOD + BAD)

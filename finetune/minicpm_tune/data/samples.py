@@ -161,15 +161,18 @@ class Processing:
         """Make a whole plan fit ``--model_max_length``, and see that something is left to learn."""
         plan = self._shorten(plan)
         if not plan.encoded.supervised:
-            limit = self.arguments.model_max_length
-            raise RowError(
-                "nothing to learn",
-                f"none of the {len(plan.encoded.input_ids)} tokens"
-                + (f" that --model_max_length {limit} leaves" if limit else "")
-                + " is supervised, expected an answer to learn. Shorten the row, raise --model_max_length, "
-                "or remove it.",
-            )
+            raise RowError("nothing to learn", self._nothing_to_learn(plan))
         return plan
+
+    def _nothing_to_learn(self, plan: Plan) -> str:
+        limit, length = self.arguments.model_max_length, len(plan.encoded.input_ids)
+        if limit is None:
+            return f"none of the {length} tokens is supervised, expected an answer to learn. Add one, or remove it."
+        return (
+            f"none of the {length} tokens that --model_max_length {limit} leaves is supervised, expected an answer to "
+            "learn. Raise --model_max_length, cut images into fewer slices with --overlength shrink_slices, or remove "
+            "the row."
+        )
 
     def finish(self, plan: Plan) -> Sample:
         """Decode a plan's pictures, and give the training sample.
@@ -283,7 +286,7 @@ class Processing:
             raise (DroppedRowError if how == "drop" else RowError)(
                 OVER_LONG,
                 f"the row is {length} tokens long, expected at most --model_max_length {limit}. Shorten it, raise the "
-                "limit, or choose another --overlength.",
+                "limit, or let --overlength shrink_slices cut its images into fewer slices.",
             )
         if how == "shrink_slices":
             for slices in range(self.rules.max_slice_nums - 1, 0, -1):
