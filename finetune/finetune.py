@@ -136,6 +136,7 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
         checkpoint, shape = Path(training.resume_from_checkpoint), run_shape(training, len(train_rows))
         check_continues(checkpoint, shape, skips_data=training.ignore_data_skip)
     if train_rows is not None:
+        assert train_rows.lengths is not None  # check_rows has counted them
         tokens = train_rows.lengths[train_rows.mixture.epoch_order(seed=training.seed, epoch=0)].sum()
         plan = plan_run(
             training, samples=len(train_rows), left_out=len(train_rows.left_out), tokens=int(tokens)
@@ -224,6 +225,7 @@ def build_trainer(
         patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
         trainer.add_callback(EarlyStopping(patience, threshold))
     if training.predict_with_generate:
+        assert data.eval_data_path is not None  # check_arguments has seen to it
         rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing))
         trainer.add_callback(
             PredictionCallback(

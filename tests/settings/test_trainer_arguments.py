@@ -230,3 +230,27 @@ def test_what_only_transformers_refuses_is_a_message(place, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "__post_init__", refuse)
     with pytest.raises(UsageError, match="transformers refuses these arguments: a new rule"):
         parse()
+
+
+OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+FILES = [
+    ({"train_micro_batch_size_per_gpu": 4}, "", "train_micro_batch_size_per_gpu is 4 in the file, but --per_device"),
+    ({"gradient_clipping": 0.5}, "", "gradient_clipping is 0.5 in the file, but --max_grad_norm is 1.0"),
+    ({"train_batch_size": 7}, "", "train_batch_size is 7 in the file, but processes x batch size"),
+    ({"bf16": {"enabled": True}}, "", "bf16.enabled is true in the file, but --bf16 is false"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "--learning_rate 1e-5", "but --learning_rate is 1e-05"),
+    ({"optimizer": OPTIMIZER}, "--vision_lr 1e-6", "one learning rate for all parts, so --vision_lr can't act"),
+    ({"optimizer": OPTIMIZER}, "--optim sgd", "has an optimizer section, so --optim sgd can't act"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "words", "message"), FILES, ids=[message for *_, message in FILES])
+def test_a_deepspeed_file_that_the_command_line_contradicts_is_refused(config, words, message, place):
+    (place / "own.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse("--deepspeed", "own.json", *words.split())
+
+
+def test_precision_and_processes_are_the_launchers_to_choose_before_it_starts(place):
+    (place / "own.json").write_text(json.dumps({"bf16": {"enabled": True}, "train_batch_size": 4}))
+    read_command_line([*NEEDED, "--deepspeed", "own.json"])

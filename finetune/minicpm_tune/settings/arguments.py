@@ -26,6 +26,7 @@ from minicpm_tune.settings.checks import UsageError, raise_problems
 from minicpm_tune.settings.command_line import read_command_line
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.deepspeed_setup import (
+    contradictions,
     drop_automatic_scheduler,
     read_deepspeed_config,
     start_on_cpu,
@@ -47,6 +48,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         do_train: bool = False
         dataloader_num_workers: int = 0
         deepspeed: dict[str, Any] | None = None
+        fsdp: Any = None
         activation_checkpointing_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -199,6 +201,10 @@ def _process_problems(training: Namespace, accelerators: int) -> Iterator[str]:
     """The same for what depends on the number of processes."""
     if training.fsdp not in (None, "", "false") and processes.world_size() < 2:
         yield "--fsdp divides the model among several processes, and one was started. Leave it out, or start more."
+    if training.deepspeed:
+        yield from contradictions(
+            read_deepspeed_config(training.deepspeed), training, processes=processes.world_size()
+        )
     workers = training.dataloader_num_workers
     if (data_workers(accelerator=bool(accelerators)) if workers is None else workers) == 0:
         for flag in ("dataloader_prefetch_factor", "dataloader_multiprocessing_context"):

@@ -17,7 +17,7 @@ from minicpm_tune.errors import UserError
 from minicpm_tune.settings.argument_groups import LoraArguments, ModelArguments
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.data_path import missing_sources
-from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, read_deepspeed_config
+from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, contradictions, read_deepspeed_config
 from minicpm_tune.settings.trainer_checks import trainer_problems
 
 _AT_LEAST_ONE = (
@@ -214,7 +214,7 @@ def _deepspeed(training: Namespace) -> Iterator[str]:
     if not training.deepspeed:
         return
     try:
-        read_deepspeed_config(training.deepspeed)
+        yield from contradictions(read_deepspeed_config(training.deepspeed), training)
     except DeepSpeedConfigError as error:
         yield str(error)
     if os.environ.get("ACCELERATE_USE_CPU"):

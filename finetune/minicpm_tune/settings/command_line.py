@@ -9,7 +9,7 @@ import textwrap
 import time
 from argparse import Namespace
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from minicpm_tune import __version__
 from minicpm_tune.errors import UserError
@@ -92,7 +92,11 @@ def read_command_line(argv: list[str]) -> CommandLine:
     parser = _parser()
     raise_problems([*unknown_flags(translation.argv, parser, foreign=FOREIGN)])
     values = parser.parse_args(translation.argv)
-    model, data, lora = (pick(group, values) for group in (ModelArguments, DataArguments, LoraArguments))
+    model, data, lora = (
+        _pick(ModelArguments, values),
+        _pick(DataArguments, values),
+        _pick(LoraArguments, values),
+    )
     training = Namespace(**{name: getattr(values, name) for name in _training_names()})
     if isinstance(training.report_to, list):
         training.report_to = [name for text in training.report_to for name in text.split(",") if name]
@@ -102,9 +106,9 @@ def read_command_line(argv: list[str]) -> CommandLine:
     return CommandLine(model, data, lora, training, translation.notes, translation.environment)
 
 
-def pick(group: type[Group], values: Namespace) -> Group:
+def _pick(group: type[Group], values: Namespace) -> Group:
     """Make a group of its values among all."""
-    return group(**{item.name: getattr(values, item.name) for item in fields(group) if item.init})  # type: ignore[arg-type]
+    return group(**{name: getattr(values, name) for name in get_type_hints(group) if hasattr(values, name)})
 
 
 def answer_or_check(argv: list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,76 @@ def read_deepspeed_config(value: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DeepSpeedConfigError(f"{where}: found a {type(config).__name__}, expected a JSON object.")
     return config
+
+
+def contradictions(
+    config: dict[str, Any], training: Namespace, *, processes: int | None = None
+) -> Iterator[str]:
+    """What of a configuration the command line contradicts; transformers says so after the weights are loaded.
+
+    Args:
+        config: The configuration.
+        training: A value for every field of ``TrainingArguments``.
+        processes: Processes of the run. None leaves out what depends on them and on the precision, which a launcher
+            chooses by the hardware.
+    """
+    same = {
+        "train_micro_batch_size_per_gpu": (
+            "--per_device_train_batch_size",
+            training.per_device_train_batch_size,
+        ),
+        "gradient_accumulation_steps": (
+            "--gradient_accumulation_steps",
+            training.gradient_accumulation_steps,
+        ),
+        "gradient_clipping": ("--max_grad_norm", training.max_grad_norm),
+        "optimizer.params.lr": ("--learning_rate", training.learning_rate),
+        "optimizer.params.betas": (
+            "--adam_beta1 and --adam_beta2",
+            [training.adam_beta1, training.adam_beta2],
+        ),
+        "optimizer.params.eps": ("--adam_epsilon", training.adam_epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", training.weight_decay),
+        "scheduler.params.warmup_max_lr": ("--learning_rate", training.learning_rate),
+    }
+    if processes is not None:
+        rows = processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
+        same |= {
+            "train_batch_size": ("processes x batch size x accumulation steps", rows),
+            "fp16.enabled": ("--fp16", training.fp16 or training.fp16_full_eval),
+            "bf16.enabled": ("--bf16", training.bf16 or training.bf16_full_eval),
+        }
+    for name, (flag, value) in same.items():
+        found = _value(config, name)
+        if found not in (None, "auto", value):
+            yield (
+                f"--deepspeed: {name} is {json.dumps(found)} in the file, but {flag} is {json.dumps(value)}. Write "
+                '"auto" in the file, or make the two equal.'
+            )
+    if processes is None and "optimizer" in config:
+        yield from _optimizer_section(training)
+
+
+def _value(config: Any, name: str) -> Any:
+    """The value at a dotted name; None where there is none."""
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _optimizer_section(training: Namespace) -> Iterator[str]:
+    """DeepSpeed makes this optimizer itself, with one learning rate."""
+    for flag in ("vision_lr", "resampler_lr", "llm_lr", "embed_lr", "lora_lr_ratio"):
+        if getattr(training, flag) is not None:
+            yield (
+                f"--deepspeed: the file's optimizer section has one learning rate for all parts, so --{flag} can't "
+                "act. Remove the section; --optim then chooses the optimizer."
+            )
+    if training.optim != "adamw_torch":
+        yield (
+            f"--deepspeed: the file has an optimizer section, so --optim {training.optim} can't act. Remove the "
+            "section, or leave --optim out."
+        )
 
 
 def drop_automatic_scheduler(config: dict[str, Any]) -> bool:

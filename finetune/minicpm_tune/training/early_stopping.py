@@ -17,7 +17,8 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the count over from the checkpoint."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks  # by name, as a checkpoint has them
+        saved = callbacks.get(type(self).__name__)
         if saved is not None:
             self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         if args.load_best_model_at_end:  # its warning that the last model is kept is what the help text says

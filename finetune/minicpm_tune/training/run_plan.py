@@ -47,7 +47,7 @@ def plan_run(training: TrainingArguments, *, samples: int, left_out: int, tokens
         tokens: Tokens of one epoch; None when they were not counted.
     """
     rows = samples
-    if training.packing and tokens is not None:
+    if training.packing and tokens is not None and training.model_max_length:
         rows = min(samples, math.ceil(tokens / training.model_max_length))
     batches = math.ceil(rows / (training.per_device_train_batch_size * training.world_size))
     steps_per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
