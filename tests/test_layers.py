@@ -1,10 +1,11 @@
 """The house's rules: a room imports only from rooms below it, and no folder grows past what a reader can hold."""
 
+import re
 import sys
 from collections import Counter
 
 from support import processes
-from support.paths import FINETUNE, ROOT
+from support.paths import FINETUNE, ROOT, TESTS
 
 MOST_MODULES = 16  # in one folder
 
@@ -20,3 +21,31 @@ def test_no_folder_holds_more_modules_than_a_reader_can():
     package = FINETUNE / "minicpm_tune"
     counts = Counter(path.parent for path in package.rglob("*.py") if path.name != "__init__.py")
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+def subjects(room):
+    """What a room's test files may be named after: its modules, its folders, and the commands."""
+    package = FINETUNE / "minicpm_tune" / room
+    inside = {path.stem for path in package.rglob("*.py")} | {
+        path.name for path in package.rglob("*") if path.is_dir()
+    }
+    return inside | {path.stem for path in FINETUNE.glob("*.py")}
+
+
+def test_a_rooms_test_file_is_named_after_what_it_tests():
+    """``test_packing.py`` is about ``packing.py``; ``test_packing_*.py`` are more of the same."""
+    wrong = [
+        str(path.relative_to(TESTS))
+        for room in (FINETUNE / "minicpm_tune").iterdir()
+        if room.is_dir()
+        for path in (TESTS / room.name).glob("test_*.py")
+        if not any(
+            path.stem[5:] == name or path.stem[5:].startswith(f"{name}_") for name in subjects(room.name)
+        )
+    ]
+    assert wrong == []
+
+
+def test_no_test_imports_another_test_file():
+    importing = re.compile(r"^(from|import) +[\w.]*\btest_\w+", re.MULTILINE)
+    assert [str(path) for path in TESTS.rglob("*.py") if importing.search(path.read_text())] == []

@@ -228,9 +228,6 @@ def test_a_full_disk_is_a_message_and_the_last_checkpoint_stays(small, tmp_path)
     assert not (output / output_folder.UNFINISHED / "checkpoint-4").exists()
 
 
-# From here on without runs.
-
-
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_model_loads(small):
     words = [sys.executable, finetune_runs.FINETUNE, *arguments(small, "/proc/1/nowhere")]
     process = processes.run(words, limit=live_runs.LIMIT)

@@ -37,7 +37,7 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
     """Build a fast tokenizer that gives the ids of SentencePiece in LlamaTokenizer's legacy mode.
 
     Source: SentencePiece's byte-pair encoding (merge the adjacent pair whose piece has the best score)
-    and LlamaTokenizer of transformers 4. Checked by ``tests/checkpoints/test_tokenizers.py``.
+    and LlamaTokenizer of transformers 4. Checked by ``tests/checkpoints/test_sentencepiece_tokenizer.py``.
 
     Args:
         path: The ``tokenizer.model`` file.

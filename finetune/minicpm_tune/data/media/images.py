@@ -28,7 +28,7 @@ from minicpm_tune.settings.data_arguments import DEFAULT_MAX_PIXELS, DataArgumen
 
 # Pillow's own limit is a module-wide variable; ours is an option and names the image.
 Image.MAX_IMAGE_PIXELS = None
-# What Pillow and its decoders raise on damaged files (found by tests/test_data_fuzz.py).
+# What Pillow and its decoders raise on damaged files (found by tests/data/test_samples_fuzz.py).
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, MemoryError,
     AttributeError, RuntimeError, struct.error, zlib.error,

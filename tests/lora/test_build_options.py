@@ -13,8 +13,7 @@ from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.saving import fit_to_original_base
 from minicpm_tune.models.loading import load_model
-from minicpm_tune.settings.argument_groups import LearningRates, LoraArguments
-from minicpm_tune.training.learning_rates import split_by_rate
+from minicpm_tune.settings.argument_groups import LoraArguments
 from support.golden_models import full_batch, golden_model
 
 ROW = GENERATIONS["v2_6"]
@@ -68,25 +67,6 @@ def test_rank_stabilized_adapters_and_dora_are_what_peft_is_given(tmp_path):
     assert config["use_rslora"] is True
     assert config["use_dora"] is True
     assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
-
-
-def test_every_parameter_is_in_the_group_of_its_rate():
-    model, _ = wrapped_model()
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(
-        [{"params": list(trained.values())[:5], "weight_decay": 0.1}, {"params": list(trained.values())[5:]}],
-        lr=1e-4,
-    )
-    rates = LearningRates(1e-4, {"resampler": 1e-5, "embeddings": 1e-6, "vision": None}, lora_ratio=16)
-    split_by_rate(optimizer, model, ROW, rates)
-    rate_of = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
-    expected = {"resampler": 1e-5, "embeddings": 1e-6, "lora": 1e-4}
-    for name, value in trained.items():
-        assert rate_of[id(value)] == pytest.approx(
-            expected[ROW.part_of(name)] * (16 if "lora_B" in name else 1)
-        )
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.01}
 
 
 @pytest.mark.parametrize("generation", ["v4_6", "v4_7"])

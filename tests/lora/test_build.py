@@ -1,4 +1,4 @@
-"""What trains: parts by name, freezing, LoRA targets, and what an adapter saves."""
+"""What trains: LoRA targets, and what an adapter saves."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from minicpm_tune.lora import build
 from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
 from minicpm_tune.lora.build import adapted_modules, add_adapter
 from minicpm_tune.lora.loading import load_adapter
-from minicpm_tune.models.parameter_parts import count_parts, freeze, raise_precision_of_trained
+from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.golden_models import SIX, golden_model
 
@@ -17,23 +17,6 @@ def trained_parts(model, generation):
     return {
         generation.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-
-
-@pytest.mark.parametrize("generation", SIX)
-@pytest.mark.parametrize(
-    ("switches", "expected"),
-    [
-        ({"vision": True, "resampler": True, "llm": True}, {"vision", "resampler", "embeddings", "llm"}),
-        ({"vision": False, "resampler": True, "llm": False}, {"resampler"}),
-        ({"vision": True, "resampler": False, "llm": False}, {"vision"}),
-    ],
-)
-def test_freezing_leaves_exactly_the_chosen_parts_to_train(generation, switches, expected):
-    model, _ = golden_model(generation)
-    freeze(model, GENERATIONS[generation], **switches)
-    assert trained_parts(model, GENERATIONS[generation]) == expected
-    if generation == "v2":
-        assert not model.resampler.pos_embed.requires_grad
 
 
 @pytest.mark.parametrize("generation", SIX)
@@ -143,12 +126,3 @@ def test_the_untrained_copies_of_an_adapter_are_not_counted_twice():
     }
     assert after["vision"].trainable == after["vision"].total
     assert after["llm"].trainable == 0
-
-
-def test_trained_parameters_are_held_in_fp32_and_frozen_ones_left_alone():
-    model, _ = golden_model("v2_6", dtype=torch.bfloat16)
-    freeze(model, GENERATIONS["v2_6"], vision=False, resampler=True, llm=False)
-    raise_precision_of_trained(model)
-    counts = count_parts(model, GENERATIONS["v2_6"])
-    assert counts["resampler"].dtypes == ("float32",)
-    assert counts["llm"].dtypes == ("bfloat16",)
