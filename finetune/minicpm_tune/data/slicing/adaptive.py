@@ -141,7 +141,9 @@ def read_rules(
         patch_size=config.get("patch_size", 14),
     )
     style = PlaceholderStyle(
-        query_num=config["query_num"], image_ids=generation.image_ids, slice_tag=generation.slice_tag
+        query_num=config["query_num"],
+        image_ids=generation.image_ids and settings.get("use_image_id", True),
+        slice_tag=generation.slice_tag,
     )
     return MediaRules(rules, style, _video_rules(generation, arguments))
 
