@@ -1,0 +1,266 @@
+"""How MiniCPM-o hears: the encoder half of Whisper, a projection, and the mean of neighbors.
+
+A waveform reaches the model as log-mel frames of 10 ms. Two convolutions halve them (20 ms), the encoder's
+blocks run on the result, and the projection's output is averaged over ``pool`` neighbors: one audio token each.
+All segments of a batch go through the encoder together, side by side in one row; nothing is padded to the longest.
+
+The released code pads the segments of a call to the longest one and compares positions after the convolutions
+with lengths before them, so a segment attends to some of its own padding: its features depend on the longest
+segment of the call. ``Segment.longest`` carries that length. It is the longest of the segment's own conversation,
+as inference on one conversation has it, so batching and packing don't change a sample's features.
+
+Source: released modeling_minicpmo.py of MiniCPM-o 2.6 and 4.5; checked against its outputs by
+``tests/goldens/test_audio_goldens.py``. Letters: F mel frames of all segments, A segments, N encoder frames of all
+segments, W width of the encoder, D width of the LLM, K audio tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MEL_BINS = 80
+ENCODER_FRAMES_PER_SECOND = 50
+# The audio that stands in when a batch has none: one second, as in the released training forward.
+DUMMY_FRAMES = 100
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A waveform of at most 30 s that the encoder sees at once.
+
+    Attributes:
+        frames: Its mel frames.
+        longest: Mel frames of the longest segment of its conversation.
+    """
+
+    frames: int
+    longest: int
+
+    @property
+    def encoded(self) -> int:
+        """Encoder frames of the segment itself."""
+        return (self.frames - 1) // 2 + 1
+
+    def attended(self, block: int) -> int:
+        """Encoder frames that take part in attention, padding that the released code attends to included.
+
+        Args:
+            block: Encoder frames of one block of the block-causal mask; 0 for full attention.
+        """
+        whole = (self.longest - 1) // 2 + 1
+        if not block:
+            return min(whole, self.frames)
+        return min(whole, block * -(-self.encoded // block), self.frames)
+
+    def tokens(self, pool: int) -> int:
+        """Audio tokens of the segment; 0 when it is too short for one."""
+        return self.encoded // pool
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where the segments stand in the one row that the encoder runs on."""
+
+    attended: list[int]
+    slots: list[tuple[int, int]]  # (first frame, frames that are kept) in the row of mel frames
+    length: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], block: int) -> _Row:
+        attended, slots, start = [], [], 0
+        for segment in segments:
+            count = segment.attended(block)
+            kept = min(segment.longest, 2 * count + 1)
+            attended.append(count)
+            slots.append((start, kept))
+            # At least one zero frame behind it, and an even start for the convolution of stride 2.
+            start += kept + 2 - kept % 2
+        return cls(attended, slots, start)
+
+
+class _Attention(nn.Module):
+    """Whisper's self-attention (key names as released; the keys have no bias)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, groups: list[_Group]) -> Tensor:
+        """[N, W] -> [N, W], attention within the segments."""
+        q, k, v = (
+            project(hidden).unflatten(-1, (self.heads, -1))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = torch.empty_like(q)
+        for group in groups:
+            parts = [
+                part[group.rows].transpose(1, 2) for part in (q, k, v)
+            ]  # [segments, heads, length, head]
+            found = F.scaled_dot_product_attention(*parts, attn_mask=group.mask)
+            mixed = mixed.index_copy(0, group.rows.flatten(), found.transpose(1, 2).flatten(0, 1))
+        return self.out_proj(mixed.flatten(1))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Segments of one length, which attention takes together.
+
+    Attributes:
+        rows: [segments, length] int64, their places in the row of all encoder frames.
+        mask: [length, length] bool, True where a frame is seen; None when every frame sees all.
+    """
+
+    rows: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def all_of(cls, lengths: Sequence[int], block: int, device: torch.device) -> list[_Group]:
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        groups = []
+        for length in dict.fromkeys(lengths):
+            first = [start for start, own in zip(starts.tolist(), lengths, strict=True) if own == length]
+            rows = torch.tensor(first)[:, None] + torch.arange(length)
+            mask = None
+            if block and length > block:
+                blocks = torch.arange(length) // block
+                mask = (blocks[None, :] <= blocks[:, None]).to(device, non_blocking=True)
+            groups.append(cls(rows.to(device, non_blocking=True), mask))
+        return groups
+
+
+class _Layer(nn.Module):
+    """A pre-norm block of Whisper's encoder (key names as released)."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int):
+        super().__init__()
+        self.self_attn = _Attention(width, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, hidden: Tensor, groups: list[_Group]) -> Tensor:
+        """[N, W] -> [N, W]."""
+        hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden), groups)
+        return hidden + self.fc2(F.gelu(self.fc1(self.final_layer_norm(hidden))))
+
+
+class AudioEncoder(nn.Module):
+    """``apm`` of the released checkpoints: the encoder half of Whisper.
+
+    Args:
+        config: ``audio_config`` of config.json.
+        chunk_seconds: ``audio_chunk_length``: a frame sees its own block of so many seconds and the blocks before
+            it; 0 or less: everything.
+    """
+
+    def __init__(self, config: dict[str, Any], *, chunk_seconds: float):
+        super().__init__()
+        width = config["d_model"]
+        self.block = max(int(chunk_seconds * ENCODER_FRAMES_PER_SECOND), 0)
+        self.conv1 = nn.Conv1d(config.get("num_mel_bins", MEL_BINS), width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.get("max_source_positions", 1500), width)
+        self.embed_positions.requires_grad_(False)  # as in the released class
+        self.layers = nn.ModuleList(
+            _Layer(width, config["encoder_attention_heads"], config["encoder_ffn_dim"])
+            for _ in range(config["encoder_layers"])
+        )
+        self.layer_norm = nn.LayerNorm(width)
+        self.gradient_checkpointing = False
+
+    def forward(self, mel: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Encode the segments.
+
+        Args:
+            mel: [80, F] float32, the segments' log-mel frames side by side.
+            segments: [A], known on the CPU, so that nothing is read back from the device.
+
+        Returns:
+            [N, W], the encoder frames of the segments themselves, side by side.
+        """
+        row = _Row.of(segments, self.block)
+        hidden = self._convolved(mel, segments, row)
+        groups = _Group.all_of(row.attended, self.block, hidden.device)
+        for layer in self.layers:
+            hidden = layer(hidden, groups)
+        own = _ranges(row.attended, [segment.encoded for segment in segments])
+        return self.layer_norm(hidden[own.to(hidden.device, non_blocking=True)])
+
+    def _convolved(self, mel: Tensor, segments: Sequence[Segment], row: _Row) -> Tensor:
+        """[80, F] -> [sum of attended frames, W], positions added."""
+        device = mel.device
+        # Kept frames of the input; a slot is longer than its segment where padding is attended to.
+        source = [min(segment.frames, kept) for segment, (_, kept) in zip(segments, row.slots, strict=True)]
+        starts = [start for start, _ in row.slots]
+        places = _spans(starts, source).to(device, non_blocking=True)
+        given = _ranges([segment.frames for segment in segments], source).to(device, non_blocking=True)
+        inside = torch.zeros(row.length, dtype=torch.bool)
+        inside[_spans(starts, [kept for _, kept in row.slots])] = True
+        inside = inside.to(device, non_blocking=True)
+        frames = mel.new_zeros(mel.shape[0], row.length).index_copy(1, places, mel[:, given])
+        # Outside the slots the second convolution must see zeros, as it does beyond the ends of a segment.
+        hidden = F.gelu(self.conv1(frames[None].to(self.conv1.weight.dtype))) * inside
+        hidden = F.gelu(self.conv2(hidden))[0].T
+        places = _spans([start // 2 for start in starts], row.attended).to(device, non_blocking=True)
+        positions = torch.cat([torch.arange(count) for count in row.attended]).to(device, non_blocking=True)
+        return hidden[places] + self.embed_positions(positions)
+
+
+class AudioProjection(nn.Module):
+    """``audio_projection_layer``: from the encoder's width to the LLM's (key names as released)."""
+
+    def __init__(self, width: int, llm_width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(width, llm_width)
+        self.linear2 = nn.Linear(llm_width, llm_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, W / 4 of the feed-forward width] -> [N, D]."""
+        return self.linear2(F.relu(self.linear1(features)))
+
+
+def pooled(features: Tensor, segments: Sequence[Segment], pool: int) -> Tensor:
+    """Average over ``pool`` neighbors; a rest of fewer is dropped.
+
+    Args:
+        features: [N, D] projected features, segment after segment.
+        segments: [A].
+        pool: ``audio_pool_step`` of config.json.
+
+    Returns:
+        [K, D], the audio tokens of all segments in their order.
+    """
+    lengths = [segment.encoded for segment in segments]
+    used = [segment.tokens(pool) * pool for segment in segments]
+    index = _ranges(lengths, used).to(features.device, non_blocking=True)
+    return features[index].unflatten(0, (-1, pool)).mean(dim=1)
+
+
+def _ranges(lengths: Sequence[int], used: Sequence[int]) -> Tensor:
+    """Places of the first ``used`` items of every part, where the parts stand side by side.
+
+    Example:
+        >>> _ranges([3, 4], [2, 1]).tolist()
+        [0, 1, 3]
+    """
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
+    return _spans(starts, used)
+
+
+def _spans(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """[sum(lengths)] int64: start, start + 1, ... of every span."""
+    return torch.cat(
+        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    )
