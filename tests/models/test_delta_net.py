@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minicpm_tune.models.minicpmv46 import delta_net as delta_net_module
-from minicpm_tune.models.minicpmv46.layout import SampleLayout
+from minicpm_tune.models.minicpmv46.layout import SpreadLayout
 from support.minicpmv46_cases import golden_config, one_thread
 
 
@@ -33,7 +33,7 @@ LENGTHS = [(3,), (64, 1, 63), (59, 60, 61, 62), (62, 63, 64, 5), (65, 128, 3), (
 
 def layout_of(lengths):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return SampleLayout.of(positions, torch.ones_like(positions), gap=4, device=torch.device("cpu"))
+    return SpreadLayout.of(positions, torch.ones_like(positions), gap=4, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

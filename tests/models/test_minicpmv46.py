@@ -123,11 +123,9 @@ def logits_by_sample(model, rows):
     return found
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "one row"])
-def test_packed_rows_give_the_logits_and_gradients_of_samples_alone(name, attention, monkeypatch):
-    model = our_model(name, attention="sdpa" if attention == "one row" else attention).double()
-    if attention == "one row":  # the form that variable-length kernels get
-        monkeypatch.setattr(type(model), "takes_one_row", lambda self: True)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_give_the_logits_and_gradients_of_samples_alone(name, attention):
+    model = our_model(name, attention=attention).double()
     samples = packing_samples()
     expected_logits = [logits_by_sample(model, [[sample]])[0] for sample in samples]
     expected_loss, total = 0.0, 9 + 9 + 60 + 23 + 9

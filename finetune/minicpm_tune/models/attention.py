@@ -1,20 +1,23 @@
-"""Attention that stays within a slice (vision tower, resampler), and within a packed sample (LLM).
+"""Attention that stays within a slice (vision tower, resampler), and within a sample (LLM).
 
-Letters: N tokens of all slices, S slices, H heads, E head width, Q queries per placeholder.
+Letters: N tokens of all slices or samples, S slices, H heads, E head width, Q queries per placeholder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from minicpm_tune.models.samples import SampleLayout
+from minicpm_tune.models.slices import to_autocast_dtype
 
 
 def attend_within_slices(
@@ -28,7 +31,7 @@ def attend_within_slices(
 ) -> Tensor:
     """Attend from every token to the tokens of its own slice.
 
-    On a GPU in half precision this is one variable-length kernel for all slices; elsewhere it is one
+    On a GPU (Ampere or newer) in half precision this is one variable-length kernel for all slices; elsewhere it is one
     dense call per run of equally long slices.
 
     Args:
@@ -42,8 +45,15 @@ def attend_within_slices(
     Returns:
         Mixed values, in the form of ``query``.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, lengths=lengths, query_length=query_length, scale=scale)
+    if _has_varlen_kernel(query):
+        keys = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(query.device, non_blocking=True)
+        longest = longest_query = max(lengths)
+        queries = keys
+        if query_length is not None:
+            count = len(lengths) + 1
+            queries = torch.arange(count, dtype=torch.int32, device=query.device) * query_length
+            longest_query = query_length
+        return _varlen((query, key, value), queries, keys, longest_query, longest, scale=scale)
     mixed, start, query_start = [], 0, 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -61,60 +71,133 @@ def attend_within_slices(
     return torch.cat(mixed)
 
 
-def _varlen(query, key, value, *, lengths, query_length, scale):
+def _varlen(
+    parts: Sequence[Tensor],
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    causal: bool = False,
+    groups: int = 1,
+) -> Tensor:
+    """[N, H, E] query, key and value -> [N, H, E]; ``groups`` query heads share a key head."""
     # Imported here: the module needs a CUDA build of torch to be of use.
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    keys = ends.to(query.device, non_blocking=True)
-    longest = max(lengths)
-    if query_length is None:
-        queries, longest_query = keys, longest
-    else:
-        queries = torch.arange(len(lengths) + 1, dtype=torch.int32, device=query.device) * query_length
-        longest_query = query_length
+    query, key, value = (part.contiguous() for part in parts)
+    options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
+    if groups > 1:
+        options["enable_gqa"] = True
     return varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(),
-        queries, keys, longest_query, longest, scale=scale,
-    )  # fmt: skip
+        query, key, value, query_ends, key_ends, longest_query, longest_key, scale=scale, **options
+    )  # type: ignore[return-value]
 
 
-# The same attention under a name for which transformers makes no mask; without a mask it is causal.
-_UNMASKED = "minicpmv_sdpa"
-AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+# ``sdpa`` under a name of its own: transformers' function and masks, until it is told the samples of a row.
+WITHIN_SAMPLES = "sdpa_within_samples"
 
 
-def packed_mask(position_ids: Tensor) -> Tensor:
-    """[B, 1, T, T] bool: which tokens each token sees, in rows of several samples.
+def attend_within_samples(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sample_lengths: Sequence[int] | None = None,
+    sample_ends: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend from every token to those before it in its own sample.
+
+    transformers calls it in every layer of an LLM. On a GPU in half precision it is one variable-length kernel for
+    all samples, elsewhere one causal call per sample; no mask is made, and none is used.
 
     Args:
-        position_ids: [B, T], restarting at 0 in each sample.
+        module: The layer.
+        query: [1, H, N, E].
+        key: [1, H of keys and values, N, E].
+        value: As ``key``.
+        attention_mask: Of meaning only without ``sample_lengths``.
+        sample_lengths: Tokens of each sample; their sum is N. None: transformers' own attention.
+        sample_ends: [samples + 1] int32 on the device, see ``SampleLayout.ends``.
+        scaling: Factor on the scores; E ** -0.5 by default.
+        **kwargs: What transformers gives besides; only its own attention uses it.
 
-    Example:
-        >>> packed_mask(torch.tensor([[0, 1, 0]]))[0, 0].int().tolist()
-        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    Returns:
+        [1, N, H, E], and no weights.
     """
-    samples = (position_ids == 0).cumsum(dim=1)
-    same = samples[:, :, None] == samples[:, None, :]
-    return same.tril()[:, None]
+    if sample_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Rotary positions leave fp32 behind under autocast; a kernel wants one dtype.
+    query, key, value = (to_autocast_dtype(part) for part in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if _has_varlen_kernel(query):
+        parts = [part[0].transpose(0, 1) for part in (query, key, value)]
+        longest = max(sample_lengths)
+        mixed = _varlen(
+            parts, sample_ends, sample_ends, longest, longest, scale=scaling, causal=True, groups=groups
+        )
+        return mixed[None], None
+    mixed = torch.cat(
+        [
+            F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+            for parts in zip(
+                *(part.split(list(sample_lengths), dim=2) for part in (query, key, value)), strict=True
+            )
+        ],
+        dim=2,
+    )
+    return mixed.transpose(1, 2), None
 
 
-@contextmanager
-def masks_given(config: Any) -> Iterator[bool]:
-    """While it is open the LLM uses the mask it is given and makes none; yields whether that is so.
+AttentionInterface.register(WITHIN_SAMPLES, attend_within_samples)
+AttentionMaskInterface.register(WITHIN_SAMPLES, sdpa_mask)
 
-    Only plain scaled-dot-product attention allows it. What checkpointing recomputes after it is closed is the
-    same function with the same mask.
+
+def keep_samples_apart(config: Any) -> None:
+    """Have an LLM that would use ``sdpa`` attend within samples; see ``sample_arguments``.
+
+    LLMs with layers that see only a window keep transformers' own attention and masks.
 
     Args:
         config: The LLM's configuration.
     """
-    plain = config._attn_implementation == "sdpa"
-    if not plain or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        yield False
-        return
-    config._attn_implementation = _UNMASKED
-    try:
-        yield True
-    finally:
-        config._attn_implementation = "sdpa"
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if config._attn_implementation == "sdpa" and not windows:
+        config._attn_implementation = WITHIN_SAMPLES
+
+
+def sample_arguments(config: Any, samples: SampleLayout) -> dict[str, Any]:
+    """What an LLM is given with the samples of all rows as one row, so that none of them sees another.
+
+    Args:
+        config: The LLM's configuration.
+        samples: The samples.
+
+    Returns:
+        Arguments of its forward: ``attention_mask`` and what its attention needs; nothing in them is read back from
+        the device.
+    """
+    if config._attn_implementation == WITHIN_SAMPLES:
+        # A mask in its final form: transformers makes none, and does not look for packed samples on the device.
+        given = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=samples.device)
+        return {"attention_mask": given, "sample_lengths": samples.samples, "sample_ends": samples.ends}
+    if "flash" in str(config._attn_implementation):
+        longest = max(samples.samples)
+        ends = {"cu_seq_lens_q": samples.ends, "cu_seq_lens_k": samples.ends}
+        return {"attention_mask": None, **ends, "max_length_q": longest, "max_length_k": longest}
+    return {"attention_mask": None}  # made from the positions, which restart with every sample
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """Whether torch's variable-length attention takes these tensors (it needs Ampere or newer, torch 2.13)."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 
 from minicpm_tune.batch import NewFeatures, SliceSources
 from minicpm_tune.checkpoints.released_format import ReleasedModel
-from minicpm_tune.models.attention import masks_given, packed_mask
+from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
+from minicpm_tune.models.samples import SampleLayout
 from minicpm_tune.models.slices import (
     FULL_SLICE,
     PATCH,
@@ -67,6 +68,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         super().__init__(config)
         released, row = config.released, config.generation
         config.text_config._attn_implementation = config._attn_implementation
+        keep_samples_apart(config.text_config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config)
         self.llm.lm_head = as_lm_head(self.llm.lm_head)
         drop_last = released.get("drop_vision_last_layer", True)
@@ -241,8 +243,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
     ) -> MiniCPMVOutput:
         """Give the loss (with labels) or the logits (without).
 
-        Rows are padded on the right. In a causal LLM no real token sees what stands to its right,
-        so the padding needs no mask; ``attention_mask`` is used only without labels.
+        Rows are padded on the right. The LLM runs on the real tokens of all rows as one row, see ``SampleLayout``.
 
         Args:
             input_ids: [B, T] int64.
@@ -255,7 +256,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
-            on_cpu: The first three arguments once more, see ``batch.Batch``; 2.5 reads packed positions there.
+            on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
             slice_sources: See ``embed``, as the next.
             known_features: See ``embed``.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
@@ -274,27 +275,22 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             temporal_ids=temporal_ids, position_ids=positions, dummy=labels is not None,
             slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
-        mask = attention_mask if labels is None and position_ids is None else None
-        hidden = self._run_llm(embeddings, mask, position_ids) * self.output_scale
+        samples = SampleLayout.of_batch(input_ids, attention_mask, position_ids, on_cpu)
+        hidden = self._run_llm(embeddings, samples) * self.output_scale
         if labels is None:
             return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
         found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
         return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
-    def _run_llm(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        flash = "flash" in str(self.config._attn_implementation)
-        shape = embeddings.shape
-        if position_ids is not None and flash:
-            # The variable-length kernels take the samples of all rows as one row.
-            embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-        with masks_given(self.llm.config) if mask is None else nullcontext(False) as given:
-            if given and position_ids is not None:
-                mask = packed_mask(position_ids)
-            # use_cache=False: with a cache the isolation of packed samples is silently dropped.
-            output = self.llm.model(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
-            )
-        return output.last_hidden_state.view(shape)
+    def _run_llm(self, embeddings: Tensor, samples: SampleLayout) -> Tensor:
+        """[B, T, D] -> [B, T, D] last hidden states, zero at the padding; every sample as if it were alone."""
+        output = self.llm.model(
+            inputs_embeds=samples.take(embeddings)[None],
+            position_ids=samples.positions[None],
+            use_cache=False,  # with a cache transformers would not keep packed samples apart
+            **sample_arguments(self.llm.config, samples),
+        )
+        return samples.put(output.last_hidden_state[0])
 
     def generate(  # type: ignore[override]  # input_ids come first, as in forward
         self,

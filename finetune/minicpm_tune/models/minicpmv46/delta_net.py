@@ -20,7 +20,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.utils.generic import maybe_autocast
 
-from minicpm_tune.models.minicpmv46.layout import SampleLayout
+from minicpm_tune.models.minicpmv46.layout import SpreadLayout
 
 # Log decay at a reset: exp(-10000) is exactly 0 in fp32, so nothing of the old state is left. It stands
 # only on the last token of a chunk, where no later cumulative sum loses digits by its size.
@@ -44,27 +44,27 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
         hidden_states: Tensor,
         cache_params: Any = None,
         attention_mask: Tensor | None = None,
-        samples: SampleLayout | None = None,
+        samples: SpreadLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
 
         Args:
-            hidden_states: [B, T, D].
+            hidden_states: [B, T, D]; with ``samples`` [1, N, D], the real tokens alone.
             cache_params: Generation's cache; without ``samples`` only.
             attention_mask: [B, T], or None; without ``samples`` only.
             samples: The samples of the batch; None runs transformers' own forward.
             **kwargs: For transformers' own forward.
 
         Returns:
-            [B, T, D]; with ``samples`` zero at the padding.
+            In the form of ``hidden_states``.
         """
         if samples is None:
             return super().forward(
                 hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         assert cache_params is None, "training has no cache"
-        tokens = samples.take(hidden_states)
+        tokens = hidden_states[0]
         mixed = samples.spread(self.in_proj_qkv(tokens))
         # The convolution pads on both sides; its first W outputs are the causal ones.
         mixed = self.conv1d(mixed.transpose(1, 2))[..., : samples.spread_width].transpose(1, 2)
@@ -74,9 +74,9 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
         recalled = self._delta_rule(mixed, decay, strength, samples).reshape(-1, self.head_v_dim)
         gate = self.in_proj_z(tokens).reshape(-1, self.head_v_dim)
         gated = self.norm(recalled, gate).reshape(tokens.shape[0], -1)
-        return samples.put(self.out_proj(gated))
+        return self.out_proj(gated)[None]
 
-    def _delta_rule(self, mixed: Tensor, decay: Tensor, strength: Tensor, samples: SampleLayout) -> Tensor:
+    def _delta_rule(self, mixed: Tensor, decay: Tensor, strength: Tensor, samples: SpreadLayout) -> Tensor:
         """[B, W, channels] after the convolution, [N, H] decay and strength -> [N, H, head_v_dim]."""
         if _kernel_at_hand(mixed):
             query, key, value = self._heads(samples.collect(mixed)[None])

@@ -2,7 +2,7 @@
 
 Full attention can be kept inside a sample by a mask. A recurrent layer (the gated delta net of 4.6 and
 4.7) has no mask: its convolution and its state run on from one sample of a row into the next.
-``SampleLayout`` is the arrangement that stops them. Letters: B rows, T tokens of a row, N real tokens of the
+``SpreadLayout`` is the arrangement that stops them. Letters: B rows, T tokens of a row, N real tokens of the
 batch, W tokens of a spread row, S slices.
 """
 
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
+from minicpm_tune.models.samples import SampleLayout, placed
 
 # The chunk length of the chunked delta rule (transformers' default): samples start at multiples of it.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
-class SampleLayout:
+class SpreadLayout(SampleLayout):
     """The samples of a batch, and a spread form of it in which nothing can leak between them.
 
     In the spread form every sample starts at a multiple of ``CHUNK``, behind at least ``gap`` empty
@@ -30,81 +31,10 @@ class SampleLayout:
     sample is not spread at all.
 
     Attributes:
-        lengths: Per row, the lengths of its samples in order; padding is no sample.
-        width: T, the length of the padded rows.
         gap: Fewest empty tokens between two samples; the kernel size of the convolution.
-        device: Where the index tensors go.
     """
 
-    lengths: tuple[tuple[int, ...], ...]
-    width: int
     gap: int
-    device: torch.device
-
-    @classmethod
-    def of(cls, position_ids: Tensor | None, mask: Tensor, *, gap: int, device: torch.device) -> SampleLayout:
-        """Read the samples off the positions.
-
-        Args:
-            position_ids: [B, T] on the CPU, restarting at 0 in each sample; None: a row is a sample.
-            mask: [B, T] on the CPU, nonzero at real tokens, which stand on the left.
-            gap: See the class.
-            device: See the class.
-
-        Raises:
-            ValueError: When a row is padded on the left or in the middle.
-
-        Example:
-            >>> positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
-            >>> mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
-            >>> SampleLayout.of(positions, mask, gap=4, device=torch.device("cpu")).lengths
-            ((3, 2),)
-        """
-        real = mask.bool()
-        padded = (~real[:, :-1] & real[:, 1:]).any(dim=1)
-        if padded.any():
-            raise ValueError(
-                f"attention_mask, row {int(padded.nonzero()[0])}: found padding before a real token, "
-                "expected rows padded on the right. Left padding is for generate() alone."
-            )
-        starts = torch.zeros_like(real) if position_ids is None else position_ids == 0
-        lengths = []
-        for row_starts, count in zip(starts, real.sum(dim=1).tolist(), strict=True):
-            first = [0, *(index for index in row_starts[:count].nonzero()[:, 0].tolist() if index)]
-            lengths.append(tuple(end - start for start, end in zip(first, [*first[1:], count], strict=True)))
-        return cls(tuple(lengths), mask.shape[1], gap, device)
-
-    @property
-    def packed(self) -> bool:
-        """Whether a row holds more than one sample."""
-        return any(len(row) > 1 for row in self.lengths)
-
-    @property
-    def samples(self) -> list[int]:
-        """Lengths of all samples, row by row."""
-        return [length for row in self.lengths for length in row]
-
-    def as_one_row(self) -> SampleLayout:
-        """The same samples behind one another in a single row without padding."""
-        samples = tuple(self.samples)
-        return SampleLayout((samples,), sum(samples), self.gap, self.device)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """[N] place of each real token in the flattened [B * T] batch."""
-        places = [row * self.width + torch.arange(sum(lengths)) for row, lengths in enumerate(self.lengths)]
-        return torch.cat(places).to(self.device, non_blocking=True)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """[N] position of each real token in its sample."""
-        return torch.cat([torch.arange(length) for length in self.samples]).to(self.device, non_blocking=True)
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """[samples + 1] int32, where the samples end among the N real tokens, from 0."""
-        ends = torch.tensor([0, *self.samples]).cumsum(0).to(torch.int32)
-        return ends.to(self.device, non_blocking=True)
 
     @cached_property
     def _spread_starts(self) -> tuple[list[list[int]], int]:
@@ -144,30 +74,14 @@ class SampleLayout:
         places = [row * spread_width + start - 1 for row, starts in enumerate(rows) for start in starts[1:]]
         return torch.tensor(places, dtype=torch.int64).to(self.device, non_blocking=True)
 
-    def take(self, batch: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...], the real tokens."""
-        flat = batch.flatten(0, 1)
-        return flat if flat.shape[0] == self.tokens.shape[0] else flat[self.tokens]
-
-    def put(self, tokens: Tensor) -> Tensor:
-        """[N, ...] -> [B, T, ...], zero at the padding."""
-        return _placed(tokens, self.tokens, len(self.lengths), self.width)
-
     def spread(self, tokens: Tensor) -> Tensor:
         """[N, ...] -> [B, W, ...], zero between the samples."""
-        return _placed(tokens, self.slots, len(self.lengths), self.spread_width)
+        return placed(tokens, self.slots, len(self.lengths), self.spread_width)
 
     def collect(self, spread: Tensor) -> Tensor:
         """[B, W, ...] -> [N, ...], what stands between the samples dropped."""
         flat = spread.flatten(0, 1)
         return flat if flat.shape[0] == self.slots.shape[0] else flat[self.slots]
-
-
-def _placed(tokens: Tensor, places: Tensor, rows: int, width: int) -> Tensor:
-    if tokens.shape[0] == rows * width:
-        return tokens.unflatten(0, (rows, width))
-    empty = tokens.new_zeros((rows * width, *tokens.shape[1:]))
-    return empty.index_copy(0, places, tokens).unflatten(0, (rows, width))
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 from minicpm_tune.batch import IGNORE_INDEX, NewFeatures, SliceSources
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
 from minicpm_tune.checkpoints.released_format import ReleasedModel, set_downsample_mode
-from minicpm_tune.models.attention import packed_mask
+from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
-from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SampleLayout
+from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SpreadLayout
 from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
 from minicpm_tune.models.slices import FULL_SLICE, Grid, VisionInput
 
@@ -54,6 +54,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         self.lm_head = as_lm_head(self.lm_head)
         use_slice_modules(self.model)
         use_packed_delta_nets(self.model.language_model)
+        keep_samples_apart(self.config.text_config)
 
     def slice_grids(self, count: int) -> list[Grid]:
         """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""
@@ -140,7 +141,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         config = self.config
         ids, mask, *positions = host
         gap = config.text_config.linear_conv_kernel_dim
-        samples = SampleLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
+        samples = SpreadLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
         kinds = self.kinds_of(ids)
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         runs = PlaceholderRuns.of(kinds, grids, mode=config.downsample_mode)
@@ -165,7 +166,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
         return flat.view_as(embeddings), new
 
-    def _run_llm(self, embeddings: Tensor, samples: SampleLayout, rope: Tensor | None) -> Tensor:
+    def _run_llm(self, embeddings: Tensor, samples: SpreadLayout, rope: Tensor | None) -> Tensor:
         """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
 
         Args:
@@ -173,43 +174,23 @@ class _TrainingForward(ReleasedModel, ChatMixin):
             samples: The samples of the rows.
             rope: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
         """
-        placed, seen = samples, embeddings
-        flash: dict[str, Any] = {}
-        if self.takes_one_row():
-            # The variable-length kernels take the samples of all rows as one row.
-            placed, seen = samples.as_one_row(), samples.take(embeddings)[None]
-            longest = max(samples.samples)
-            flash = {"cu_seq_lens_q": samples.ends, "cu_seq_lens_k": samples.ends}
-            flash |= {"max_length_q": longest, "max_length_k": longest}
-        positions = None
-        if placed.packed:
-            plain = placed.positions.expand(3, -1) if rope is None else rope
-            # The first of the four rows is what transformers tells packed samples by.
-            rows = torch.cat([placed.positions[None], plain])
-            positions = torch.stack([placed.put(row) for row in rows])
-        elif rope is not None:
-            positions = torch.stack([placed.put(row) for row in rope])
-        # use_cache=False: with a cache the isolation of packed samples is silently dropped.
-        mask = None
-        if self.config.text_config._attn_implementation == "sdpa":
-            # Given, because transformers would read the positions back from the device to make it.
-            packed = packed_mask(placed.put(placed.positions + 1) - 1) if placed.packed else None
-            mask = {"full_attention": packed, "linear_attention": None}
+        plain = samples.positions.expand(3, -1) if rope is None else rope
+        # The first of the four rows is what transformers tells packed samples by.
+        positions = torch.cat([samples.positions[None], plain])[:, None]
+        arguments = sample_arguments(self.config.text_config, samples)
+        given = arguments["attention_mask"]
+        if given is not None:  # by kind of layer; the delta nets know the samples by themselves
+            arguments["attention_mask"] = {"full_attention": given, "linear_attention": None}
         hidden = self.model.language_model(
-            inputs_embeds=seen,
-            attention_mask=mask,
+            inputs_embeds=samples.take(embeddings)[None],
             position_ids=positions,
-            use_cache=False,
-            samples=placed,
-            **flash,
+            use_cache=False,  # with a cache transformers would not keep packed samples apart
+            samples=samples,
+            **arguments,
         ).last_hidden_state
-        return samples.put(hidden[0]) if flash else hidden
+        return samples.put(hidden[0])
 
-    def takes_one_row(self) -> bool:
-        """Whether the LLM is given the samples of all rows as one row, without padding."""
-        return "flash" in str(self.config.text_config._attn_implementation)
-
-    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: PlaceholderRuns) -> Tensor | None:
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SpreadLayout, runs: PlaceholderRuns) -> Tensor | None:
         return None
 
     def generate(
@@ -318,7 +299,7 @@ class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
 ):
     """MiniCPM-V 4.7: 4.6 with rotary positions that lay an image's slices out on one canvas."""
 
-    def _rope(self, ids: Tensor, mask: Tensor, samples: SampleLayout, runs: PlaceholderRuns) -> Tensor:
+    def _rope(self, ids: Tensor, mask: Tensor, samples: SpreadLayout, runs: PlaceholderRuns) -> Tensor:
         """[3, tokens of all samples] canvas positions, each sample's computed alone, on the CPU."""
         real = mask.bool()
         rows = [

@@ -207,6 +207,7 @@ class InternLM2Model(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        **options: Any,
     ) -> Tensor:
         """Run all blocks.
 
@@ -216,6 +217,7 @@ class InternLM2Model(nn.Module):
             attention_mask: [B, past + T], 1 at real tokens; None: no padding that matters.
             position_ids: [B, T], restarting at 0 for each packed sample; None: they go on from the cache.
             past_key_values: transformers' cache, while generating.
+            **options: For the attention, see ``attention.sample_arguments``.
 
         Returns:
             [B, T, D] last hidden states.
@@ -232,6 +234,6 @@ class InternLM2Model(nn.Module):
         for layer in self.layers:
             hidden = layer(
                 hidden, image=image, mask=mask, rotary=rotary,
-                past_key_values=past_key_values, position_ids=position_ids,
+                past_key_values=past_key_values, position_ids=position_ids, **options,
             )  # fmt: skip
         return self.norm(hidden)

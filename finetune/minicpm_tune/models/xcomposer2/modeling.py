@@ -8,7 +8,6 @@ the LLM.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +20,10 @@ from minicpm_tune.batch import NewFeatures, SliceSources
 from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
-from minicpm_tune.models.attention import masks_given, packed_mask
+from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.samples import SampleLayout
 from minicpm_tune.models.slices import Grid, VisionInput
 from minicpm_tune.models.xcomposer2.clip_tower import (
     CLIPEmbeddings,
@@ -64,6 +64,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
         super().__init__(config)
         attention = str(config._attn_implementation)
         config.text_config._attn_implementation = attention
+        keep_samples_apart(config.text_config)
         self.model = InternLM2Model(config.text_config, rank=config.plora_rank, dropout=config.plora_dropout)
         self.output = as_lm_head(nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False))
         vision = clip_config(config.released.get("vision_config") or {}, attention=attention)
@@ -203,8 +204,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
     ) -> Any:
         """Give the loss (with labels) or the logits (without).
 
-        Rows are padded on the right. In a causal LLM no real token sees what stands to its right,
-        so the padding needs no mask; ``attention_mask`` is used only without labels.
+        Rows are padded on the right. The LLM runs on the real tokens of all rows as one row, see ``SampleLayout``.
 
         Args:
             input_ids: [B, T] int64.
@@ -217,7 +217,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             labels: [B, T] int64, token id or -100; not shifted.
             num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
-            on_cpu: Not needed here, see ``batch.Batch``.
+            on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
             slice_sources: See ``embed``, as the next.
             known_features: See ``embed``.
             past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
@@ -243,25 +243,22 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
             dummy=labels is not None, slice_sources=slice_sources, known_features=known_features,
         )  # fmt: skip
-        mask = attention_mask if labels is None and position_ids is None else None
-        hidden = self._run_llm(embeddings, image, mask, position_ids)
+        samples = SampleLayout.of_batch(input_ids, attention_mask, position_ids, on_cpu)
+        hidden = self._run_llm(embeddings, image, samples)
         if labels is None:
             return MiniCPMVOutput(logits=self.output(hidden))
         found = supervised_loss(self.output, hidden, labels, supervised)
         return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
-    def _run_llm(
-        self, embeddings: Tensor, image: ImageTokens | None, mask: Tensor | None, position_ids: Tensor | None
-    ) -> Tensor:
-        shape = embeddings.shape
-        if position_ids is not None and "flash" in str(self.config._attn_implementation):
-            # The variable-length kernels take the samples of all rows as one row.
-            embeddings, position_ids = embeddings.reshape(1, -1, shape[-1]), position_ids.reshape(1, -1)
-        with masks_given(self.model.config) if mask is None else nullcontext(False) as given:
-            if given and position_ids is not None:
-                mask = packed_mask(position_ids)
-            hidden = self.model(embeddings, image=image, attention_mask=mask, position_ids=position_ids)
-        return hidden.view(shape)
+    def _run_llm(self, embeddings: Tensor, image: ImageTokens | None, samples: SampleLayout) -> Tensor:
+        """[B, T, D] -> [B, T, D] last hidden states, zero at the padding; every sample as if it were alone."""
+        if image is not None:
+            image = ImageTokens(samples.rank(image.places), image.real)
+        arguments = sample_arguments(self.model.config, samples)
+        hidden = self.model(
+            samples.take(embeddings)[None], image=image, position_ids=samples.positions[None], **arguments
+        )
+        return samples.put(hidden[0])
 
     def _next_logits(self, embeddings: Tensor, **options: Any) -> CausalLMOutputWithPast:
         hidden = self.model(embeddings, **options)
