@@ -1,6 +1,8 @@
 """Checkpoints in the released layouts: loaded, refused with a reason, and exported as they came."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +150,23 @@ def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="can't be downloaded from the hub"):
         resolve_model_folder("nobody/nothing", cache_dir=str(tmp_path))
+
+
+def test_modelscope_is_asked_where_the_variable_says_so(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    asked = []
+
+    def download(model, *, cache_dir, allow_patterns):
+        asked.append((model, cache_dir, "*.safetensors" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ValueError, match="the package modelscope is not installed"):
+        resolve_model_folder("OpenBMB/MiniCPM-V-2_6")
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=download))
+    assert resolve_model_folder("OpenBMB/MiniCPM-V-2_6", cache_dir="kept") == tmp_path
+    assert asked == [("OpenBMB/MiniCPM-V-2_6", "kept", False), ("OpenBMB/MiniCPM-V-2_6", "kept", True)]
 
 
 def test_the_configuration_keeps_unknown_keys(tmp_path):

@@ -28,6 +28,8 @@ NEEDED = {
         (merge_lora, ["--adpter", "x"], "unknown flag --adpter; did you mean --adapter?"),
         (quantize, ["--outputdir=x"], "unknown flag --outputdir; did you mean --output_dir?"),
         (plan_memory, ["--zzz"], "unknown flag --zzz."),
+        (chat, ["--adapter", "a", "--adapter=b"], "--adapter is given twice; give it once."),
+        (chat, ["--load_4bit", "maybe"], "--load_4bit: found 'maybe', expected true or false. chat.py"),
         (chat, ["--max_new_tokens", "0"], "--max_new_tokens: found '0', expected a whole number from 1 on"),
         (chat, ["--temperature", "0"], "--temperature: found '0', expected a number above 0"),
         (chat, ["--temperature", "nan"], "--temperature: found 'nan', expected a number above 0"),

@@ -10,6 +10,8 @@ or rebuild their normalizer (Llama-based ones). MiniCPM-V 2.0 and InternLM-XComp
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +67,39 @@ def resolve_model_folder(name_or_path: str, *, cache_dir: str | None = None, wei
 
 
 def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
+    download = _downloader()
     try:
-        folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=list(_HUB_PATTERNS)))
+        folder = Path(download(hub_id, cache_dir=cache_dir, allow_patterns=list(_HUB_PATTERNS)))
         if weights:
             has_safetensors = (folder / "model.safetensors.index.json").is_file() or not (
                 folder / "pytorch_model.bin.index.json"
             ).is_file()
             patterns = [*_HUB_PATTERNS, _HUB_WEIGHTS[0] if has_safetensors else _HUB_WEIGHTS[1]]
-            folder = Path(snapshot_download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
+            folder = Path(download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ModelFolderError(
             f"--model_name_or_path {hub_id}: no such folder here, and it can't be downloaded from the hub "
             f"({error}). Check the name. Without a network, download the checkpoint elsewhere and give its folder."
         ) from error
     return folder
+
+
+def _downloader() -> Callable[..., str]:
+    """What downloads from the Hugging Face Hub, or with USE_MODELSCOPE_HUB=1 from ModelScope, under the same names.
+
+    Raises:
+        ModelFolderError: When the variable is set without the package.
+    """
+    if os.environ.get("USE_MODELSCOPE_HUB", "").lower() not in ("1", "true", "yes", "on"):
+        return snapshot_download
+    try:
+        from modelscope import snapshot_download as modelscope_download
+    except ImportError as error:
+        raise ModelFolderError(
+            "USE_MODELSCOPE_HUB is set, but the package modelscope is not installed. Install it (pip install "
+            "modelscope), or unset the variable to download from the Hugging Face Hub."
+        ) from error
+    return modelscope_download
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

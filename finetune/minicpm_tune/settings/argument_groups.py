@@ -9,6 +9,7 @@ Each default that differs from the official finetune.py is named in the class do
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from minicpm_tune.checkpoints.model_generations import LLM_TYPES
@@ -318,14 +319,14 @@ class LoraArguments:
         """The list behind ``--lora_modules_to_save``: None is the official default, [] is none.
 
         Example:
-            >>> LoraArguments(lora_modules_to_save=["resampler,embed_tokens"]).modules_to_save
-            ['resampler', 'embed_tokens']
+            >>> LoraArguments(lora_modules_to_save=["resampler,embed_tokens vpm"]).modules_to_save
+            ['resampler', 'embed_tokens', 'vpm']
             >>> LoraArguments(lora_modules_to_save=["none"]).modules_to_save
             []
         """
         if self.lora_modules_to_save is None:
             return None
-        names = [name for text in self.lora_modules_to_save for name in text.split(",") if name]
+        names = [name for text in self.lora_modules_to_save for name in re.split(r"[,\s]+", text) if name]
         return [] if names == ["none"] else names
 
     @property
