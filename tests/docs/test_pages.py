@@ -13,7 +13,9 @@ from support.paths import FINETUNE, ROOT
 LONGEST_README = 220  # lines
 COMMANDS = ("chat", "predict", "merge_lora", "quantize", "inspect_data", "plan_memory")
 # Flags of other programs that pages name outside of commands.
-OTHER_PROGRAMS = {"--all", "--generation", "--jinja", "--mmproj", "--chat-template-kwargs"}
+OTHER_PROGRAMS = {
+    "--all", "--generation", "--jinja", "--mmproj", "--chat-template-kwargs", "--minicpmv_version", "--base",
+}  # fmt: skip
 # Files of other programs.
 OTHER_FILES = {"minicpmv-surgery.py", "minicpmv-convert-image-encoder-to-gguf.py", "convert_hf_to_gguf.py"}
 SETTLES_A_RUN = {
