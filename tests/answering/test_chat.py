@@ -25,10 +25,11 @@ from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
 from minicpm_tune.training.process_lifecycle import run_command
 from support import processes
-from support.answer_helpers import ALL, IMAGES, checkpoint, edit_json, loaded, picture, saved_adapter
-from support.data_helpers import WITH_GOLDENS, checkpoint_folder, processing
+from support.golden_checkpoints import WITH_GOLDENS, checkpoint_folder, processing
 from support.golden_models import golden_weight
-from support.paths import GOLDENS
+from support.paths import GOLDENS, IMAGES
+from support.rows import picture
+from support.tiny_checkpoints import ALL, checkpoint, edit_json, loaded, saved_adapter
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
 SHORT = GREEDY | {"sampling": False, "max_new_tokens": 8}

@@ -20,9 +20,9 @@ from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
 from support import processes
-from support.answer_helpers import IMAGES, checkpoint, loaded, picture, saved_adapter
-from support.data_helpers import write_rows
-from support.paths import SUPPORT
+from support.paths import IMAGES, SUPPORT
+from support.rows import picture, write_rows
+from support.tiny_checkpoints import checkpoint, loaded, saved_adapter
 
 TOKENS = 6
 QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the color?", "Describe the picture.")

@@ -10,7 +10,8 @@ import sentencepiece
 from minicpm_tune.checkpoints.model_folder import ModelFolderError, load_tokenizer, read_config
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.sentencepiece_tokenizer import TokenizerError, build_tokenizer
-from support.data_helpers import GOLDENS, checkpoint_folder, processing
+from support.golden_checkpoints import checkpoint_folder, processing
+from support.paths import GOLDENS
 
 WORDS = [
     "Two cats", "\n", " ", "  ", "<AI>", "<用户>", "<image>", "</image>", "<unk>", "é🎉", "the quick brown",

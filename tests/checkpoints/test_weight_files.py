@@ -13,7 +13,7 @@ from minicpm_tune.checkpoints.weight_files import (
     stored_tensors,
     weight_files,
 )
-from support.answer_helpers import checkpoint, loaded
+from support.tiny_checkpoints import checkpoint, loaded
 
 RUN_FILES = (
     "run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "bad_rows.jsonl",

@@ -11,7 +11,9 @@ from minicpm_tune.data import check_cache, row_check
 from minicpm_tune.data.check_cache import FileCheck, Finding, check_path
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
-from support.data_helpers import chat, on_two_ranks, processing
+from support.check_on_two_ranks import on_two_ranks
+from support.golden_checkpoints import processing
+from support.rows import chat
 
 ROWS = 60
 LOOKED_AT = 6

@@ -12,8 +12,9 @@ from minicpm_tune.data.bad_rows import BadRowLog
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_arguments import DataArguments
-from support.data_helpers import BAD_ROWS, WIDE, chat, good, processing, supervised_text, write_rows
+from support.golden_checkpoints import processing, supervised_text
 from support.paths import IMAGES
+from support.rows import BAD_ROWS, WIDE, chat, good, write_rows
 
 
 def data(tmp_path, rows, name="v2_6", **options):

@@ -51,7 +51,8 @@ def test_orientation_is_ignored_or_applied_as_asked(tmp_path):
 
 def test_the_orientation_of_each_generation_is_that_of_its_inference(tmp_path):
     from dataset import SupervisedDataset
-    from support.data_helpers import chat, processing, write_rows
+    from support.golden_checkpoints import processing
+    from support.rows import chat, write_rows
 
     (tmp_path / "a.png").write_bytes(turned_photo(6))
     path = write_rows(tmp_path, [{"image": "a.png", "conversations": chat("Hi", "x")}])

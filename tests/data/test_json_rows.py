@@ -18,7 +18,7 @@ from PIL import Image
 from minicpm_tune.data.files.json_rows import JsonRows, explain
 from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.errors import DataError, RowError
-from support.data_helpers import chat, write_rows
+from support.rows import chat, write_rows
 
 
 def rows_of(count):

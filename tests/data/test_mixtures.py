@@ -11,7 +11,8 @@ from dataset import SupervisedDataset
 from minicpm_tune.data.files.mixtures import epoch_order
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_path import MixtureSource, read_data_path
-from support.data_helpers import chat, processing, write_rows
+from support.golden_checkpoints import processing
+from support.rows import chat, write_rows
 
 
 @given(

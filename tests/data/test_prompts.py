@@ -4,7 +4,8 @@ import pytest
 
 from minicpm_tune.data.prompts import PromptWriter
 from minicpm_tune.data.samples import load_processing
-from support.data_helpers import chat, checkpoint_folder, encoded, supervised_text, turns_of
+from support.golden_checkpoints import checkpoint_folder, encoded, supervised_text
+from support.rows import chat, turns_of
 
 THINKING = ("v4_5", "v4_6", "v4_7")
 THOUGHTFUL = "<think>\nOne, two.\n</think>\n\nTwo cats."

@@ -2,7 +2,9 @@
 
 from dataset import SupervisedDataset
 from minicpm_tune.data.row_check import check_rows
-from support.data_helpers import BAD_ROWS, good, on_two_ranks, processing, write_rows
+from support.check_on_two_ranks import on_two_ranks
+from support.golden_checkpoints import processing
+from support.rows import BAD_ROWS, good, write_rows
 
 
 def test_every_rank_knows_all_lengths_and_all_bad_rows(tmp_path):

@@ -20,8 +20,9 @@ from minicpm_tune.data.files.row_files import open_rows
 from minicpm_tune.data.media.images import ImageOptions, open_image
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError, RowError
-from support.data_helpers import good, processing, write_rows
+from support.golden_checkpoints import processing
 from support.hostile import ODD, Bomb
+from support.rows import good, write_rows
 
 
 def bombed_table(mark, *, schema_too):

@@ -5,7 +5,7 @@ import pytest
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.turns import Media
 from minicpm_tune.errors import RowError
-from support.data_helpers import chat
+from support.rows import chat
 
 QA = chat("<image>\nWhat is it?", "A cat.")
 

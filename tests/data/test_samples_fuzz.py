@@ -14,7 +14,8 @@ from minicpm_tune.data.media.images import ImageOptions, open_image
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.errors import DataError, RowError
-from support.data_helpers import chat, limited, processing
+from support.golden_checkpoints import limited, processing
+from support.rows import chat
 
 SEEDS = [
     {

@@ -13,7 +13,8 @@ from minicpm_tune.data.slicing.adaptive import SliceRules
 from minicpm_tune.data.token_labels import truncate
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DroppedRowError, RowError
-from support.data_helpers import ALL, chat, encoded, limited, processing, supervised_text, turns_of
+from support.golden_checkpoints import ALL, encoded, limited, processing, supervised_text
+from support.rows import chat, turns_of
 
 TURN_END = {"v2": "</s>", "v2_5": "<|eot_id|>"}
 

@@ -10,7 +10,8 @@ from dataset import SupervisedDataset, data_collator
 from minicpm_tune.data.media.videos import VideoRules, choose_frames
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError, RowError
-from support.data_helpers import chat, processing, supervised_text, write_rows
+from support.golden_checkpoints import processing, supervised_text
+from support.rows import chat, write_rows
 
 STEP = VideoRules("step", 1.0, 64, 2)
 PACKS = VideoRules("packs", 3.0, 180, 1, max_frames_per_pack=3)

@@ -12,8 +12,9 @@ from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.models.xcomposer2.clip_tower import normalized
 from minicpm_tune.models.xcomposer2.vision import as_image
-from support.data_helpers import chat, limited, processing
-from support.data_helpers import turns_of as read_turns
+from support.golden_checkpoints import limited, processing
+from support.rows import chat
+from support.rows import turns_of as read_turns
 from support.xcomposer2_cases import THREE, about, arrays, golden_images, rules, turns_of
 
 END, NEWLINE, EOS = 574, 561, 2  # [UNUSED_TOKEN_145], "\n", </s> of the small tokenizer

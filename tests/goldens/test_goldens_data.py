@@ -8,8 +8,9 @@ from PIL import Image
 
 from dataset import SupervisedDataset
 from minicpm_tune.data.row_parsing import parse_row
-from support.data_helpers import WITH_GOLDENS, processing, supervised_text, write_rows
+from support.golden_checkpoints import WITH_GOLDENS, processing, supervised_text
 from support.paths import GOLDENS, IMAGES
+from support.rows import write_rows
 
 TURN_END = {"v2_5": "<|eot_id|>"}
 

@@ -12,7 +12,7 @@ from minicpm_tune.lora.continuing import check_adapter
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
-from support.answer_helpers import checkpoint, edit_json, loaded, saved_adapter
+from support.tiny_checkpoints import checkpoint, edit_json, loaded, saved_adapter
 
 
 @pytest.fixture(scope="module")

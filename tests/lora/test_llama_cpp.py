@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import merge_lora
 from minicpm_tune.lora.adapter_folders import AdapterError
-from support.answer_helpers import saved_adapter
+from support.tiny_checkpoints import saved_adapter
 
 PLAIN = {"lora_modules_to_save": ["none"]}
 # What convert_lora_to_gguf.py takes off, and names that gguf's tables of these LLMs know.

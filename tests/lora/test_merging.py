@@ -20,7 +20,7 @@ from minicpm_tune.lora.base_fingerprint import fingerprint_of, read_fingerprint
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.merging import MergeError, check_saved, merge
 from support import processes
-from support.answer_helpers import (
+from support.tiny_checkpoints import (
     ALL,
     checkpoint,
     copied,

@@ -17,9 +17,9 @@ import merge_lora
 from minicpm_tune.checkpoints.weight_files import SINGLE_FILES
 from minicpm_tune.lora.adapter_folders import read_adapter_folder
 from minicpm_tune.lora.loading import load_adapter
-from support.answer_helpers import ALL, SIX, checkpoint, loaded, merged_checkpoint, saved_adapter
-from support.data_helpers import checkpoint_folder
+from support.golden_checkpoints import checkpoint_folder
 from support.golden_models import golden_model
+from support.tiny_checkpoints import ALL, SIX, checkpoint, loaded, merged_checkpoint, saved_adapter
 
 PLAIN_KEY = re.compile(
     r"base_model\.model\.llm\.model\.layers\.\d+\.self_attn\.[qkvo]_proj\.lora_[AB]\.weight"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from minicpm_tune.checkpoints.model_folder import load_tokenizer
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from support.answer_helpers import checkpoint, saved_adapter
+from support.tiny_checkpoints import checkpoint, saved_adapter
 
 # The fields of peft.LoraConfig in peft 0.10.0, read off that version.
 KNOWN_TO_PEFT_0_10 = {

@@ -21,9 +21,10 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.quantization import quantized_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
 from minicpm_tune.settings.data_arguments import DataArguments
-from support.answer_helpers import checkpoint
-from support.data_helpers import chat, limited
-from support.data_helpers import turns_of as read_turns
+from support.golden_checkpoints import limited
+from support.rows import chat
+from support.rows import turns_of as read_turns
+from support.tiny_checkpoints import checkpoint
 from support.xcomposer2_cases import THREE
 
 # Worst values measured on torch 2.13 (CPU, 2 cores, 7b and 4khd) stand behind each.

@@ -16,8 +16,9 @@ from minicpm_tune.planning.data_report import summarize
 from minicpm_tune.planning.row_statistics import padding_shares, pixel_hashes
 from minicpm_tune.planning.sample_preview import contact_sheet, slice_images
 from support import processes
-from support.data_helpers import chat, checkpoint_folder, processing, write_rows
+from support.golden_checkpoints import checkpoint_folder, processing
 from support.paths import FINETUNE, IMAGES
+from support.rows import chat, write_rows
 
 SCRIPT = FINETUNE / "inspect_data.py"
 

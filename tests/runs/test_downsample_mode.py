@@ -13,7 +13,7 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.planning.memory_plan import Training, plan
 from plan_memory import parse_flags, run
 from support import finetune_runs
-from support.answer_helpers import checkpoint
+from support.tiny_checkpoints import checkpoint
 
 
 def image_tokens(processing):

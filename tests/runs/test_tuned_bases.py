@@ -7,7 +7,7 @@ import pytest
 import merge_lora
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from support import finetune_runs
-from support.answer_helpers import checkpoint, loaded, logits, saved_adapter
+from support.tiny_checkpoints import checkpoint, loaded, logits, saved_adapter
 
 LOGIT_TOLERANCE = 1e-4
 

@@ -24,7 +24,7 @@ from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.legacy_flags import translate
 from support import finetune_runs, processes
-from support.answer_helpers import checkpoint
+from support.tiny_checkpoints import checkpoint
 from support.xcomposer2_cases import THREE
 
 FINETUNE = finetune_runs.ROOT / "finetune"

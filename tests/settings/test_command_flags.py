@@ -10,8 +10,8 @@ import plan_memory
 import predict
 import quantize
 from support import processes
-from support.answer_helpers import IMAGES, checkpoint, saved_adapter
-from support.paths import FINETUNE
+from support.paths import FINETUNE, IMAGES
+from support.tiny_checkpoints import checkpoint, saved_adapter
 
 NEEDED = {
     chat: ["--question", "x"],

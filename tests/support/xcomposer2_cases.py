@@ -11,7 +11,7 @@ from PIL import Image
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
 from minicpm_tune.models.xcomposer2.modeling import XComposer2
-from support.data_helpers import processing
+from support.golden_checkpoints import processing
 from support.paths import GOLDENS
 
 THREE = ("xc2_7b", "xc2_vl_7b", "xc2_4khd_7b")

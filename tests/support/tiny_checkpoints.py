@@ -1,4 +1,4 @@
-"""What the tests of chat, merge, prediction and export share: small checkpoints with adapters."""
+"""Tiny checkpoints of every generation in the released layout, and adapters trained on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from PIL import Image
 
 import merge_lora
 from make_checkpoint import make_checkpoint
@@ -21,7 +20,6 @@ from minicpm_tune.lora.merging import probe_logits
 from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.argument_groups import LoraArguments
-from support.paths import IMAGES
 
 SIX = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5")
 ALL = (*SIX, "v4_6", "v4_7")
@@ -80,10 +78,6 @@ def merged_checkpoint(name):
 
 def logits(model, name):
     return probe_logits(model, load_processing(checkpoint(name)))
-
-
-def picture(name="small"):
-    return Image.open(IMAGES / f"{name}.png").convert("RGB")
 
 
 def edit_json(path, **changes):
