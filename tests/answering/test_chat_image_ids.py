@@ -10,8 +10,8 @@ from minicpm_tune.answering import generate
 from minicpm_tune.answering.chat import chat
 from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
-from support.answer_helpers import checkpoint, edit_json, loaded
-from support.data_helpers import write_rows
+from support.rows import write_rows
+from support.tiny_checkpoints import checkpoint, edit_json, loaded
 
 
 @pytest.mark.parametrize("generation", ["v2_6", "v4_5"])
