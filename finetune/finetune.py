@@ -43,7 +43,7 @@ from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, 
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
 from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
-from minicpm_tune.training.checkpointing import check_continues, run_shape, write_failures_told
+from minicpm_tune.training.checkpointing import check_continues, write_failures_told
 from minicpm_tune.training.early_stopping import EarlyStopping
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.loss_curve import LossCurve
@@ -133,8 +133,7 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     train_rows = read(data.data_path) if training.do_train else None
     eval_rows = read(data.eval_data_path) if evaluates else None
     if train_rows is not None and training.resume_from_checkpoint:
-        checkpoint, shape = Path(training.resume_from_checkpoint), run_shape(training, len(train_rows))
-        check_continues(checkpoint, shape, skips_data=training.ignore_data_skip)
+        check_continues(Path(training.resume_from_checkpoint), training, rows=len(train_rows))
     if train_rows is not None:
         assert train_rows.lengths is not None  # check_rows has counted them
         tokens = train_rows.lengths[train_rows.mixture.epoch_order(seed=training.seed, epoch=0)].sum()

@@ -10,16 +10,19 @@ its files and their sizes. What lies in its place was therefore complete once, a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 UNFINISHED = "unfinished"  # the folder in which checkpoints are written
 MANIFEST = "checkpoint.json"  # lists a checkpoint's files, and describes the run that wrote it
 STATE_FILE = "trainer_state.json"
+LOGS = "logs"  # folder in the output folder
+LOCK_FILE = "run.lock"  # in it: locked while a run goes on, its text says whose it is
 RUN_RECORD = "run.json"  # at the top of the folder: what each start of the run was given
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -50,6 +53,37 @@ def find_earlier_run(folder: str | Path) -> EarlierRun:
         return EarlierRun(finished=False, last_checkpoint=None)
     whole = [path for _, path in list_checkpoints(folder) if is_checkpoint(path)]
     return EarlierRun(finished=bool(_model_files(folder)), last_checkpoint=whole[-1] if whole else None)
+
+
+def find_user(folder: str | Path) -> str | None:
+    """The run that is using an output folder now, in words; None when none is."""
+    try:
+        with (Path(folder) / LOGS / LOCK_FILE).open("r+", encoding="utf-8") as file:
+            return None if lock(file) else file.read().strip() or "unknown"
+    except OSError:  # there is none, or the file system has no locks
+        return None
+
+
+def lock(file: IO[str]) -> bool:
+    """Lock a file for this process until it is closed; False when another process has done so.
+
+    Raises:
+        OSError: Where the file system has no locks.
+    """
+    try:
+        # A record lock: unlike flock's, it is not inherited by the workers that load data.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def in_use(folder: str | Path, user: str) -> str:
+    """The message about a folder that another run is using."""
+    return (
+        f"--output_dir {str(folder)!r} is in use by another run ({user}). Give another folder, or wait until that run "
+        "has ended."
+    )
 
 
 def is_checkpoint(folder: str | Path) -> bool:

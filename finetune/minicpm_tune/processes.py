@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import TypeVar
 
+from minicpm_tune.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,23 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_restart() -> None:
+    """Refuse processes that torchrun has started again with the store of those that ended.
+
+    They would find the addresses of these there, and wait for them for ever (torch 2.13).
+
+    Raises:
+        UserError: With the two ways that work.
+    """
+    started_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if started_again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max_restarts has started the processes again with the rendezvous of those that ended, where "
+            "they can't find each other. Use the launchers with MAX_RESTARTS, or torchrun with --rdzv_backend c10d "
+            "and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+        )
 
 
 def joined() -> tuple[int, int]:

@@ -167,6 +167,19 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_weights_alone_starts_the_optimizer_anew_only_when_asked(small, tmp_path):
+    flags = arguments(small, tmp_path / "out", "--save_only_model", "true")
+    finish(flags)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    printed = finish([*flags, "--resume_from_checkpoint", "true"], expected=1)
+    assert "lacks the optimizer's state and the place in the schedule and random numbers." in printed
+    assert "Loading weights" not in printed
+    printed = finish([*flags, "--resume_from_checkpoint", "true", "--allow_inexact_resume", "true"])
+    assert "these start anew (--allow_inexact_resume true)" in printed
+    assert len(finetune_runs.losses(tmp_path / "out")) == STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_while_saving_the_last_whole_checkpoint_goes_on(small, tmp_path, stage):
     flags = STAGES[stage]

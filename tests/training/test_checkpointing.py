@@ -1,21 +1,36 @@
 """The folder of checkpoints: which are whole, which one is chosen, moved, removed, or refused."""
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 
 from minicpm_tune import output_folder
+from minicpm_tune.settings.arguments import parse_arguments
+from minicpm_tune.settings.checks import UsageError
 from minicpm_tune.training import checkpointing
 from minicpm_tune.training.checkpointing import (
     CheckpointError,
     CheckpointWriter,
-    RunShape,
     check_continues,
     choose_checkpoint,
+    run_shape,
 )
+from support import finetune_runs
+from support.paths import FINETUNE
 
-SHAPE = RunShape(2, 4, 100, 0, "weights", "--seed 7")
+TRAINING = Namespace(
+    world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, deepspeed=None, use_lora=False,
+    train_sampling_strategy="random", seed=7, data_seed=None, packing=False, ignore_data_skip=False,
+    allow_inexact_resume=False,
+)  # fmt: skip
+SHAPE = run_shape(TRAINING, 100)
+
+
+def with_flags(**flags):
+    return Namespace(**{**vars(TRAINING), **flags})
 
 
 def checkpoint(folder, step, *, sizes=None, **shape):
@@ -26,6 +41,12 @@ def checkpoint(folder, step, *, sizes=None, **shape):
     files = {"model.safetensors": len(str(step)), "trainer_state.json": len(str(step)), **(sizes or {})}
     manifest = {"step": step, **vars(SHAPE), **shape, "files": files}
     (path / output_folder.MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def with_states(path):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (path / name).touch()
     return path
 
 
@@ -168,7 +189,7 @@ def test_errors_of_the_program_stay_what_they_are(tmp_path):
 
 
 def test_a_run_of_the_same_shape_continues(tmp_path):
-    check_continues(checkpoint(tmp_path, 3), SHAPE, skips_data=False)
+    check_continues(with_states(checkpoint(tmp_path, 3)), TRAINING, rows=100)
 
 
 @pytest.mark.parametrize(
@@ -177,20 +198,87 @@ def test_a_run_of_the_same_shape_continues(tmp_path):
         ({"trains": "adapter"}, "it trained adapter, this run trains weights. Set --use_lora as it was"),
         ({"deepspeed_stage": 2}, "written under DeepSpeed ZeRO-2, this run is under no DeepSpeed"),
         ({"rows": 90}, "the data had 90 rows and now has 100.*--ignore_data_skip true"),
-        ({"order": "--seed 8"}, "in the order of --seed 8, now it is --seed 7"),
+        (
+            {"order": "--seed 8"},
+            "in the order of --seed 8, now it is --train_sampling_strategy random --seed 7",
+        ),
         ({"rows_per_step": 8}, "a step had 8 rows and now has 4"),
     ],
 )
 def test_a_run_of_another_shape_is_refused(tmp_path, written, message):
-    path = checkpoint(tmp_path, 3, **written)
+    path = with_states(checkpoint(tmp_path, 3, **written))
     with pytest.raises(CheckpointError, match=message):
-        check_continues(path, SHAPE, skips_data=False)
+        check_continues(path, TRAINING, rows=100)
     if {"rows", "order", "rows_per_step"} & set(written):
-        check_continues(path, SHAPE, skips_data=True)
+        check_continues(path, with_flags(ignore_data_skip=True), rows=100)
 
 
 def test_a_checkpoint_of_transformers_own_is_taken_as_it_is(tmp_path):
-    path = checkpoint(tmp_path, 3)
+    path = with_states(checkpoint(tmp_path, 3))
     (path / output_folder.MANIFEST).unlink()
     assert output_folder.is_checkpoint(path)
-    check_continues(path, SHAPE, skips_data=False)
+    check_continues(path, TRAINING, rows=100)
+
+
+def test_a_checkpoint_of_weights_alone_is_continued_only_when_that_is_wanted(tmp_path, caplog):
+    path = checkpoint(tmp_path, 3)
+    lacks = "lacks the optimizer's state and the place in the schedule and random numbers"
+    with pytest.raises(CheckpointError, match=f"{lacks}. .*--allow_inexact_resume true"):
+        check_continues(path, TRAINING, rows=100)
+    check_continues(path, with_flags(allow_inexact_resume=True), rows=100)
+    assert f"{lacks}; these start anew" in caplog.text
+    deepspeed = {"zero_optimization": {"stage": 2}}
+    path = checkpoint(tmp_path, 4, deepspeed_stage=2)
+    with pytest.raises(CheckpointError, match=r"which DeepSpeed needs\. Continue from another checkpoint"):
+        check_continues(path, with_flags(allow_inexact_resume=True, deepspeed=deepspeed), rows=100)
+    (path / "global_step4").mkdir()
+    check_continues(path, with_flags(deepspeed=deepspeed), rows=100)
+
+
+HOLDS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from minicpm_tune.output_folder import lock
+file = open(sys.argv[2], "a+")
+assert lock(file)
+file.write("process 7 on here")
+file.flush()
+sys.stdout.write("locked")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_is_said_to_be_so_and_not_to_hold_an_unfinished_run(tmp_path):
+    checkpoint(tmp_path / "out", 3)
+    lock_file = tmp_path / "out" / output_folder.LOGS / output_folder.LOCK_FILE
+    assert output_folder.find_user(tmp_path / "out") is None
+    lock_file.parent.mkdir()
+    lock_file.touch()
+    assert output_folder.find_user(tmp_path / "out") is None
+    data = finetune_runs.write_data(tmp_path / "data", rows=1)
+    words = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(UsageError, match=r"holds an unfinished run \(checkpoint-3\)"):
+        parse_arguments(words)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, FINETUNE, lock_file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout.read(6) == "locked"
+        assert output_folder.find_user(tmp_path / "out") == "process 7 on here"
+        with pytest.raises(UsageError, match=r"is in use by another run \(process 7 on here\)"):
+            parse_arguments(words)
+    finally:
+        other.kill()
+        other.communicate()
+    assert output_folder.find_user(tmp_path / "out") is None

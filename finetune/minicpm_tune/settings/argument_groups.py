@@ -165,6 +165,13 @@ class RunOptions:
             "const": "true",
         },
     )
+    allow_inexact_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue also from a checkpoint without optimizer, schedule or random numbers (--save_only_model "
+            "true); these start anew, so the run differs from one that was not interrupted."
+        },
+    )
     predict_with_generate: bool = field(
         default=False,
         metadata={

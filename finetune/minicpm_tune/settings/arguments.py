@@ -53,6 +53,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
 
     def __post_init__(self) -> None:
         """Settle the device, DeepSpeed's file and the checkpoint to continue before transformers does."""
+        processes.check_restart()
         if not has_accelerator():
             # Otherwise torchrun's processes would each train alone (transformers 5.23, accelerate 1.15).
             self.use_cpu = True

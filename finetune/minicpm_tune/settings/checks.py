@@ -241,6 +241,10 @@ def _output_folder(training: Namespace) -> Iterator[str]:
     wants_to_resume = bool(resume) and resume.lower() == "true"
     if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
         return
+    user = output_folder.find_user(folder)
+    if user is not None:
+        yield output_folder.in_use(folder, user)
+        return
     last = earlier.last_checkpoint
     state = "a finished run" if earlier.finished or last is None else f"an unfinished run ({last.name})"
     yield (

@@ -29,6 +29,14 @@ from minicpm_tune.settings.arguments import TrainingArguments
 logger = logging.getLogger(__name__)
 
 
+# What a run needs to go on exactly, besides the weights -> the files that hold it: one of them is there.
+_STATES = {
+    "the optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*"),
+    "the place in the schedule": ("scheduler.pt",),
+    "random numbers": ("rng_state*.pth",),
+}
+
+
 class CheckpointError(UserError):
     """A checkpoint that can't be written, or not be continued by this run.
 
@@ -219,58 +227,84 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
     return Path(training.output_dir) / f"checkpoint-{chosen}"
 
 
-def check_continues(checkpoint: Path, shape: RunShape, *, skips_data: bool) -> None:
-    """See that a run of this shape can go on exactly where a checkpoint was written.
+def check_continues(checkpoint: Path, training: TrainingArguments, *, rows: int) -> None:
+    """See that a run can go on exactly where a checkpoint was written.
 
     Args:
         checkpoint: The checkpoint.
-        shape: The shape of this run.
-        skips_data: ``--ignore_data_skip``: the place in the data is given up anyway.
+        training: The arguments of this run.
+        rows: Rows of its training data.
 
     Raises:
         CheckpointError: With every difference, and what to do.
     """
+    shape = run_shape(training, rows)
     manifest = output_folder.read_manifest(checkpoint)
-    if not manifest:
-        return
-    before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
-    problems = []
-    if before.trains != shape.trains:
-        problems.append(
-            f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."
-        )
-    elif before.deepspeed_stage != shape.deepspeed_stage:
-        problems.append(
-            f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."
-        )
-    elif shape.deepspeed_stage and before.processes != shape.processes:
-        problems.append(
-            f"it was written by {before.processes} processes, this run has {shape.processes}. DeepSpeed's state is "
-            f"divided among them: start {before.processes} again."
-        )
-    if before.rows != shape.rows and not skips_data:
-        problems.append(
-            f"the data had {before.rows} rows and now has {shape.rows}, so its order is another. Give the same "
-            "data, or add --ignore_data_skip true to begin an epoch of the new one."
-        )
-    elif before.order != shape.order and not skips_data:
-        problems.append(
-            f"its rows came in the order of {before.order}, now it is {shape.order}. Set these flags as they were, or "
-            "add --ignore_data_skip true to begin the epoch anew."
-        )
-    elif before.rows_per_step != shape.rows_per_step and not skips_data:
-        problems.append(
-            f"a step had {before.rows_per_step} rows and now has {shape.rows_per_step} (processes x "
-            "--per_device_train_batch_size x --gradient_accumulation_steps). Make the product the same, or add "
-            "--ignore_data_skip true to begin the epoch anew."
-        )
+    problems = _lacks(checkpoint, shape, allowed=training.allow_inexact_resume)
+    if manifest:
+        before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
+        problems += _differs_in_kind(before, shape)
+        problems += [] if training.ignore_data_skip else _differs_in_rows(before, shape)
     if problems:
         raise CheckpointError(f"{checkpoint} can't be continued: " + " Also, ".join(problems))
-    if before.processes != shape.processes:
+    if manifest and before.processes != shape.processes:
         logger.warning(
             "%s was written by %d processes, this run has %d: rows go on in their order, random numbers (dropout) "
             "start anew.", checkpoint.name, before.processes, shape.processes,
         )  # fmt: skip
+
+
+def _lacks(checkpoint: Path, shape: RunShape, *, allowed: bool) -> list[str]:
+    """What a checkpoint saved with --save_only_model does not hold, as a problem or, if allowed, as a warning."""
+    deepspeed = any(checkpoint.glob("global_step*"))  # all of it is in there
+    missing = [
+        what
+        for what, files in _STATES.items()
+        if not deepspeed and not any(any(checkpoint.glob(file)) for file in files)
+    ]
+    if not missing:
+        return []
+    lacks = f"it was saved with --save_only_model true and lacks {' and '.join(missing)}"
+    if shape.deepspeed_stage:
+        return [f"{lacks}, which DeepSpeed needs. Continue from another checkpoint."]
+    if not allowed:
+        return [
+            f"{lacks}. Continue from another checkpoint, or add --allow_inexact_resume true to start these anew: the "
+            "run will then differ from one that was not interrupted."
+        ]
+    logger.warning("%s: %s; these start anew (--allow_inexact_resume true).", checkpoint.name, lacks)
+    return []
+
+
+def _differs_in_kind(before: RunShape, shape: RunShape) -> list[str]:
+    if before.trains != shape.trains:
+        return [f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."]
+    if before.deepspeed_stage != shape.deepspeed_stage:
+        return [
+            f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."
+        ]
+    if shape.deepspeed_stage and before.processes != shape.processes:
+        return [
+            f"it was written by {before.processes} processes, this run has {shape.processes}. DeepSpeed's state is "
+            f"divided among them: start {before.processes} again."
+        ]
+    return []
+
+
+def _differs_in_rows(before: RunShape, shape: RunShape) -> list[str]:
+    """Why the rows that are left of the epoch are not those that were left then."""
+    if before.rows != shape.rows:
+        found = f"the data had {before.rows} rows and now has {shape.rows}. Give the same data"
+    elif before.order != shape.order:
+        found = f"its rows came in the order of {before.order}, now it is {shape.order}. Set these flags as they were"
+    elif before.rows_per_step != shape.rows_per_step:
+        found = (
+            f"a step had {before.rows_per_step} rows and now has {shape.rows_per_step} (processes x "
+            "--per_device_train_batch_size x --gradient_accumulation_steps). Make the product the same"
+        )
+    else:
+        return []
+    return [f"{found}, or add --ignore_data_skip true to begin an epoch anew."]
 
 
 def _stage(shape: RunShape) -> str:

@@ -24,13 +24,13 @@ from typing import IO, TYPE_CHECKING, Any
 from minicpm_tune import processes
 from minicpm_tune.errors import UserError
 from minicpm_tune.logs import log_to_file, log_to_screen, silence_libraries
+from minicpm_tune.output_folder import LOGS
 from minicpm_tune.safe_loading import refuse_pickles
 
 if TYPE_CHECKING:
     from minicpm_tune.settings.arguments import TrainingArguments
     from minicpm_tune.training.peer_monitor import PeerMonitor
 
-LOGS = "logs"  # folder in the output folder
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # All processes of a machine make the same mistake at the same time; the first one's message is enough, and
 # torchrun ends the others within a tenth of a second. A mistake of one alone is shown after this.

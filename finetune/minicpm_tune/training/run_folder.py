@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -18,15 +17,13 @@ from torch import distributed
 
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
-from minicpm_tune.output_folder import MANIFEST, UNFINISHED
+from minicpm_tune.output_folder import LOCK_FILE, LOGS, MANIFEST, UNFINISHED
 from minicpm_tune.processes import gather, local_world_size
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpointing import choose_checkpoint
-from minicpm_tune.training.process_lifecycle import LOGS
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "run.lock"  # in it
 _LOCK_TRIES = 4  # a run that was just killed may take a moment to go
 _SECOND = 1.0
 # Files of single processes; each lies on the machine of its process.
@@ -129,25 +126,18 @@ class RunFolder:
     def _lock_it(self) -> str | None:
         path = self.path / LOGS / LOCK_FILE
         file = path.open("a+", encoding="utf-8")
-        for last in (False,) * (_LOCK_TRIES - 1) + (True,):
-            try:
-                # A record lock: unlike flock's, it is not inherited by the workers that load data.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if not last:
-                    time.sleep(_SECOND)
-                    continue
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                return (
-                    f"--output_dir {str(self.path)!r} is in use by another run ({owner}). Give another folder, or "
-                    "wait until that run has ended."
-                )
-            except OSError as error:
-                logger.warning(
-                    "%s: this file system has no locks (%s); see that no other run uses it.", path, error
-                )
-            break
+        try:
+            tries = 1
+            while not output_folder.lock(file):
+                if tries == _LOCK_TRIES:
+                    file.seek(0)
+                    return output_folder.in_use(self.path, file.read().strip() or "unknown")
+                time.sleep(_SECOND)
+                tries += 1
+        except OSError as error:
+            logger.warning(
+                "%s: this file system has no locks (%s); see that no other run uses it.", path, error
+            )
         file.seek(0)
         file.truncate()
         file.write(
