@@ -75,7 +75,7 @@ def test_every_flag_that_is_named_exists(page, known_flags):
     assert named - known_flags - OTHER_PROGRAMS == set()
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "RESULTS.md"], ids=name_of)
 def test_every_file_that_is_named_exists(page):
     missing = []
     for name in re.findall(
