@@ -19,7 +19,7 @@ from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
-from minicpm_tune.data.row_parsing import ParsedRow, Source, parse_row
+from minicpm_tune.data.row_parsing import ParsedRow, Source
 from minicpm_tune.data.samples import Plan, Processing
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
@@ -82,7 +82,7 @@ class SupervisedDataset(Dataset):
         Raises:
             RowError: When it is in no accepted form.
         """
-        return parse_row(self.mixture.read(index), image_end=self.processing.generation.image_end)
+        return self.processing.parse(self.mixture.read(index))
 
     def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture]:
         """Open a row's images and videos; they are decoded later.
@@ -99,7 +99,7 @@ class SupervisedDataset(Dataset):
         video = self.processing.media.video
         if video is None:
             raise RowError("video", self.processing.no_video)
-        return open_video(source.value, options, video)
+        return open_video(source.value, options, video.for_one(source.fps, source.max_frames))
 
     def image_options(self, index: int) -> ImageOptions:
         """How a row's images are found and opened."""

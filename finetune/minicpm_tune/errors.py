@@ -33,6 +33,23 @@ class RowError(UserError):
         return type(self), (self.kind, str(self))
 
 
+def check_unicode(text: str, place: str) -> None:
+    """See that a text can be written as UTF-8.
+
+    Raises:
+        RowError: When it holds half of a character, such as an emoji cut in two.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start : error.end].encode("ascii", "backslashreplace").decode()
+        raise RowError(
+            "text",
+            f"{place} has {found}, which is half of a character (an emoji that was cut?), expected whole ones. Write "
+            "the text again, or remove the row.",
+        ) from error
+
+
 class DroppedRowError(RowError):
     """A row that the user asked to leave out (``--overlength drop``)."""
 

@@ -14,7 +14,7 @@ from minicpm_tune.answering.generate import answer
 from minicpm_tune.answering.metrics import score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.media.sources import check_source
-from minicpm_tune.data.row_parsing import ParsedRow, parse_row
+from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.samples import Processing, TrainingRows
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DataError, RowError
@@ -87,8 +87,7 @@ class PredictionRows:
             raise DataError(f"{len(problems)} of {len(indices)} rows can't be answered:\n{shown}")
 
     def _conversation(self, index: int) -> ParsedRow:
-        image_end = self.processing.generation.image_end
-        return parse_row(_with_answer(self.rows.mixture.read(index)), image_end=image_end)
+        return self.processing.parse(_with_answer(self.rows.mixture.read(index)))
 
     def _question(self, index: int) -> Question:
         conversation = self._conversation(index)

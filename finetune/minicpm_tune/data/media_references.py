@@ -1,29 +1,47 @@
-"""Which image or video every placeholder of a row stands for.
+"""Which image or video every placeholder of a row stands for, and which texts only look like placeholders.
 
 A row names its media in ``image``, ``images``, ``video`` or ``videos``:
 
 - a single image is meant by every ``<image>`` in the row;
-- in a list, the first ``<image>`` (or ``<ImageHere>``) means the first image, and so on; ``<image_02>`` the
-  third;
+- in a list, the first ``<image>`` (or ``<ImageHere>``) means the first image, and so on; ``<image_02>``, or a part
+  with ``"index": 2``, the third;
 - in a dictionary, the placeholders are the keys, and may stand anywhere and more than once.
 
-What no placeholder mentions is put in front of the first user turn, in the order of the row, each followed by
-a newline (by nothing for InternLM-XComposer2). A placeholder without an image is an error.
+What no placeholder mentions is put in front of the first user turn, in the order of the row, each followed by a
+newline (by nothing for InternLM-XComposer2). A placeholder without an image is an error, and so is a placeholder of
+another program such as ``<image 1>``. A backslash in front of a placeholder, or of another control text, makes it
+plain text; in a row with ``literal_control_tokens`` all are that have no medium.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from minicpm_tune.data.turns import Turn
+from minicpm_tune.data.row_keys import NOTHING, name_list
+from minicpm_tune.data.turns import Literal, Turn
 from minicpm_tune.errors import RowError
 
-MARKS = re.compile(r"<image>|<image_\d+>|<ImageHere>|<video>")
+_MARK = r"<image>|<image_\d+>|<ImageHere>|<video>"
+# Texts that some tokenizer or chat template reads as structure.
+_CONTROL = (
+    r"<audio>|<bbox>|<ref-object>|<\|\w+\|>|</?s>|<unk>|</image>|</?slice>|</?image_id>|</?(?:ref|box|quad|point)>|"
+    r"</?think>|</?tool_(?:call|response)>|</?img>|<用户>|<AI>|\[UNUSED_TOKEN_\d+\]"
+)
+_ESCAPED = rf"\\(?:{_MARK}|{_CONTROL})"
+# Placeholders of other programs. Those of _LOOSE are also tags of HTML and XML, and mean an image only beside one.
+_FOREIGN = (
+    r"<(?:image|img|picture|photo|video|audio)s?[ _#:-]*\d+>|<\|(?:image|video|audio)(?:_\d+)?\|>|<img>[^<>]*</img>|"
+    r"<audio>|<bbox>|<ref-object>"
+)
+_LOOSE = r"<\s*(?:image|img|video)s?\s*/?\s*>|<imagehere>|<image[ _-]?(?:pad|placeholder|token)>"
+MARKS = re.compile(
+    rf"(?P<escaped>{_ESCAPED})|(?P<mark>{_MARK})|(?P<foreign>(?i:{_FOREIGN}))|(?P<loose>(?i:{_LOOSE}))"
+)
 _FILMS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
+_FIRST_IMAGE = ("<image>", "<ImageHere>", "<image_00>", "<image_0>")
 
 
 @dataclass(frozen=True)
@@ -33,16 +51,26 @@ class Source:
     Attributes:
         kind: ``image`` or ``video``.
         value: A path, URL, data URI, bytes, or ``{"bytes":, "path":}``; a video may be a list of these.
+        fps: Frames taken per second of this video; None: as for all.
+        max_frames: Most frames of this video; None: as for all.
     """
 
     kind: str
     value: Any
+    fps: float | None = None
+    max_frames: int | None = None
 
 
 class MediaReader:
-    """Gives every placeholder of a row its image or video."""
+    """Gives every placeholder of a row its image or video.
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    Args:
+        row: The row.
+        literal: Whether placeholders without a medium are plain text.
+    """
+
+    def __init__(self, row: Mapping[str, Any], *, literal: bool = False) -> None:
+        self.literal = literal
         self.named: dict[str, Any] = {}
         self.single: Any = None
         self.listed: dict[str, list[Any]] = {"image": [], "video": []}
@@ -51,36 +79,84 @@ class MediaReader:
         for kind in ("image", "video"):
             one: Any = row.get(kind)
             several: Any = row.get(f"{kind}s")
-            if one not in _NOTHING and several not in _NOTHING:
+            if one not in NOTHING and several not in NOTHING:
                 raise RowError(
                     "media", f"the row has both {kind!r} and '{kind}s', expected one. Remove one of them."
                 )
             if kind == "image":
-                self._add_images(several if one in _NOTHING else one)
-            elif one not in _NOTHING:
+                self._add_images(several if one in NOTHING else one)
+            elif one not in NOTHING:
                 self.listed["video"] = list(one) if _are_films(one) else [one]
-            elif several not in _NOTHING:
+            elif several not in NOTHING:
                 self.listed["video"] = list(several) if isinstance(several, (list, tuple)) else [several]
 
     def _add_images(self, value: Any) -> None:
-        if value in _NOTHING:
+        if value in NOTHING:
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
-            present = {
-                str(key): image for key, image in value.items() if image is not None
-            }  # Parquet fills in None
+            # Parquet fills in None
+            present = {str(key): image for key, image in value.items() if image is not None}
             wrong = [key for key in present if not re.fullmatch(r"<image_\d+>|<image>|<ImageHere>", key)]
             if wrong:
                 raise RowError(
                     "media",
-                    f"'image' has the key {wrong[0]!r}, expected keys like '<image_00>'. Write the "
-                    "placeholder as key.",
+                    f"'image' has the key {wrong[0]!r}, expected keys like '<image_00>'. Write the placeholder as key.",
                 )
             self.named = present
         elif isinstance(value, (list, tuple)):
             self.listed["image"] = list(value)
         else:
             self.single = value
+
+    @property
+    def _has_media(self) -> bool:
+        return bool(self.named or self.single is not None or self.listed["image"] or self.listed["video"])
+
+    def split(self, text: str, number: int) -> Iterator[str | Source | Literal]:
+        """The parts of a text in turn ``number``: its placeholders as the sources they stand for."""
+        position = 0
+        for found in MARKS.finditer(text):
+            part = self._part(found, number)
+            if part is None:
+                continue
+            if found.start() > position:
+                yield text[position : found.start()]
+            yield part
+            position = found.end()
+        if position < len(text):
+            yield text[position:]
+
+    def _part(self, found: re.Match[str], number: int) -> Source | Literal | None:
+        """What stands for a placeholder; None leaves it in the text."""
+        mark = found.group()
+        if found["escaped"]:
+            return Literal(mark[1:])
+        if found["mark"]:
+            if self.literal and not self._holds(mark):
+                return Literal(mark)
+            return self.take(mark, number)
+        if self.literal:
+            return Literal(mark)
+        if found["loose"] and not self._has_media:
+            return None
+        raise RowError(
+            "placeholder",
+            f"turn {number} has {mark!r:.80}, which is no placeholder here, expected <image> (in the order of "
+            "'images'), <image_00>, <image_01> (counted from 0), or <video>. Rewrite it; if it is meant as text, put a "
+            'backslash in front of it, or set "literal_control_tokens": true in the row.',
+        )
+
+    def _holds(self, mark: str) -> bool:
+        """Whether the row has a medium for a placeholder."""
+        if mark == "<video>":
+            return self.taken["video"] < len(self.listed["video"])
+        if self.named:
+            return mark in self.named
+        if self.single is not None:
+            return mark in _FIRST_IMAGE
+        if mark.startswith("<image_"):
+            return _number(mark) < len(self.listed["image"])
+        return self.taken["image"] < len(self.listed["image"])
 
     def take(self, mark: str, number: int) -> Source:
         """The source that a placeholder in turn ``number`` stands for."""
@@ -90,30 +166,32 @@ class MediaReader:
             if mark not in self.named:
                 raise RowError(
                     "placeholder",
-                    f"turn {number} mentions {mark}, but the row's images are {listed(self.named)}. "
-                    "Add the image or remove the placeholder.",
+                    f"turn {number} mentions {mark}, but the row's images are {name_list(self.named)}. Add the image "
+                    "or remove the placeholder.",
                 )
             self.mentioned.add(mark)
             return Source("image", self.named[mark])
-        if self.single is not None and mark in ("<image>", "<ImageHere>", "<image_00>", "<image_0>"):
+        if self.single is not None and mark in _FIRST_IMAGE:
             self.mentioned.add("single")
             return Source("image", self.single)
         if mark.startswith("<image_"):
-            return self._numbered(mark, number)
+            return Source("image", self.at("image", _number(mark), f"mentions {mark}", number))
         return Source("image", self._next("image", mark, number))
 
-    def _numbered(self, mark: str, number: int) -> Source:
-        index = int(mark[len("<image_") : -1])
-        images = self.listed["image"]
-        if index >= len(images):
+    def at(self, kind: str, index: Any, what: str, number: int) -> Any:
+        """The medium of a kind at a place in the row's list, counted from 0; it may be asked for more than once."""
+        if kind == "image" and self.single is not None and index == 0:
+            self.mentioned.add("single")
+            return self.single
+        values = self.listed[kind]
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(values):
             raise RowError(
                 "placeholder",
-                f"turn {number} mentions {mark}, but the row has {_count(len(images), 'image')}, counted "
-                "from 0. "
-                "Add the image or remove the placeholder.",
+                f"turn {number} {what}, but the row has {_count(len(values), kind)} in a list, counted from 0. Add the "
+                f"{kind} or remove the placeholder.",
             )
-        self.mentioned.add(f"image#{index}")
-        return Source("image", images[index])
+        self.mentioned.add(f"{kind}#{index}")
+        return values[index]
 
     def _next(self, kind: str, mark: str, number: int) -> Any:
         index = self.taken[kind]
@@ -121,14 +199,15 @@ class MediaReader:
             raise RowError(
                 "placeholder",
                 f"turn {number} has a {mark} for {kind} number {index + 1}, but the row has "
-                f"{_count(len(self.listed[kind]), kind)}. Add the {kind} or remove the placeholder.",
+                f"{_count(len(self.listed[kind]), kind)}. Add the {kind} or remove the placeholder; if it is meant as "
+                "text, put a backslash in front of it.",
             )
         self.taken[kind] = index + 1
         self.mentioned.add(f"{kind}#{index}")
         return self.listed[kind][index]
 
     def put_unmentioned_first(self, turns: list[Turn], image_end: str) -> list[Turn]:
-        """Put images and videos that no placeholder mentions in front of the first user turn, each with its end."""
+        """Put media that no placeholder mentions in front of the first user turn, each with its end."""
         left = [Source("image", value) for mark, value in self.named.items() if mark not in self.mentioned]
         if self.single is not None and "single" not in self.mentioned:
             left.append(Source("image", self.single))
@@ -142,9 +221,12 @@ class MediaReader:
             return turns
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         front: list[Any] = [part for source in left for part in (source, image_end) if part]
-        parts = (*front, *turns[first].parts)
-        turns[first] = Turn("user", parts, turns[first].learn)
+        turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
         return turns
+
+
+def _number(mark: str) -> int:
+    return int(mark[len("<image_") : -1])
 
 
 def _are_films(value: Any) -> bool:
@@ -153,18 +235,6 @@ def _are_films(value: Any) -> bool:
         isinstance(item, (list, tuple)) or (isinstance(item, str) and item.lower().endswith(_FILMS))
         for item in value
     )
-
-
-def a(value: Any) -> str:
-    """A value's type in words, for messages."""
-    names = {"str": "a text", "int": "a number", "float": "a number", "list": "a list", "dict": "an object",
-             "bool": "true or false", "NoneType": "missing (null)"}  # fmt: skip
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
-
-
-def listed(keys: Iterable[Any]) -> str:
-    """Some keys, for messages."""
-    return ", ".join(repr(str(key)) for key in list(keys)[:8]) or "(none)"
 
 
 def _count(number: int, word: str) -> str:

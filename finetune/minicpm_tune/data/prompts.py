@@ -10,8 +10,8 @@ has no template either; its form is ChatML and stands in ``checkpoints/model_gen
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,16 +19,18 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.turns import Media, Part, Turn, media_of
+from minicpm_tune.data.turns import Literal, Media, Part, Turn
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments
 
 THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>")
+_THINK_FORM = ("<think>\n", "\n</think>\n\n")  # what Qwen3's template writes around thoughts
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*\Z")
 _OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
 _PROBE = "\ue000probe\ue001"
-# Stands where a picture will, while the template is rendered; no text holds it.
-_STAND_IN = "\ue000picture\ue001"
+# Stands where a picture or a literal text will, while the template is rendered; no text holds it.
+_STAND_IN = "\ue000part\ue001"
 # What a template writes after the token that ends a turn.
 _AFTER_TURN_END = {"<|im_end|>": "\n", "<|eot_id|>": "", "</s>": "", "[UNUSED_TOKEN_145]": "\n</s>"}
 # Texts that would be read as structure if they stood in a message.
@@ -48,12 +50,14 @@ class Piece:
     Attributes:
         text: The text; empty for media, whose placeholder is put in later.
         learn: Whether its tokens are supervised.
+        literal: Whether control texts in it are plain text.
         media: The image or video that stands here.
         answer_start: Whether an answer that inference would generate starts here.
     """
 
     text: str = ""
     learn: bool = False
+    literal: bool = False
     media: Media | None = None
     answer_start: bool = False
 
@@ -79,7 +83,10 @@ class PromptWriter:
         vocabulary = tokenizer.get_vocab()
         marks = _MINICPM_MARKS if generation.prompt == "minicpm" else ()
         self.control_tokens = [token for token in _CONTROL_TOKENS if token in vocabulary] + list(marks)
-        self._control = re.compile("|".join(map(re.escape, self.control_tokens)))
+        self._control = _any_of(self.control_tokens)
+        added = [token for token in tokenizer.get_added_vocab() if token[0] in "<[" and token[-1] in ">]"]
+        self._tokens = _any_of([*self.control_tokens, *added])
+        self._think_form = _THINK_FORM
         if generation.prompt == "template":
             if not tokenizer.chat_template:
                 raise ModelFolderError(
@@ -87,6 +94,8 @@ class PromptWriter:
                     "tokenizer_config.json. Download the tokenizer files again."
                 )
             self._answer_header, self._trims = self._probe_template()
+            if generation.thinking:
+                self._think_form = self._probe_thoughts()
 
     def find_control_token(self, text: str) -> str | None:
         """The first token in a message's text that the model would read as structure, if there is one."""
@@ -101,15 +110,26 @@ class PromptWriter:
 
         Returns:
             The pieces; those with ``learn`` are each answer and the token that ends it.
+
+        Raises:
+            RowError: When thoughts stand where the template has none.
         """
         *history, answer = turns
         assert answer.role == "assistant", answer.role
+        thoughts, parts = self._split_thoughts(answer, len(history))
+        wish = self.arguments.enable_thinking
+        if wish == "false":
+            thoughts = []
         if self.generation.prompt == "minicpm":
             pieces = self._minicpm_history(history)
         else:
-            pieces = self._template_history(history, thinking=self._thinks(answer))
+            pieces = self._template_history(history, thinking=wish == "true" or bool(thoughts))
+        if thoughts:
+            thoughts = _fit_think_block(pieces, thoughts)
+        parts = [*thoughts, *parts]
+        if self.generation.prompt == "template" and self._trims:
+            parts = _trimmed(parts)
         end = self.generation.turn_end
-        parts = self._answer_parts(answer, pieces)
         pieces += _answer_pieces(parts, learn=answer.learn)
         pieces.append(Piece(end, learn=answer.learn))
         return [*pieces, Piece(_AFTER_TURN_END[end])]
@@ -128,31 +148,56 @@ class PromptWriter:
             return self._minicpm_history(turns)
         return self._template_history(turns, thinking=thinking)
 
-    # --- the last answer ---
+    # --- parts of a turn ---
 
-    def _thinks(self, answer: Turn) -> bool:
-        if not self.generation.thinking:
-            return False
-        wish = self.arguments.enable_thinking
-        return wish == "true" if wish != "auto" else THOUGHTS.match(answer.text) is not None
-
-    def _answer_parts(self, answer: Turn, before: list[Piece]) -> list[Part]:
-        """The answer as it is trained, and the prompt's think block made to fit it."""
-        parts = list(answer.parts)
-        if self.generation.prompt == "template" and self._trims:
-            parts = _trimmed(parts)
-        if not (self.generation.thinking and parts and isinstance(parts[0], str)):
-            return parts
-        if not THOUGHTS.match(parts[0]):
-            return parts
-        if self.arguments.enable_thinking == "false":
-            return [THOUGHTS.sub("", parts[0]), *parts[1:]]
-        prompt = before[-1].text
-        if _EMPTY_THOUGHTS.search(prompt):  # a template that cannot ask for thoughts
-            before[-1] = Piece(_EMPTY_THOUGHTS.sub("", prompt))
-        elif _OPEN_THOUGHTS.search(prompt):  # a template that writes the opening tag itself
-            return [re.sub(r"\A\s*<think>\s*", "", parts[0]), *parts[1:]]
+    def _parts(self, turn: Turn) -> list[Part]:
+        """A turn's parts; in a literal one, control texts are parts of their own."""
+        if not turn.literal:
+            return list(turn.parts)
+        parts: list[Part] = []
+        for part in turn.parts:
+            parts += self._literals(part) if isinstance(part, str) else [part]
         return parts
+
+    def _literals(self, text: str) -> list[Part]:
+        parts: list[Part] = []
+        position = 0
+        for found in self._tokens.finditer(text):
+            parts += [text[position : found.start()], Literal(found.group())]
+            position = found.end()
+        return [part for part in (*parts, text[position:]) if part]
+
+    def _split_thoughts(self, turn: Turn, number: int) -> tuple[list[Part], list[Part]]:
+        """An answer's thoughts, in the template's form, and the answer itself.
+
+        Raises:
+            RowError: When tags of thoughts stand anywhere but in front of the answer.
+        """
+        parts = self._parts(turn)
+        if not self.generation.thinking:
+            return [], parts
+        before, after = self._think_form
+        texts = [part for part in parts if isinstance(part, str)]
+        tags = [tag for text in texts for tag in _THINK_TAG.findall(text)]
+        if turn.thoughts is not None:
+            thoughts = turn.thoughts.strip("\n")
+            if not tags:
+                inner = self._literals(thoughts) if turn.literal else [thoughts]
+                return [before, *inner, after], _without_newlines(parts)
+        elif not tags:
+            return [], parts
+        elif isinstance(parts[0], str) and tags == ["<think>", "</think>"]:
+            if found := THOUGHTS.match(parts[0]):
+                return [found.group()], [part for part in (parts[0][found.end() :], *parts[1:]) if part]
+        elif isinstance(parts[0], str) and tags == ["</think>"] and "</think>" in parts[0]:
+            thoughts, _, answer = parts[0].partition("</think>")
+            return [before + thoughts.strip("\n") + after], _without_newlines([answer, *parts[1:]])
+        raise RowError(
+            "thoughts",
+            f"turn {number} has {' and '.join(tags)}, expected thoughts once, in front of the answer: "
+            "<think>...</think>, or a key 'reasoning_content'. Rewrite the answer; a tag that is meant as text needs a "
+            "backslash in front of it.",
+        )
 
     # --- MiniCPM-V 2.0 ---
 
@@ -162,10 +207,10 @@ class PromptWriter:
         for turn in system_into_user(turns):
             if turn.role == "user":
                 pieces.append(Piece(user))
-                pieces += [_piece(part) for part in turn.parts]
+                pieces += [_piece(part) for part in self._parts(turn)]
                 pieces.append(Piece(assistant))
             else:
-                pieces += _answer_pieces(turn.parts, learn=self._learns_history(turn))
+                pieces += _answer_pieces(self._parts(turn), learn=self._learns_history(turn))
         return pieces
 
     # --- chat templates ---
@@ -177,28 +222,43 @@ class PromptWriter:
         turns there; an assistant's turn then starts with the header that ``_probe_template`` saw.
         """
         end = self.generation.turn_end
-        *bodies, tail = self._render([self._message(turn) for turn in turns], thinking=thinking).split(end)
+        parts = [self._history_parts(turn, number) for number, turn in enumerate(turns)]
+        messages = [self._message(turn.role, each) for turn, each in zip(turns, parts, strict=True)]
+        *bodies, tail = self._render(messages, thinking=thinking).split(end)
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
             raise ModelFolderError(
                 f"chat template: rendered {len(bodies)} turns for {len(turns)} messages, expected as many (or one "
                 "more, for a default system turn). The checkpoint's chat template can't be trained with."
             )
-        order = iter(media_of(turns))
+        order = iter([part for each in parts for part in each if not isinstance(part, str)])
         pieces: list[Piece] = []
         for index, body in enumerate(bodies):
             turn = turns[index - added] if index >= added else None
             if turn is None or turn.role != "assistant":
-                pieces += [*self._split_media(body, order), Piece(end)]
+                pieces += [*self._split_parts(body, order), Piece(end)]
                 continue
             header, text = self._split_header(body)
             learn = self._learns_history(turn)
             pieces.append(Piece(header))
             pieces += [
-                piece if piece.media else Piece(piece.text, learn) for piece in self._split_media(text, order)
+                piece if piece.media else replace(piece, learn=learn)
+                for piece in self._split_parts(text, order)
             ]
             pieces.append(Piece(end, learn))
         return [*pieces, Piece(tail)]
+
+    def _history_parts(self, turn: Turn, number: int) -> list[Part]:
+        """The parts of an earlier turn, with its thoughts as text: the template keeps them or leaves them out."""
+        if turn.role != "assistant":
+            return self._parts(turn)
+        thoughts, parts = self._split_thoughts(turn, number)
+        if not all(isinstance(part, str) for part in thoughts):
+            raise RowError(
+                "control token",
+                f"turn {number}: thoughts of an earlier answer contain a control text, expected plain text. Remove it.",
+            )
+        return [*thoughts, *parts]
 
     def _learns_history(self, turn: Turn) -> bool:
         return turn.learn and self.arguments.train_on == "all_turns"
@@ -211,21 +271,28 @@ class PromptWriter:
             )
         return self._answer_header, body[len(self._answer_header) :]
 
-    def _split_media(self, text: str, order) -> list[Piece]:
-        if self.generation.content_parts:
-            parts = re.split(r"<\|(?:image|video)_pad\|>", text)
-        else:
-            parts = text.split(_STAND_IN)
-        pieces = [Piece(parts[0])]
-        for part in parts[1:]:
-            pieces += [Piece(media=next(order)), Piece(part)]
+    def _split_parts(self, text: str, order: Iterator[Part]) -> list[Piece]:
+        """Cut a rendered text where a medium or a literal text stands; ``order`` gives them."""
+        marks = rf"{_STAND_IN}|<\|(?:image|video)_pad\|>" if self.generation.content_parts else _STAND_IN
+        texts = re.split(marks, text)
+        pieces = [Piece(texts[0])]
+        for each in texts[1:]:
+            pieces += [_piece(next(order)), Piece(each)]
         return [piece for piece in pieces if piece.text or piece.media]
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        if self.generation.content_parts and (turn.role == "user" or len(turn.parts) > 1):
-            return {"role": turn.role, "content": [_content_part(part) for part in turn.parts]}
-        content = "".join(part if isinstance(part, str) else _STAND_IN for part in turn.parts)
-        return {"role": turn.role, "content": content}
+    def _message(self, role: str, parts: Sequence[Part]) -> dict[str, Any]:
+        has_media = any(isinstance(part, Media) for part in parts)
+        if self.generation.content_parts and (role == "user" or has_media):
+            content: list[dict[str, str]] = []
+            for part in parts:
+                if isinstance(part, Media):
+                    content.append({"type": part.kind})
+                elif content and content[-1]["type"] == "text":
+                    content[-1]["text"] += part if isinstance(part, str) else _STAND_IN
+                else:
+                    content.append({"type": "text", "text": part if isinstance(part, str) else _STAND_IN})
+            return {"role": role, "content": content}
+        return {"role": role, "content": "".join(p if isinstance(p, str) else _STAND_IN for p in parts)}
 
     def _render(self, messages: list[dict[str, Any]], *, thinking: bool) -> str:
         options: dict[str, Any] = {"enable_thinking": thinking} if self.generation.thinking else {}
@@ -245,26 +312,58 @@ class PromptWriter:
     def _probe_template(self) -> tuple[str, bool]:
         """See what stands in front of an earlier answer, and whether the template trims messages."""
         probe = [Turn("user", ("x",)), Turn("assistant", (f" {_PROBE} ",)), Turn("user", ("x",))]
-        rendered = self._render([self._message(turn) for turn in probe], thinking=False)
+        rendered = self._render([self._message(turn.role, turn.parts) for turn in probe], thinking=False)
         before, _, after = rendered.partition(_PROBE)
         header = before.split(self.generation.turn_end)[-1]
         trims = not after.startswith(" ")
         return header.removesuffix("" if trims else " "), trims
 
+    def _probe_thoughts(self) -> tuple[str, str]:
+        """What the template writes in front of and behind thoughts given as ``reasoning_content``."""
+        answer = {"role": "assistant", "content": "answer", "reasoning_content": _PROBE}
+        rendered = self._render([self._message("user", ["x"]), answer], thinking=True)
+        before, found, after = rendered.partition(_PROBE)
+        opening, closing = before.rfind("<think>"), after.find("answer")
+        if not found or opening < 0 or "</think>" not in after[: max(closing, 0)]:
+            return _THINK_FORM  # a template that knows no such key
+        return before[opening:], after[:closing]
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of some texts, the longest first; nothing when there are none."""
+    return re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or r"(?!)")
+
+
+def _fit_think_block(before: list[Piece], thoughts: list[Part]) -> list[Part]:
+    """Make the end of the prompt and the thoughts behind it fit each other."""
+    prompt = before[-1].text
+    if _EMPTY_THOUGHTS.search(prompt):  # a template that cannot ask for thoughts
+        before[-1] = Piece(_EMPTY_THOUGHTS.sub("", prompt))
+    elif _OPEN_THOUGHTS.search(prompt):  # a template that writes the opening tag itself
+        first = thoughts[0]
+        assert isinstance(first, str), thoughts
+        return [re.sub(r"\A\s*<think>\s*", "", first), *thoughts[1:]]
+    return thoughts
+
 
 def _answer_pieces(parts: Sequence[Part], *, learn: bool) -> list[Piece]:
-    pieces = [Piece(part, learn) if isinstance(part, str) else Piece(media=part) for part in parts]
+    pieces = [replace(_piece(part), learn=learn and not isinstance(part, Media)) for part in parts]
     if pieces and pieces[0].text:
-        pieces[0] = Piece(pieces[0].text, learn, answer_start=True)
+        pieces[0] = replace(pieces[0], answer_start=True)
     return pieces
 
 
 def _piece(part: Part) -> Piece:
+    if isinstance(part, Literal):
+        return Piece(part.text, literal=True)
     return Piece(part) if isinstance(part, str) else Piece(media=part)
 
 
-def _content_part(part: Part) -> dict[str, str]:
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
+def _without_newlines(parts: list[Part]) -> list[Part]:
+    """An answer without the newlines it starts with, as templates write it behind thoughts."""
+    if parts and isinstance(parts[0], str):
+        parts = [parts[0].lstrip("\n"), *parts[1:]]
+    return [part for part in parts if part]
 
 
 def _trimmed(parts: list[Part]) -> list[Part]:
@@ -288,11 +387,11 @@ def system_into_user(turns: Sequence[Turn]) -> list[Turn]:
     for index, part in enumerate(parts):
         if isinstance(part, Media):
             position = index + 1
-        elif part.strip():
+        elif isinstance(part, Literal) or part.strip():
             break
     leading = parts[:position]
     text: list[Part] = list(parts[position:])
     if leading and text and isinstance(text[0], str):
         text[0] = text[0].removeprefix("\n")
     joined = [*leading, "\n"] if leading else []
-    return [Turn("user", (*joined, *system.parts, "\n", *text)), *rest]
+    return [replace(first, parts=(*joined, *system.parts, "\n", *text)), *rest]

@@ -9,21 +9,27 @@ with a ``RowError`` that says what was found, what was expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from minicpm_tune.data.media_references import MARKS, MediaReader, Source, a, listed
-from minicpm_tune.data.turns import Media, Part, Turn
+from minicpm_tune.data.media_references import MediaReader, Source
+from minicpm_tune.data.row_keys import (
+    NOTHING,
+    PART_SOURCES,
+    name_list,
+    read_message_keys,
+    read_part_keys,
+    read_row_keys,
+    type_name,
+)
+from minicpm_tune.data.turns import Literal, Media, Part, Turn
 from minicpm_tune.errors import RowError
 
 _ROLE_NAMES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system",
 }  # fmt: skip
 _TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
-_PART_SOURCES = {
-    "image": ("image", "path", "url", "image_url", "data", "base64"),
-    "video": ("video", "path", "url", "video_url"),
-}
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LONGEST_TEXT = 10**7  # characters; a million tokens have fewer
 
 
@@ -35,19 +41,25 @@ class ParsedRow:
         turns: The turns; media are numbered in the order of the text.
         sources: The source of every medium, by ``Media.index``; one mentioned twice is there twice.
         row_id: The row's ``id``, if it has one.
+        unknown_keys: Keys that nothing reads, such as ``row 'license'`` or ``message 'name'``, each once.
     """
 
     turns: tuple[Turn, ...]
     sources: tuple[Source, ...]
     row_id: Any = None
+    unknown_keys: tuple[str, ...] = ()
 
 
-def parse_row(row: Any, *, image_end: str = "\n") -> ParsedRow:
+def parse_row(
+    row: Any, *, image_end: str = "\n", literal_control_tokens: bool = False, model: str = "the model"
+) -> ParsedRow:
     """Read one row.
 
     Args:
         row: The parsed JSON value.
         image_end: What follows an image that no placeholder mentions.
+        literal_control_tokens: Whether control texts in messages are plain text, unless the row says otherwise.
+        model: What messages call the model.
 
     Returns:
         The conversation, its last turn the assistant's.
@@ -63,30 +75,39 @@ def parse_row(row: Any, *, image_end: str = "\n") -> ParsedRow:
     """
     if not isinstance(row, Mapping):
         raise RowError(
-            "form", f"the row is {a(row)}, expected an object with 'conversations'. Fix or remove it."
+            "form", f"the row is {type_name(row)}, expected an object with 'conversations'. Fix or remove it."
         )
-    messages = _messages(row)
-    reader = MediaReader(row)
-    turns = [_read_turn(message, number, reader) for number, message in enumerate(messages)]
-    _check_order(turns)
-    turns = reader.put_unmentioned_first(turns, image_end)
-    return ParsedRow(*_numbered(turns), row.get("id"))
+    literal = row.get("literal_control_tokens")
+    literal = (
+        literal_control_tokens if literal is None else _switch(literal, "the row: 'literal_control_tokens'")
+    )
+    reader = _RowReader(MediaReader(row, literal=literal), literal=literal, model=model)
+    reader.note("row", read_row_keys(row, model=model))
+    read = [reader.turn(message, number) for number, message in enumerate(_messages(row))]
+    numbers = [number for number, turn in enumerate(read) if turn is not None]
+    turns = [turn for turn in read if turn is not None]
+    _check_order(turns, numbers)
+    turns = reader.media.put_unmentioned_first(_with_system(turns, row), image_end)
+    return ParsedRow(*_numbered(turns), row.get("id"), tuple(reader.unknown))
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
-    for key in ("conversations", "messages"):
-        if row.get(key) is not None:
-            messages = row[key]
-            break
-    else:
+    given = [key for key in ("conversations", "messages") if row.get(key) is not None]
+    if not given:
         raise RowError(
             "form",
-            f"the row has the keys {listed(row)}, expected 'conversations' or 'messages'. Add the "
-            "conversation.",
+            f"the row has the keys {name_list(row)}, expected 'conversations' or 'messages'. Add the conversation.",
         )
+    if len(given) > 1 and row["conversations"] not in NOTHING and row["messages"] not in NOTHING:
+        raise RowError(
+            "form", "the row has both 'conversations' and 'messages', expected one. Remove one of them."
+        )
+    key = next((key for key in given if row[key] not in NOTHING), given[0])
+    messages = row[key]
     if not isinstance(messages, (list, tuple)):
         raise RowError(
-            "form", f"{key!r} is {a(messages)}, expected a list of messages. Put the messages in a list."
+            "form",
+            f"{key!r} is {type_name(messages)}, expected a list of messages. Put the messages in a list.",
         )
     if not messages:
         raise RowError(
@@ -95,123 +116,211 @@ def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
     return messages
 
 
-# --- turns ---
+def _with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
+    """Put the row's ``system`` in front of its turns."""
+    for key in ("system", "system_prompt"):
+        text = row.get(key)
+        if text in NOTHING:
+            continue
+        if not isinstance(text, str):
+            raise RowError("form", f"{key!r} is {type_name(text)}, expected a text. Fix it.")
+        if turns[0].role != "system":
+            turns = [Turn("system", (text,), literal=turns[0].literal), *turns]
+        elif turns[0].text != text:
+            raise RowError(
+                "form", f"the row has {key!r} and a system turn, expected one of them. Remove one."
+            )
+    return turns
 
 
-def _read_turn(message: Any, number: int, media: MediaReader) -> Turn:
-    if not isinstance(message, Mapping):
-        raise RowError(
-            "form", f"turn {number} is {a(message)}, expected an object with 'role' and 'content'. Fix it."
-        )
-    role = _role(message, number)
-    content = _first(message, "content", "value")
-    learn = message.get("loss", True)
-    if learn not in (True, False, 0, 1, None):
-        raise RowError(
-            "form",
-            f"turn {number}: 'loss' is {learn!r}, expected true or false. Say whether the turn is learned.",
-        )
-    if message.get("tool_calls"):
-        raise RowError(
-            "role", f"turn {number} has 'tool_calls', expected text only. Tool use can't be trained here."
-        )
-    parts: list[Any] = _read_content(content, number, media)  # sources become media in _numbered
-    return Turn(role, tuple(parts), learn is None or bool(learn))
+class _RowReader:
+    """Reads the messages of one row, and notes the keys that nothing reads."""
+
+    def __init__(self, media: MediaReader, *, literal: bool, model: str) -> None:
+        self.media, self.literal, self.model = media, literal, model
+        self.unknown: dict[str, None] = {}
+
+    def note(self, place: str, keys: Sequence[str]) -> None:
+        self.unknown |= {f"{place} {key!r}": None for key in keys}
+
+    def turn(self, message: Any, number: int) -> Turn | None:
+        """Read a message; None for a system message without content."""
+        if not isinstance(message, Mapping):
+            raise RowError(
+                "form",
+                f"turn {number} is {type_name(message)}, expected an object with 'role' and 'content'. Fix it.",
+            )
+        self.note("message", read_message_keys(message, number, model=self.model))
+        role = _role(message, number)
+        content = _one_of(message, ("content", "value"), number)
+        if content is None and role == "system":
+            return None
+        thoughts = _thoughts(message, role, number)
+        if content is None and thoughts is not None:
+            raise RowError(
+                "form", f"turn {number} has thoughts and no content, expected an answer. Add the answer."
+            )
+        learn = _learns(message, number)
+        parts: list[Any] = self._content(content, number)  # sources become media in _numbered
+        return Turn(role, tuple(parts), learn, thoughts, self.literal)
+
+    def _content(self, content: Any, number: int) -> list[Part | Source]:
+        if isinstance(content, str):
+            return self._text(content, number)
+        if not isinstance(content, (list, tuple)):
+            raise RowError(
+                "form",
+                f"turn {number}: the content is {type_name(content)}, expected a text or a list of parts. Fix it.",
+            )
+        parts: list[Part | Source] = []
+        for part in content:
+            parts += self._text(part, number) if isinstance(part, str) else self._part(part, number)
+        return parts
+
+    def _part(self, part: Any, number: int) -> list[Part | Source]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = kind.removesuffix("_url") if isinstance(kind, str) else None
+        if kind in ("audio", "input_audio"):
+            raise RowError(
+                "audio",
+                f"turn {number}: a content part of type {part['type']!r}, expected 'text', 'image' or 'video': "
+                f"{self.model} takes no audio. Remove the row.",
+            )
+        if kind == "text" and isinstance(part.get("text"), str):
+            self.note("part", read_part_keys(part, kind, number))
+            return self._text(part["text"], number)
+        if kind not in PART_SOURCES:
+            found = repr(part.get("type")) if isinstance(part, Mapping) else type_name(part)
+            raise RowError(
+                "form",
+                f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its 'type'.",
+            )
+        self.note("part", read_part_keys(part, kind, number))
+        return [self._medium(part, kind, number)]
+
+    def _medium(self, part: Mapping[str, Any], kind: str, number: int) -> Source:
+        given = [part[key] for key in PART_SOURCES[kind] if part.get(key) is not None]
+        index = part.get("index")
+        if len(given) > 1 or (given and index is not None):
+            raise RowError(
+                "media",
+                f"turn {number}: a part names its {kind} more than once, expected one name. Keep one.",
+            )
+        if given:
+            [value] = given
+            source = Source(kind, value["url"] if isinstance(value, Mapping) and "url" in value else value)
+        elif index is not None:
+            source = Source(
+                kind, self.media.at(kind, index, f"asks for the {kind} with index {index!r}", number)
+            )
+        else:
+            source = self.media.take(f"<{kind}>", number)
+        if kind == "image":
+            return source
+        fps = _positive(part, ("fps", "video_fps"), number)
+        most = _positive(part, ("max_frames", "max_num_frames"), number)
+        return replace(source, fps=fps, max_frames=None if most is None else max(int(most), 1))
+
+    def _text(self, text: str, number: int) -> list[Part | Source]:
+        if len(text) > _LONGEST_TEXT:
+            raise RowError(
+                "form",
+                f"turn {number}: a text of {len(text)} characters, expected at most {_LONGEST_TEXT}. No model reads "
+                "that much; split it, or look for a line break that is missing.",
+            )
+        return list(self.media.split(text, number))
 
 
-def _first(message: Mapping[str, Any], *keys: str) -> Any:
-    """The first of some keys that is there; Parquet fills in nulls for the others."""
-    return next((message[key] for key in keys if message.get(key) is not None), None)
+def _one_of(message: Mapping[str, Any], keys: Sequence[str], number: int) -> Any:
+    """The value of whichever key is there; Parquet fills in nulls for the others."""
+    given = {key: message[key] for key in keys if message.get(key) is not None}
+    values = list(given.values())
+    if any(value != values[0] for value in values[1:]):
+        names = " and ".join(map(repr, given))
+        raise RowError("form", f"turn {number} has {names} with different values, expected one. Remove one.")
+    return values[0] if values else None
 
 
 def _role(message: Mapping[str, Any], number: int) -> str:
-    name = _first(message, "role", "from")
+    names = {key: _ROLE_NAMES.get(message[key], message[key]) for key in ("role", "from")
+             if isinstance(message.get(key), str)}  # fmt: skip
+    name = _one_of(names or message, ("role", "from"), number)
     if name in _TOOL_ROLES:
         raise RowError(
             "role",
-            f"turn {number} has role {name!r}, expected 'user' or 'assistant'. Tool turns can't be trained "
-            "here: "
-            "write the tool's result into a user turn, or remove the row.",
+            f"turn {number} has role {name!r}, expected 'user' or 'assistant'. Tool turns can't be trained here: write "
+            "the tool's result into a user turn, or remove the row.",
         )
     if not isinstance(name, str) or name not in _ROLE_NAMES:
         raise RowError(
             "role",
-            f"turn {number} has role {name!r}, expected 'user', 'assistant' or 'system' "
-            "(or 'human' and 'gpt'). Rename the role.",
+            f"turn {number} has role {name!r}, expected 'user', 'assistant' or 'system' (or 'human' and 'gpt'). Rename "
+            "the role.",
         )
     return _ROLE_NAMES[name]
 
 
-def _read_content(content: Any, number: int, media: MediaReader) -> list[Part | Source]:
-    if isinstance(content, str):
-        return _read_text(content, number, media)
-    if not isinstance(content, (list, tuple)):
+def _learns(message: Mapping[str, Any], number: int) -> bool:
+    """Whether an answer is learned: ``loss`` or ``train`` true or false, ``weight`` 1 or 0."""
+    values = {key: message[key] for key in ("loss", "train", "weight") if message.get(key) is not None}
+    learns = {_switch(value, f"turn {number}: {key!r}") for key, value in values.items()}
+    if len(learns) > 1:
+        raise RowError("form", f"turn {number}: {name_list(values)} contradict each other. Keep one of them.")
+    return learns != {False}
+
+
+def _switch(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise RowError("form", f"{name} is {value!r:.80}, expected true or false (or 1 or 0). Fix it.")
+    return bool(value)
+
+
+def _thoughts(message: Mapping[str, Any], role: str, number: int) -> str | None:
+    """What is thought before an answer, where it stands under a key of its own."""
+    given = {key: message[key] for key in _THOUGHTS if message.get(key) not in NOTHING}
+    if not given:
+        return None
+    text = _one_of(given, _THOUGHTS, number)
+    if role != "assistant" or not isinstance(text, str):
+        key = next(iter(given))
         raise RowError(
-            "form", f"turn {number}: the content is {a(content)}, expected a text or a list of parts. Fix it."
+            "thoughts",
+            f"turn {number}: {key!r} is {type_name(text)} of role {role!r}, expected a text of the assistant. Fix it.",
         )
-    parts: list[Part | Source] = []
-    for part in content:
-        parts += _read_part(part, number, media)
-    return parts
+    return text if text.strip() else None
 
 
-def _read_part(part: Any, number: int, media: MediaReader) -> list[Part | Source]:
-    if isinstance(part, str):
-        return _read_text(part, number, media)
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    kind = kind.removesuffix("_url") if isinstance(kind, str) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return _read_text(part["text"], number, media)
-    if kind not in _PART_SOURCES:
-        found = repr(part.get("type")) if isinstance(part, Mapping) else a(part)
+def _positive(part: Mapping[str, Any], keys: Sequence[str], number: int) -> float | None:
+    value = _one_of(part, keys, number)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        key = next(key for key in keys if part.get(key) is not None)
+        raise RowError("form", f"turn {number}: {key!r} is {value!r:.80}, expected a number above 0. Fix it.")
+    return value
+
+
+def _check_order(turns: Sequence[Turn], numbers: Sequence[int]) -> None:
+    """See that user and assistant alternate; ``numbers`` are the turns' numbers in the row."""
+    if not turns:
         raise RowError(
-            "form",
-            f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its "
-            "'type'.",
+            "form", "the row has no turn with content, expected a question and an answer. Remove it."
         )
-    for key in _PART_SOURCES[kind]:
-        if part.get(key) is not None:
-            value = part[key]
-            return [Source(kind, value["url"] if isinstance(value, Mapping) and "url" in value else value)]
-    return [media.take(f"<{kind}>", number)]
-
-
-def _read_text(text: str, number: int, media: MediaReader) -> list[Part | Source]:
-    if len(text) > _LONGEST_TEXT:
-        raise RowError(
-            "form",
-            f"turn {number}: a text of {len(text)} characters, expected at most {_LONGEST_TEXT}. No model reads that "
-            "much; split it, or look for a line break that is missing.",
-        )
-    parts: list[Part | Source] = []
-    position = 0
-    for mark in MARKS.finditer(text):
-        if mark.start() > position:
-            parts.append(text[position : mark.start()])
-        parts.append(media.take(mark.group(), number))
-        position = mark.end()
-    if position < len(text):
-        parts.append(text[position:])
-    return parts
-
-
-def _check_order(turns: Sequence[Turn]) -> None:
     spoken = turns[1:] if turns[0].role == "system" else turns
     for offset, turn in enumerate(spoken):
         expected = "assistant" if offset % 2 else "user"
         if turn.role != expected:
-            number = offset + len(turns) - len(spoken)
+            number = numbers[offset + len(turns) - len(spoken)]
             raise RowError(
                 "role",
-                f"turn {number} has role {turn.role!r}, expected {expected!r}. After an optional system "
-                "turn, "
-                "user and assistant alternate, starting with 'user': join or remove the extra turn.",
+                f"turn {number} has role {turn.role!r}, expected {expected!r}. After an optional system turn, user and "
+                "assistant alternate, starting with 'user': join or remove the extra turn.",
             )
     if not spoken or spoken[-1].role != "assistant":
         raise RowError(
             "role",
-            f"the last turn (turn {len(turns) - 1}) has role {turns[-1].role!r}, expected 'assistant'. "
-            "End the conversation with an answer.",
+            f"the last turn (turn {numbers[-1]}) has role {turns[-1].role!r}, expected 'assistant'. End the "
+            "conversation with an answer.",
         )
 
 
@@ -228,7 +337,9 @@ def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ..
                 sources.append(part)
             elif isinstance(part, str) and isinstance(before, str):
                 parts[-1] = before + part
+            elif isinstance(part, Literal) and isinstance(before, Literal):
+                parts[-1] = Literal(before.text + part.text)
             else:
                 parts.append(part)
-        numbered.append(Turn(turn.role, tuple(parts), turn.learn))
+        numbered.append(replace(turn, parts=tuple(parts)))
     return tuple(numbered), tuple(sources)

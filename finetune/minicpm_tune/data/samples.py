@@ -27,14 +27,14 @@ from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.media_references import Source
 from minicpm_tune.data.placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
 from minicpm_tune.data.prompts import Piece, PromptWriter
-from minicpm_tune.data.row_parsing import ParsedRow
+from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.slicing.families import read_media_rules
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
 from minicpm_tune.data.slicing.media_rules import MediaRules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
 from minicpm_tune.data.turns import Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache
-from minicpm_tune.errors import OVER_LONG, DroppedRowError, RowError
+from minicpm_tune.errors import OVER_LONG, DroppedRowError, RowError, check_unicode
 from minicpm_tune.settings.data_arguments import DataArguments
 
 Layouts = tuple[tuple[ImageLayout, ...], ...]  # of every frame of every picture
@@ -131,6 +131,19 @@ class Processing:
         """The same with other ``MediaRules``, such as another limit of slices."""
         return replace(self, media=replace(self.media, **changes))
 
+    def parse(self, row: Any) -> ParsedRow:
+        """Read a row's turns, and where its media come from.
+
+        Raises:
+            RowError: When it is in no accepted form.
+        """
+        return parse_row(
+            row,
+            image_end=self.generation.image_end,
+            literal_control_tokens=self.arguments.literal_control_tokens,
+            model=self.generation.title,
+        )
+
     # --- training samples ---
 
     def encode(self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image]) -> Sample:
@@ -226,15 +239,27 @@ class Processing:
             RowError: When one can't.
         """
         for number, turn in enumerate(turns):
-            token = self.writer.find_control_token(turn.text)
-            if token:
-                raise RowError(
-                    "control token",
-                    f"turn {number} contains {token!r}, which the model reads as structure, expected text. "
-                    "Remove it, or write it in another way.",
-                )
+            self._check_text(turn, number)
         if self.media.video is None and any(media.kind == "video" for media in media_of(turns)):
             raise RowError("video", self.no_video)
+
+    def _check_text(self, turn: Turn, number: int) -> None:
+        plain = "".join(part for part in turn.parts if isinstance(part, str)) + (turn.thoughts or "")
+        token = None if turn.literal else self.writer.find_control_token(plain)
+        if token:
+            raise RowError(
+                "control token",
+                f"turn {number} contains {token!r}, which the model reads as structure, expected text. Remove it; if "
+                "it is meant as text, put a backslash in front of it, or set "
+                '"literal_control_tokens": true in the row.',
+            )
+        if turn.thoughts is not None and not self.generation.thinking:
+            raise RowError(
+                "thoughts",
+                f"turn {number} has thoughts under a key of their own, but {self.generation.title} has no thinking "
+                "mode. Remove the key, or write the thoughts into the answer.",
+            )
+        check_unicode(turn.text + (turn.thoughts or ""), f"turn {number}")
 
     @property
     def no_video(self) -> str:

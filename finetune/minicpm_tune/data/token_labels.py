@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.data.literal_text import literal_tokenizer
 from minicpm_tune.data.placeholders import Placeholder
 from minicpm_tune.data.prompts import Piece
 
@@ -55,8 +57,15 @@ def encode_pieces(
     Returns:
         The tokens, labels and bounds.
     """
+    literal = any(piece.literal for piece in pieces)
+    encoder: Any = literal_tokenizer(tokenizer) if literal else tokenizer
+    if literal:
+        pieces = [
+            piece if piece.literal else replace(piece, text=encoder.hide(piece.text)) for piece in pieces
+        ]
+        placeholders = [encoder.hide_placeholder(placeholder) for placeholder in placeholders]
     text, learned, runs, media, cut = _joined(pieces, placeholders)
-    ids, spans = _encode_text(tokenizer, text, cut)
+    ids, spans = _encode_text(encoder, text, cut)
     starts = [start for start, _ in spans]
     labels = [IGNORE_INDEX] * len(ids)
     for begin, stop in learned:
@@ -98,9 +107,7 @@ def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
     return "".join(parts), learned, runs, media, cut
 
 
-def _encode_text(
-    tokenizer: PreTrainedTokenizerFast, text: str, cut: int | None
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_text(tokenizer: Any, text: str, cut: int | None) -> tuple[list[int], list[tuple[int, int]]]:
     """Encode the text; the tokens up to ``cut`` are those of the text up to there alone.
 
     Only an answer that starts with white space can grow together with the prompt in front of it; then the two
@@ -115,9 +122,7 @@ def _encode_text(
     return prompt["input_ids"] + ids, prompt["offset_mapping"] + shifted
 
 
-def _encode_continuation(
-    tokenizer: PreTrainedTokenizerFast, text: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_continuation(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Encode a text that does not start a sequence: behind a letter that is then taken off."""
     guard = "a"
     encoding = tokenizer(guard + text, add_special_tokens=False, return_offsets_mapping=True)

@@ -6,7 +6,7 @@ Every file format ends here (``data/row_parsing.py``), and every prompt starts h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ROLES = ("system", "user", "assistant")
 
@@ -24,7 +24,14 @@ class Media:
     index: int
 
 
-Part = str | Media
+@dataclass(frozen=True)
+class Literal:
+    """A control text such as ``<image>`` or ``<|im_end|>`` that is meant as plain text."""
+
+    text: str
+
+
+Part = str | Media | Literal
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,21 @@ class Turn:
         role: ``system``, ``user`` or ``assistant``.
         parts: Its content in order.
         learn: Whether an assistant turn may be supervised.
+        thoughts: What the assistant thinks before its answer, where the row gives it apart from the answer.
+        literal: Whether every control text in it is plain text (``literal_control_tokens``).
     """
 
     role: str
     parts: tuple[Part, ...]
     learn: bool = True
+    thoughts: str | None = field(default=None, repr=False)
+    literal: bool = field(default=False, repr=False)
 
     @property
     def text(self) -> str:
         """The content without its media."""
-        return "".join(part for part in self.parts if isinstance(part, str))
+        texts = (part.text if isinstance(part, Literal) else part for part in self.parts)
+        return "".join(text for text in texts if isinstance(text, str))
 
 
 def media_of(turns: Iterable[Turn]) -> list[Media]:

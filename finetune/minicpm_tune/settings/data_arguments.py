@@ -95,6 +95,14 @@ class DataArguments(RowLimits):
             "choices": ["all_turns", "last_turn"],
         },
     )
+    literal_control_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether control texts in messages (<|im_end|>, </s>, <image> without an image, ...) are encoded "
+            'as plain text. false: such a row is a bad row, unless it sets "literal_control_tokens": true or writes a '
+            "backslash in front of the text.",
+        },
+    )
     overlength: str = field(
         default="truncate",
         metadata={

@@ -18,11 +18,12 @@ from typing import IO, Any
 import numpy as np
 
 from minicpm_tune.data.files.cache import cache_file_of, written_whole
-from minicpm_tune.errors import DataError, RowError
+from minicpm_tune.errors import DataError, RowError, check_unicode
 
 _NOT_SPACE = re.compile(r"\S")
 _LONGEST_FIXED = 10**6  # characters; nobody reads a longer line, and parsing it takes seconds
 _SHOWN = 200
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # as \ud83d, the first half of an emoji
 _TO_JSON = "python -c \"import ast, json; json.dump(ast.literal_eval(open({source!r}).read()), open({target!r}, 'w'))\""
 
 
@@ -64,7 +65,7 @@ def parse_json_row(line: bytes) -> Any:
         RowError: When it is not valid JSON.
     """
     try:
-        return json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         text = line.decode("utf-8", "replace")
         fixed = _python_as_json(text)
@@ -75,6 +76,28 @@ def parse_json_row(line: bytes) -> Any:
         raise RowError("JSON", f"the row is not UTF-8 text ({error}). Save the file as UTF-8.") from error
     except RecursionError as error:
         raise RowError("JSON", "the row is nested too deeply, expected a conversation. Remove it.") from error
+    except RowError:
+        raise
+    except ValueError as error:  # int() takes no more than 4300 digits
+        raise RowError(
+            "JSON",
+            "a number in the row has more than 4300 digits, expected fewer. Write it as a text, or remove it.",
+        ) from error
+    if _HALF_CHARACTER.search(line):
+        check_unicode(json.dumps(row, ensure_ascii=False), "the row")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError(
+            "JSON",
+            f"the key {twice!r:.80} stands twice in one object, expected it once. Rename or remove one.",
+        )
+    return found
 
 
 def _index(path: Path) -> tuple[Path, Path]:

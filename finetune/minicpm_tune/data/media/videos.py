@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class VideoRules:
     max_num_frames: int
     max_slice_nums: int
     max_frames_per_pack: int = 1
+
+    def for_one(self, fps: float | None, max_frames: int | None) -> VideoRules:
+        """The rules for a video whose row sets its own frame rate or most frames."""
+        return replace(
+            self,
+            fps=self.fps if fps is None else fps,
+            max_num_frames=self.max_num_frames if max_frames is None else max_frames,
+        )
 
     @classmethod
     def requested(

@@ -1,0 +1,184 @@
+"""Every key of a row, a message and a content part: used, refused with the form that works, or unknown.
+
+A key that changes what a row means must not be passed over in silence: one that is neither used nor refused is
+reported by the check of the rows and by ``inspect_data.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from minicpm_tune.errors import RowError
+
+NOTHING: tuple[Any, ...] = (None, "", [], {}, ())  # Parquet fills in such values for keys that a row lacks
+
+_ROW_KEYS = {
+    "conversations", "messages", "image", "images", "video", "videos", "id", "system", "system_prompt",
+    "literal_control_tokens",
+}  # fmt: skip
+_MESSAGE_KEYS = {
+    "role", "from", "content", "value", "loss", "train", "weight", "reasoning_content", "reasoning", "thinking",
+}  # fmt: skip
+PART_SOURCES = {
+    "image": ("image", "path", "url", "image_url", "data", "base64"),
+    "video": ("video", "path", "url", "video_url"),
+}
+_VIDEO_KEYS = {"fps", "video_fps", "max_frames", "max_num_frames"}
+
+_TOOLS = "tool use can't be trained here. Write calls and results into the texts, or remove the row"
+_PAIRS = "preference pairs can't be trained here. Keep the chosen answer alone"
+_PIXELS = "the size of an image can't be set one by one. Use --max_slice_nums for all of them"
+_REFUSED_ROW_KEYS = {
+    "objects": "boxes can't be filled into <ref-object> and <bbox> yet. Write them into the texts in the model's own "
+    "form, such as <ref>dog</ref><box>15 31 78 93</box>, and remove 'objects'",
+    "bbox": "boxes can't be filled in yet. Write them into the texts in the model's own form, and remove 'bbox'",
+    "tools": _TOOLS,
+    "functions": _TOOLS,
+    "history": "earlier turns belong into 'conversations' or 'messages'",
+    "rejected": _PAIRS,
+    "rejected_response": _PAIRS,
+    "chosen": _PAIRS,
+    "weight": 'a row can\'t be weighted. Put "weight": 0 on the answers not to learn',
+    "loss": "a row has no 'loss'. Put \"loss\": false on the answers not to learn",
+    "loss_scale": 'a row can\'t be weighted. Put "weight": 0 on the answers not to learn',
+    "enable_thinking": "thinking can't be set row by row. Use --enable_thinking for all rows",
+    "chat_template_kwargs": "the chat template takes no options from a row. Use --enable_thinking for all rows",
+}
+_REFUSED_MESSAGE_KEYS = {
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "loss_scale": 'answers are learned or not. Use "weight": 0 or 1',
+    "train_detail": 'a message is learned whole or not at all. Use "loss": true or false',
+}
+_REFUSED_PART_KEYS = dict.fromkeys(
+    ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "max_slice_nums"), _PIXELS
+) | dict.fromkeys(
+    ("nframes", "min_frames", "video_start", "video_end"),
+    "frames are chosen by 'fps' and 'max_frames'. Use those, or cut the video",
+)
+_AUDIO_KEYS = {"audio", "audios", "audio_path", "audio_paths", "audio_url", "sound", "wav"}
+# Keys that name an image or a video elsewhere: image_path, image_1, img, video_file, pictures ...
+_MEDIA_KEY = re.compile(r"(image|img|picture|pic|photo|video|clip|frame)s?([ _-]?(\d+|\w*))?", re.IGNORECASE)
+_MEDIA_FILE = re.compile(
+    r"(data:(image|video)/|https?://).+|.*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|avi|mov|webm|m4v|mpe?g)",
+    re.IGNORECASE | re.DOTALL,
+)
+# Facts about an image that stands under a key of its own.
+_ABOUT_MEDIA = re.compile(
+    r".*(_|\b)(id|ids|name|size|sizes|width|height|url|urls|source|sources|caption|captions|hash|sha256|md5|info)",
+    re.IGNORECASE,
+)
+
+
+def read_row_keys(row: Mapping[str, Any], *, model: str) -> list[str]:
+    """Check a row's keys.
+
+    Args:
+        row: The row.
+        model: What messages call the model.
+
+    Returns:
+        The keys that nothing reads.
+
+    Raises:
+        RowError: For a key that would change what the row means.
+    """
+    _refuse_audio(row, "the row", model)
+    _refuse(row, _REFUSED_ROW_KEYS, "the row")
+    unknown = _unknown(row, _ROW_KEYS)
+    has_media = any(row.get(key) not in NOTHING for key in ("image", "images", "video", "videos"))
+    for key in unknown:
+        if _is_media(key, row[key]) and not (has_media and _ABOUT_MEDIA.fullmatch(key)):
+            raise RowError(
+                "media",
+                f"the row has {key!r}, expected its media under 'image', 'images', 'video' or 'videos'. Rename the key "
+                '(several images: \'images\': ["a.png", "b.png"], with an <image> in the text for each).',
+            )
+    return unknown
+
+
+def read_message_keys(message: Mapping[str, Any], number: int, *, model: str) -> list[str]:
+    """The same for a message; ``number`` is that of its turn."""
+    place = f"turn {number}"
+    _refuse_audio(message, place, model)
+    _refuse(message, _REFUSED_MESSAGE_KEYS, place)
+    unknown = _unknown(message, _MESSAGE_KEYS)
+    for key in unknown:
+        if key in ("image", "images", "video", "videos", "objects") or _is_media(key, message[key]):
+            raise RowError(
+                "media",
+                f"{place} has {key!r}, expected media in the row or in the content. Put them under the row's 'images' "
+                "or 'videos', with an <image> or <video> in the text for each, or make the content a list of parts.",
+            )
+    return unknown
+
+
+def read_part_keys(part: Mapping[str, Any], kind: str, number: int) -> list[str]:
+    """The same for a part of a content list; ``kind`` is ``text``, ``image`` or ``video``."""
+    place = f"turn {number}: a part of type {kind!r}"
+    _refuse(part, _REFUSED_PART_KEYS, place)
+    known = {"type", "text"} if kind == "text" else {"type", "index", *PART_SOURCES[kind]}
+    unknown = _unknown(part, known | (_VIDEO_KEYS if kind == "video" else set()))
+    for key in unknown:
+        if key in _VIDEO_KEYS or _is_media(key, part[key]):
+            raise RowError(
+                "form", f"{place} has {key!r}, which belongs to another type. Give it a part of its own."
+            )
+    return unknown
+
+
+def _unknown(values: Mapping[str, Any], known: set[str]) -> list[str]:
+    return [str(key) for key, value in values.items() if key not in known and value not in NOTHING]
+
+
+def _refuse(values: Mapping[str, Any], refused: Mapping[str, str], place: str) -> None:
+    for key, advice in refused.items():
+        neutral = key in ("weight", "loss", "loss_scale") and values.get(key) == 1  # true, too
+        if not neutral and values.get(key) not in NOTHING:
+            raise RowError("key", f"{place} has {key!r}: {advice}.")
+
+
+def _refuse_audio(values: Mapping[str, Any], place: str, model: str) -> None:
+    for key in values:
+        if key in _AUDIO_KEYS and values[key] not in NOTHING:
+            raise RowError("audio", f"{place} has {key!r}, but {model} takes no audio. Remove the row.")
+
+
+def _is_media(key: str, value: Any) -> bool:
+    """Whether an unknown key names an image or a video."""
+    found = _MEDIA_KEY.fullmatch(key)
+    if not found:
+        return False
+    values = list(_leaves(value))
+    rest = found[3] or ""
+    sure = found[1].lower() not in ("clip", "frame") and re.fullmatch(r"\d*|(path|file)\w*", rest) is not None
+    return any(
+        isinstance(each, (bytes, bytearray))
+        or (isinstance(each, str) and (sure or _MEDIA_FILE.fullmatch(each)))
+        for each in values
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _leaves(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
+def type_name(value: Any) -> str:
+    """A value's type in words, for messages."""
+    names = {"str": "a text", "int": "a number", "float": "a number", "list": "a list", "dict": "an object",
+             "bool": "true or false", "NoneType": "missing (null)"}  # fmt: skip
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def name_list(keys: Iterable[Any]) -> str:
+    """Some keys, for messages."""
+    return ", ".join(repr(str(key)) for key in list(keys)[:8]) or "(none)"
