@@ -60,9 +60,10 @@ def data(tmp_path):
 
 
 def words(data, output, *more):
+    limit = () if "--max_new_tokens" in more else ("--max_new_tokens", TOKENS)
     return [
         "--model_name_or_path", checkpoint("v2_6"), "--data_path", data, "--output", output,
-        "--device", "cpu", "--max_new_tokens", TOKENS, "--batch_size", 2, *more,
+        "--device", "cpu", "--batch_size", 2, *limit, *more,
     ]  # fmt: skip
 
 
