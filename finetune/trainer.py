@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -25,6 +26,7 @@ from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.training.learning_rates import split_by_rate
+from minicpm_tune.training.model_card import write_model_card
 from minicpm_tune.training.resilient_trainer import ResilientTrainer
 from minicpm_tune.training.step_metrics import EvaluationSums, SourceLosses, ThroughputMeter
 
@@ -158,6 +160,14 @@ class CPMTrainer(ResilientTrainer):
             give_umask_mode(folder)
             if self.after_save is not None:
                 self.after_save(folder)
+            if isinstance(self.model, PeftModel) and self.train_dataset is not None:
+                write_model_card(
+                    folder,
+                    config=self.model.active_peft_config,
+                    training=self.args,
+                    state=self.state,
+                    data=self.train_dataset.rows.mixture,
+                )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, and see what the vision tower gave on disk."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 
 import pytest
 from PIL import Image
@@ -16,6 +17,12 @@ from minicpm_tune.training.loss_curve import CURVE_FILE, LossCurve, draw_losses
 from minicpm_tune.training.run_record import RunRecord
 from support import finetune_runs, live_runs
 from support.live_runs import LORA
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def entry(folder):
@@ -41,6 +48,21 @@ def test_a_run_on_two_processes_can_be_repeated_from_its_record(tmp_path):
     assert file["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert Image.open(output / CURVE_FILE).size[0] > 500
     assert list((output / "runs").rglob("events*"))
+    for folder in (output, output / "checkpoint-4"):
+        modes = {
+            (folder / name).stat().st_mode & 0o777 for name in ("adapter_model.safetensors", "README.md")
+        }
+        assert modes == {0o666 & ~umask()}
+        card = (folder / "README.md").read_text()
+        assert card.startswith(
+            "---\nlibrary_name: peft\n"
+        )  # the base is a folder, which a hub has no link to
+        assert "# LoRA adapter of model\n\nTrained for 4 steps (1.00 epochs) on\n" in card
+        assert "| uneven.json | 7 | 7 |" in card
+        assert "| rank, alpha, dropout | 4, 64, 0.05 |" in card
+        assert "| learning rate | 0.001, cosine |\n| rows in a step | 2 |" in card
+        loss = json.loads((folder / "trainer_state.json").read_text())["log_history"][3]["loss"]
+        assert f"| training loss | {loss:.4g} (step 4) |" in card
     first, second = ((output / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1))
     for log in (first, second):
         assert [log.count(f"step {step}: {{'loss'") for step in (1, 2, 3, 4)] == [1, 1, 1, 1]
