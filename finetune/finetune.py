@@ -36,9 +36,10 @@ from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
-from minicpm_tune.lora.continuing import check_adapter, new_or_continued_adapter
+from minicpm_tune.lora.continuing import check_adapter, new_or_continued_adapter, new_tokens_of_run
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.new_tokens import add_token_rows
 from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
@@ -103,13 +104,16 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     model, data, training, lora = arguments
     with training.main_process_first(desc="model files"):
         folder = resolve_model_folder(model.model_name_or_path, cache_dir=training.cache_dir)
-    processing = load_processing(folder, data)
+    tokens = new_tokens_of_run(model.new_tokens, lora if training.use_lora else None)
+    processing = load_processing(folder, data, new_tokens=tokens)
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
     quantization = stored_quantization(folder)
     check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
     if training.use_lora:
-        check_adapter(lora, folder, generation, **training.tuned_around_llm)
+        check_adapter(
+            lora, folder, generation, **training.tuned_around_llm, adds_tokens=bool(processing.new_tokens)
+        )
     return folder, processing
 
 
@@ -147,13 +151,15 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
 def read_model(arguments: Arguments, folder: Path, processing: Processing) -> PreTrainedModel:
     """Load the weights."""
     set_seed(arguments.training.seed)  # reading data has drawn random numbers; how many must not matter
-    return load_model(
+    model = load_model(
         folder,
         dtype=arguments.training.weight_dtype,
         attention=arguments.model.attn_implementation,
         quant_bits=arguments.lora.held_bits,
         downsample_mode=processing.media.downsample_mode,
     )
+    add_token_rows(model, processing.new_tokens)
+    return model
 
 
 def choose_what_trains(arguments: Arguments, model: Any, generation: Generation) -> PreTrainedModel:
@@ -215,6 +221,7 @@ def build_trainer(
             generation=generation,
             quant_bits=lora.held_bits,
             downsample_mode=processing.media.downsample_mode,
+            new_tokens=processing.new_tokens,
         )
         if training.use_lora
         else None,

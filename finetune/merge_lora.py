@@ -126,14 +126,17 @@ def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, outpu
     from minicpm_tune.lora.adapter_folders import check_base
     from minicpm_tune.lora.loading import load_adapter
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
+    from minicpm_tune.models.new_tokens import add_token_rows
     from minicpm_tune.settings.data_arguments import DataArguments
 
     size = checked_size(values.max_shard_size)
-    processing = load_processing(base, DataArguments.of_checkpoint(downsample_mode=adapter.downsample_mode))
+    arguments = DataArguments.of_checkpoint(downsample_mode=adapter.downsample_mode)
+    processing = load_processing(base, arguments, new_tokens=adapter.new_tokens)
     check_base(adapter, base, processing.generation, allow_other_base=values.allow_other_base)
     dtype = stored_dtype(base) if values.dtype == "auto" else DTYPE_NAMES[values.dtype]
 
     model = _load_base(values, base, adapter, dtype).to(choose_device(values.device))
+    add_token_rows(model, processing.new_tokens)
     model = load_adapter(model, adapter)
     layers = adapter.config.get("layer_replication")
     merged, report = merge(model, processing)

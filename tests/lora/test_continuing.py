@@ -8,8 +8,9 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, read_adapter_folder
 from minicpm_tune.lora.base_fingerprint import FingerprintError
-from minicpm_tune.lora.continuing import check_adapter
+from minicpm_tune.lora.continuing import check_adapter, new_tokens_of_run
 from minicpm_tune.lora.loading import load_adapter
+from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
 from support.tiny_checkpoints import checkpoint, edit_json, loaded, saved_adapter
@@ -33,6 +34,46 @@ def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
     check(adapter, lora_r=4, lora_target_modules=OFFICIAL_LORA_TARGETS)
     check(adapter, vision=True, lora_modules_to_save=["resampler,embed_tokens"])
     check(adapter, base=checkpoint("v2_6", seed=1), allow_other_base=True)
+
+
+def test_a_continued_adapter_brings_its_tokens(tmp_path):
+    tokens = {"<b>": 471, "<a>": 470}
+    folder = tmp_path / "adapter"
+    saved_adapter(folder, "v2_6")
+    complete_adapter_folder(
+        folder, base=checkpoint("v2_6"), generation=GENERATIONS["v2_6"], new_tokens=tokens
+    )
+    lora = LoraArguments(lora_weight_path=str(folder))
+    assert new_tokens_of_run(None, lora) == ("<a>", "<b>")
+    file = tmp_path / "tokens.txt"
+    file.write_text("<a>\n<b>\n")
+    assert new_tokens_of_run(str(file), lora) == ("<a>", "<b>")
+    assert new_tokens_of_run(str(file), None) == ("<a>", "<b>")
+    assert new_tokens_of_run(None, LoraArguments()) == ()
+    file.write_text("<b>\n<a>\n")
+    with pytest.raises(AdapterError, match=r"found 2 tokens, expected the 2 that .* in their order"):
+        new_tokens_of_run(str(file), lora)
+
+
+def test_new_tokens_need_embeddings_and_output_layer_to_train():
+    def check_new(**flags):
+        check_adapter(
+            LoraArguments(**flags), checkpoint("v2_6"), GENERATIONS["v2_6"], vision=False, resampler=True,
+            adds_tokens=True,
+        )  # fmt: skip
+
+    check_new()
+    check_new(lora_modules_to_save=["embed_tokens", "lm_head"])
+    with pytest.raises(AdapterError, match=r"--lora_modules_to_save embed_tokens: the list lacks lm_head"):
+        check_new(lora_modules_to_save=["embed_tokens"])
+    with pytest.raises(AdapterError, match=r"--lora_modules_to_save none: the list lacks embed_tokens and"):
+        check_new(lora_modules_to_save=["none"])
+
+
+@pytest.mark.parametrize("name", ["v4_6", "v4_7", "xc2_7b"])
+def test_an_adapter_of_any_family_can_be_continued(name, tmp_path):
+    saved_adapter(tmp_path / "adapter", name)
+    check(tmp_path / "adapter", name=name)
 
 
 @pytest.mark.parametrize(

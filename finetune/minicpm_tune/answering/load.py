@@ -15,6 +15,7 @@ from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
 from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.new_tokens import add_token_rows
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.hardware import best_precision
@@ -120,7 +121,7 @@ def find_model(choice: ModelChoice) -> FoundModel:
         max_num_frames=choice.max_num_frames,
         downsample_mode=choice.downsample_mode or (adapter.downsample_mode if adapter else None),
     )
-    processing = load_processing(folder, arguments)
+    processing = load_processing(folder, arguments, new_tokens=adapter.new_tokens if adapter else ())
     if choice.enable_thinking and not processing.generation.thinking:
         raise InferenceError(
             f"--enable_thinking: {processing.generation.title} has no thinking mode, expected V-4.5 or later. Leave "
@@ -157,6 +158,7 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         # Straight to the GPU: quantized layers can't all move later, and RAM need not hold the model.
         **({"device_map": {"": device}} if device.type == "cuda" else {}),
     )
+    add_token_rows(model, found.processing.new_tokens)
     if adapter is not None:
         # peft takes seconds that most calls need not wait for.
         from minicpm_tune.lora.loading import load_adapter

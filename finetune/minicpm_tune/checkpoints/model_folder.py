@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_generations import XCOMPOSER2_TYPES, Generation, detect_generation
 from minicpm_tune.checkpoints.sentencepiece_tokenizer import build_tokenizer
+from minicpm_tune.checkpoints.vocabulary import add_tokens
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.errors import UserError
 
@@ -163,14 +164,17 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
     settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
     settings["chat_template"] = _chat_template(folder, settings) or generation.chat_template
     if generation.tokenizer == "sentencepiece":
-        special = [entry["content"] for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        listed = [entry for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        special = [entry["content"] for entry in listed if entry.get("special", True)]
         special += [token for token in generation.special_tokens if token not in special]
         backend = build_tokenizer(
             _existing(folder / "tokenizer.model"),
             special_tokens=special,
             add_bos=settings.get("add_bos_token", True),
         )
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+        add_tokens(tokenizer, [entry["content"] for entry in listed if entry["content"] not in special])
+        return tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_existing(folder / "tokenizer.json")), **settings)
     vocabulary = tokenizer.get_vocab()
     missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]

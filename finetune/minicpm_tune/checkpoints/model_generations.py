@@ -35,10 +35,11 @@ _MINICPMV46_MODULES = {
     "embeddings": ("model.language_model.embed_tokens",),
     "llm": ("model.language_model", "lm_head"),
 }
-# 4khd's separators are parameters of the model itself; they go into the projector.
+# 4khd's separators, parameters of the model itself; they go into the projector.
+_XCOMPOSER2_SEPARATORS = ("plora_glb_GN", "plora_sub_GN")
 _XCOMPOSER2_MODULES = {
     "vision": ("vit",),
-    "resampler": ("vision_proj", "plora_glb_GN", "plora_sub_GN"),
+    "resampler": ("vision_proj", *_XCOMPOSER2_SEPARATORS),
     "embeddings": ("model.tok_embeddings",),
     "llm": ("model", "output"),
 }
@@ -120,6 +121,9 @@ class Generation:
             need two: ``merger`` alone would also match the vit_merger inside the vision tower.
         reads_inside_tower: Whether the released code reads attributes inside the vision tower (V-2), and so can't
             load an adapter that holds the tower.
+        bare_parameters: Those of ``modules`` that are parameters of the model itself; PEFT can't train them in full.
+        output_layer: Last part of the output layer's name.
+        ties_output: Whether the output layer has the weight of the embeddings.
         exact: Linear layers inside the LLM that are never quantized and get no adapter, by last name.
     """
 
@@ -153,6 +157,9 @@ class Generation:
     adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
     saved_name_parts: int = 1
     reads_inside_tower: bool = False
+    bare_parameters: tuple[str, ...] = ()
+    output_layer: str = "lm_head"
+    ties_output: bool = False
     exact: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
@@ -195,7 +202,7 @@ def _minicpmv46(name: str, title: str, *, video_ids: bool, token_types: bool) ->
         positions="table", thinking=True, frames="seconds",
         video_ids=video_ids, image_ids_beside_video=True, upright_images=True, content_parts=True,
         token_types=token_types, downsampling=DOWNSAMPLING, modules=_MINICPMV46_MODULES, slicing="minicpmv46",
-        saved_name_parts=2,
+        saved_name_parts=2, ties_output=True,
     )  # fmt: skip
 
 
@@ -208,7 +215,8 @@ def _xcomposer2(name: str, title: str, *, slicing: str) -> Generation:
         special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
         chat_template=_XCOMPOSER2_TEMPLATE, image_end="",
         lora_targets=r"model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
-        adapter_parts=("resampler", "vision"), exact=("Plora_A", "Plora_B"),
+        adapter_parts=("resampler", "vision"), exact=("Plora_A", "Plora_B"), output_layer="output",
+        bare_parameters=_XCOMPOSER2_SEPARATORS,
     )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.vocabulary import write_added_tokens
 from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors, weight_files
 
 PROCESSOR_FILE = "processor_config.json"
@@ -81,6 +84,8 @@ class ReleasedModel:
     config: Any
     state_dict: Any
     all_tied_weights_keys: dict[str, str]
+    # Token -> id of those that ``models.new_tokens`` added to the ones of the source folder.
+    new_tokens: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(
@@ -124,6 +129,7 @@ class ReleasedModel:
         )
         if is_main_process:
             copy_model_files(source, Path(save_directory))
+            write_added_tokens(Path(save_directory), self.new_tokens)
 
     def _without_tied_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leave out each tensor that is tied to another, as the released files do.

@@ -186,7 +186,7 @@ def copy_model_files(source: Path | None, target: Path) -> None:
     if source is None or not source.is_dir() or source.resolve() == target.resolve():
         return
     (target / GENERATION_FILE).unlink(missing_ok=True)
-    patterns = _MODEL_FILES
+    patterns: tuple[str, ...] = _MODEL_FILES
     if not (source / RUN_RECORD).is_file():  # a run's README.md is about that run
         patterns = (*patterns, "*.md", "LICENSE*")
     _copy_files(source, target, patterns)

@@ -8,8 +8,8 @@ frames shares one), L a slice's patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_folder import load_tokenizer, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.media.images import ImageOptions, Picture
@@ -108,6 +109,7 @@ class Processing:
         media: How images and videos are cut and written.
         arguments: How the user wants rows to become samples.
         vision_cache: Where the vision tower's features of training samples are stored; None: nowhere.
+        new_tokens: Token -> id of those that were added to the checkpoint's.
     """
 
     generation: Generation
@@ -116,6 +118,7 @@ class Processing:
     media: MediaRules
     arguments: DataArguments
     vision_cache: VisionCache | None = None
+    new_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def rules(self) -> SlicingRules:
@@ -348,25 +351,34 @@ class Processing:
         return sample
 
 
-def load_processing(folder: str | Path, arguments: DataArguments | None = None) -> Processing:
+def load_processing(
+    folder: str | Path, arguments: DataArguments | None = None, *, new_tokens: Iterable[str] = ()
+) -> Processing:
     """Read from a model folder what the data side needs.
 
     Args:
         folder: The model folder.
         arguments: How the user wants rows to become samples; by default as the checkpoint's inference does.
+        new_tokens: Tokens to add to those of the checkpoint.
 
     Returns:
         The checkpoint's ``Processing``.
+
+    Raises:
+        VocabularyError: When tokenizer, embeddings and configuration contradict each other.
     """
     arguments = arguments or DataArguments.of_checkpoint()
     generation = read_generation(folder)
     tokenizer = load_tokenizer(folder, generation)
+    check_vocabulary(Path(folder), tokenizer, generation)
+    added = add_tokens(tokenizer, new_tokens)
     return Processing(
         generation,
         tokenizer,
         PromptWriter(tokenizer, generation, arguments),
         read_media_rules(Path(folder), generation, arguments),
         arguments,
+        new_tokens=added,
     )
 
 

@@ -44,6 +44,11 @@ class AdapterFolder:
         return self.config.get("base_model_name_or_path") or ""
 
     @property
+    def new_tokens(self) -> dict[str, int]:
+        """Token -> id of those that its training added to the base."""
+        return self.fingerprint.new_tokens if self.fingerprint else {}
+
+    @property
     def downsample_mode(self) -> str | None:
         """That of its training, for 4.6 and 4.7; None where it is not known."""
         return self.fingerprint.downsample_mode if self.fingerprint else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class BaseFingerprint:
         linears: Digest of the first row of each of the LLM's matrices; None when they are quantized.
         quantization: How the base was held while the adapter was trained, such as ``4 bit``; or None.
         downsample_mode: That of the adapter's training, for 4.6 and 4.7.
+        new_tokens: Token -> id of those that the training added to the base.
     """
 
     generation: str
@@ -45,6 +46,7 @@ class BaseFingerprint:
     linears: str | None
     quantization: str | None = None
     downsample_mode: str | None = None
+    new_tokens: dict[str, int] = field(default_factory=dict)
 
     def has_same_weights(self, other: BaseFingerprint) -> bool:
         """Whether both come from one model; linear layers are compared where both know them."""

@@ -46,8 +46,10 @@ def add_adapter(
     targets = target_modules(model, generation, lora)
     saved = lora.modules_to_save
     if saved is None:
-        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
-        saved = [name for name in saved if _is_module(model, name)]  # a bare parameter can't be saved so
+        adds_tokens = bool(getattr(model, "new_tokens", None))
+        saved = default_modules_to_save(
+            generation, vision=vision, resampler=resampler, adds_tokens=adds_tokens
+        )
     _check_modules_to_save(model, saved)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
@@ -120,16 +122,32 @@ def _remember_start(model: PeftModel) -> None:
         wrapped.initial_lora = start
 
 
-def default_modules_to_save(generation: Generation, *, vision: bool, resampler: bool) -> list[str]:
+def default_modules_to_save(
+    generation: Generation, *, vision: bool, resampler: bool, adds_tokens: bool = False
+) -> list[str]:
     """The official default: token embeddings, the resampler, and the vision tower when it is tuned.
 
-    InternLM-XComposer2's embeddings are not trained beside an adapter.
+    InternLM-XComposer2's embeddings are not trained beside an adapter, unless tokens are added. Then the output
+    layer is trained too.
     """
     tuned = {"embeddings": True, "resampler": resampler, "vision": vision}
     parts = [part for part in generation.adapter_parts if tuned[part]]
-    # As short as the official adapters have it: PEFT matches by suffix.
+    saved = [name for part in parts for name in _short_names(generation, part)]
+    if adds_tokens:
+        saved += [name for name in modules_of_new_tokens(generation) if name not in saved]
+    return saved
+
+
+def modules_of_new_tokens(generation: Generation) -> list[str]:
+    """The modules that have to train in full when tokens are added."""
+    return _short_names(generation, "embeddings") + [generation.output_layer] * (not generation.ties_output)
+
+
+def _short_names(generation: Generation, part: str) -> list[str]:
+    """Names of a part's modules, as short as the official adapters have them: PEFT matches by suffix."""
     kept = generation.saved_name_parts
-    return [".".join(module.split(".")[-kept:]) for part in parts for module in generation.modules[part]]
+    modules = [name for name in generation.modules[part] if name not in generation.bare_parameters]
+    return [".".join(module.split(".")[-kept:]) for module in modules]
 
 
 def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:

@@ -16,11 +16,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.vocabulary import read_new_tokens
 from minicpm_tune.lora.adapter_folders import AdapterError, AdapterFolder, check_base, read_adapter_folder
 from minicpm_tune.lora.build import (
     add_adapter,
     default_modules_to_save,
     log_adapted_modules,
+    modules_of_new_tokens,
     translated_pattern,
 )
 from minicpm_tune.lora.loading import load_adapter
@@ -67,8 +69,38 @@ def new_or_continued_adapter(
     return wrapped
 
 
+def new_tokens_of_run(file: str | None, lora: LoraArguments | None) -> tuple[str, ...]:
+    """The tokens that a run adds: those of its file, or of the adapter that it continues.
+
+    Args:
+        file: ``--new_tokens``.
+        lora: The adapter's arguments; None without an adapter.
+
+    Raises:
+        VocabularyError: When the file can't be used.
+        AdapterError: When the adapter has other tokens than the file.
+    """
+    tokens = () if file is None else read_new_tokens(file)
+    if lora is None or not lora.lora_weight_path:
+        return tokens
+    adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
+    known = tuple(sorted(adapter.new_tokens, key=adapter.new_tokens.__getitem__))
+    if file is not None and tokens != known:
+        raise AdapterError(
+            f"--new_tokens {file}: found {len(tokens)} tokens, expected the {len(known)} that the adapter "
+            f"{adapter.path} was trained with, in their order. Leave --new_tokens out; the adapter brings its tokens."
+        )
+    return known
+
+
 def check_adapter(
-    lora: LoraArguments, base: Path, generation: Generation, *, vision: bool, resampler: bool
+    lora: LoraArguments,
+    base: Path,
+    generation: Generation,
+    *,
+    vision: bool,
+    resampler: bool,
+    adds_tokens: bool = False,
 ) -> None:
     """Check what an adapter run asks for, as far as possible before weights are loaded.
 
@@ -81,13 +113,22 @@ def check_adapter(
         generation: Its generation.
         vision: ``--tune_vision``.
         resampler: ``--tune_resampler``.
+        adds_tokens: Whether the run adds tokens.
 
     Raises:
         AdapterError: With every contradiction.
     """
     saved = lora.modules_to_save
     if saved is None:
-        saved = default_modules_to_save(generation, vision=vision, resampler=resampler)
+        saved = default_modules_to_save(
+            generation, vision=vision, resampler=resampler, adds_tokens=adds_tokens
+        )
+    lacks = [name for name in modules_of_new_tokens(generation) if adds_tokens and name not in saved]
+    if lacks:
+        raise AdapterError(
+            f"--lora_modules_to_save {','.join(saved) or 'none'}: the list lacks {' and '.join(lacks)}, "
+            "in which new tokens are learned. Add them, or leave the flag out."
+        )
     if generation.reads_inside_tower and not set(saved).isdisjoint(generation.modules["vision"]):
         logger.warning(
             "The adapter of this run will hold the vision tower (%s). The released code of %s can't load such an "
@@ -142,4 +183,6 @@ def _other_saved_modules(adapter: AdapterFolder, wanted: list[str]) -> Iterator[
 
 
 def _saved(adapter: AdapterFolder) -> list[str]:
-    return adapter.config.get("modules_to_save") or []
+    """Names of the modules it trains in full; PEFT lists those of tied weights twice, also by their whole name."""
+    names = adapter.config.get("modules_to_save") or []
+    return [name for name in names if not any(name.endswith(f".{other}") for other in names)]

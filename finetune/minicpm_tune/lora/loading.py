@@ -42,6 +42,7 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: b
     Raises:
         AdapterError: When its tensors are not exactly those that the model has places for.
     """
+    _check_new_tokens(model, adapter)
     model.requires_grad_(False)
     try:
         with layers_reachable(model), reading(adapter.path):
@@ -56,6 +57,15 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: b
     if adapter.is_legacy:
         _load_legacy_tensors(wrapped, adapter.path / LEGACY_FILE)
     return wrapped if trainable else wrapped.eval()
+
+
+def _check_new_tokens(model: PreTrainedModel, adapter: AdapterFolder) -> None:
+    has = dict(getattr(model, "new_tokens", {}))
+    if has != adapter.new_tokens:
+        raise AdapterError(
+            f"{adapter.path}: the adapter was trained with {len(adapter.new_tokens)} new tokens, the model here has "
+            f"{len(has)}, or others, or with other ids. Give the base model it was trained on."
+        )
 
 
 def _check_tensors(wrapped: PeftModel, adapter: AdapterFolder) -> None:

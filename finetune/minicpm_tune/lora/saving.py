@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.released_format import set_downsample_mode
+from minicpm_tune.checkpoints.vocabulary import write_added_tokens
 from minicpm_tune.checkpoints.weight_files import copy_tokenizer_files
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.lora.adapter_folders import CONFIG_FILE, WEIGHT_FILES
@@ -52,6 +53,7 @@ def complete_adapter_folder(
     generation: Generation,
     quant_bits: int | None = None,
     downsample_mode: str | None = None,
+    new_tokens: dict[str, int] | None = None,
 ) -> None:
     """Make a freshly saved adapter loadable by others, and identify its base model.
 
@@ -61,11 +63,15 @@ def complete_adapter_folder(
         generation: The base model's generation.
         quant_bits: How the base was held in training; None for full precision.
         downsample_mode: That of the training (4.6 and 4.7); the adapter is then used in the same mode.
+        new_tokens: Token -> id of those that the training added; the adapter's tokenizer has them.
     """
     held = None if quant_bits is None else f"{quant_bits} bit"
     fingerprint = fingerprint_of(base, generation, quantization=held)
-    write_fingerprint(folder, replace(fingerprint, downsample_mode=downsample_mode))
+    write_fingerprint(
+        folder, replace(fingerprint, downsample_mode=downsample_mode, new_tokens=new_tokens or {})
+    )
     copy_tokenizer_files(base, folder)
+    write_added_tokens(folder, new_tokens or {})
     if downsample_mode is not None:
         set_downsample_mode(folder, downsample_mode)
     _edit_config(folder, _remove_unneeded_settings)

@@ -39,6 +39,13 @@ class ModelArguments:
             "choices": ["sdpa", "eager", "flash_attention_2"],
         },
     )
+    new_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text file with a token in each line, to add to the vocabulary. Embeddings and output layer "
+            "get a row for each and train in full, also beside an adapter, which then carries them."
+        },
+    )
 
 
 @dataclass

@@ -58,6 +58,7 @@ def check_arguments(
         *_what_trains(training, lora),
         *_numbers(training, lora),
         *_model_folder(model),
+        *_new_tokens(model, training),
         *_data_files(data, training),
         *_vision_cache(training),
         *trainer_problems(training),
@@ -100,6 +101,15 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
         lora.layer_replication  # noqa: B018  (reading it parses it)
     except ValueError as error:
         yield str(error)
+
+
+def _new_tokens(model: ModelArguments, training: Namespace) -> Iterator[str]:
+    if model.new_tokens is None:
+        return
+    if not Path(model.new_tokens).expanduser().is_file():
+        yield f"--new_tokens {model.new_tokens}: no such file. Give a text file with a token in each line."
+    if not (training.tune_llm or training.use_lora):
+        yield "--new_tokens is given, but the embeddings don't train: they do with --tune_llm or --use_lora."
 
 
 def _rates(training: Namespace) -> Iterator[str]:
