@@ -15,7 +15,7 @@ from minicpm_tune.checkpoints.vocabulary import (
     read_new_tokens,
     write_added_tokens,
 )
-from support.answer_helpers import ALL, checkpoint, copied, edit_json
+from support.tiny_checkpoints import ALL, checkpoint, copied, edit_json
 
 TOKENS = ["<cat_a>", "☃snow", "<|point|>"]
 TEXT = "a <cat_a> and ☃snow,<|point|>!"

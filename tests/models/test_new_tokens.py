@@ -13,7 +13,7 @@ from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.models.new_tokens import add_token_rows
 from minicpm_tune.settings.argument_groups import LoraArguments
-from support.answer_helpers import checkpoint, loaded
+from support.tiny_checkpoints import checkpoint, loaded
 
 TOKENS = ("<cat_a>", "☃snow")
 LOGIT_TOLERANCE = 1e-4
