@@ -1,9 +1,7 @@
-"""The flags that are this project's own, as plain dataclasses.
+"""The project's own flags, as plain dataclasses that need no torch.
 
-``settings/arguments.py`` joins them with those of ``transformers.TrainingArguments``. They stand apart so that
-``finetune.py --help`` can show them without importing torch, which takes seconds.
-
-Each default that differs from the official finetune.py is named in the class docstring.
+``settings/arguments.py`` joins them with the fields of ``transformers.TrainingArguments``. Each class docstring names
+the defaults that differ from the official finetune.py or from transformers.
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="openbmb/MiniCPM-V-2",
         metadata={
-            "help": "The checkpoint to start from: a folder in the released layout, or a Hub id "
-            "(owner/name): MiniCPM-V 2.0 to 4.7, or InternLM-XComposer2."
+            "help": "The model to start from, MiniCPM-V 2.0 to 4.7 or InternLM-XComposer2: a folder in the released "
+            "layout, or a Hub id (owner/name)."
         },
     )
     attn_implementation: str = field(
         default="sdpa",
         metadata={
-            "help": "How the language model computes attention. flash_attention_2 needs the flash-attn "
-            "package and a GPU; eager is the slow reference.",
+            "help": "How the language model computes attention. flash_attention_2 needs a GPU and the flash-attn "
+            "package; eager is the slow reference.",
             "choices": ["sdpa", "eager", "flash_attention_2"],
         },
     )
@@ -73,15 +71,15 @@ class TuningOptions(RowLimits):
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Put several samples into one row of --model_max_length tokens, without letting them "
-            "see each other. --per_device_train_batch_size then counts such rows. Evaluation is never packed."
+            "help": "Put several samples into one row of --model_max_length tokens; they don't see each other. "
+            "--per_device_train_batch_size then counts such rows. Evaluation is never packed."
         },
     )
     packing_window: int = field(
         default=10_000,
         metadata={
-            "help": "How many samples of the shuffled order are put together at a time with --packing true. "
-            "More fill the rows better, fewer mix the lengths better."
+            "help": "How many samples of the shuffled order are packed at a time with --packing true. More samples "
+            "fill the rows better, fewer mix the lengths better."
         },
     )
     tune_vision: bool = field(
@@ -90,7 +88,9 @@ class TuningOptions(RowLimits):
     )
     tune_resampler: bool = field(
         default=True,
-        metadata={"help": "Train the part between vision and language: resampler, or merger in 4.6 and 4.7."},
+        metadata={
+            "help": "Train the part between vision and language: the resampler, in 4.6 and 4.7 the merger."
+        },
     )
     tune_llm: bool = field(
         default=True,
@@ -99,16 +99,16 @@ class TuningOptions(RowLimits):
     vision_gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the vision tower's activations twice instead of keeping them. Default: as "
+            "help": "Compute the vision tower's activations a second time instead of keeping them. Default: what "
             "--activation_checkpointing says for the whole model."
         },
     )
     cache_vision_features: str | None = field(
         default=None,
         metadata={
-            "help": "Folder in which the frozen vision tower's output is kept, so that it is computed once per image "
-            "and not once per epoch; about 2.3 MB per slice in bf16. Needs --tune_vision false, and no adapter on "
-            "the tower. Frames of videos are not kept."
+            "help": "Folder that keeps the frozen vision tower's output, so that it is computed once per image and not "
+            "once per epoch; about 2.3 MB per slice in bf16. Needs --tune_vision false and no adapter on the tower. "
+            "Frames of videos are not kept."
         },
     )
     vision_lr: float | None = field(
@@ -127,8 +127,8 @@ class TuningOptions(RowLimits):
     lora_lr_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "LoRA+: the B matrices train with --learning_rate times this (16 is usual), the A "
-            "matrices with --learning_rate. Default: both alike."
+            "help": "LoRA+: the B matrices train with this multiple of --learning_rate (16 is usual), the A matrices "
+            "with --learning_rate. Default: both with --learning_rate."
         },
     )
     use_lora: bool = field(
@@ -138,7 +138,7 @@ class TuningOptions(RowLimits):
 
     @property
     def tuned_around_llm(self) -> dict[str, bool]:
-        """Whether the parts before the language model train, as keyword arguments of what asks for both."""
+        """Whether the parts before the language model train, as the keyword arguments many functions take."""
         return {"vision": self.tune_vision, "resampler": self.tune_resampler}
 
 
@@ -146,11 +146,11 @@ class TuningOptions(RowLimits):
 class RunOptions:
     """Arguments of ``transformers.TrainingArguments`` that mean something else, or more, here.
 
-    Differs from transformers: ``dataloader_num_workers`` follows the machine and its processes are kept
-    (transformers: none); ``optim`` is adamw_torch, as in the official script (transformers: the fused
-    form); ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
-    ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``; ``overwrite_output_dir`` is
-    gone from transformers 5.
+    Differs from transformers: ``dataloader_num_workers`` follows the machine and the workers persist (transformers:
+    no workers); ``optim`` is adamw_torch, as in the official script (transformers: the fused form);
+    ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
+    ``logging_nan_inf_filter`` is false; ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``;
+    ``overwrite_output_dir`` no longer exists in transformers 5.
     """
 
     _argument_group_name = "The run"
@@ -166,8 +166,8 @@ class RunOptions:
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "true: continue from the last checkpoint in --output_dir, or start when there is none; "
-            "or the path of a checkpoint folder.",
+            "help": "true: continue from the last checkpoint in --output_dir, or start if there is none. Or the path "
+            "of a checkpoint folder.",
             "nargs": "?",
             "const": "true",
         },
@@ -182,13 +182,13 @@ class RunOptions:
     predict_with_generate: bool = field(
         default=False,
         metadata={
-            "help": "Let the model answer some evaluation rows at every evaluation: exact match, ANLS and ROUGE-L, and "
-            "examples with their pictures in TensorBoard."
+            "help": "Let the model answer some evaluation rows at every evaluation. Logs exact match, ANLS and "
+            "ROUGE-L; TensorBoard shows examples with their pictures."
         },
     )
     generation_samples: int = field(
         default=16,
-        metadata={"help": "How many evaluation rows are answered with --predict_with_generate true."},
+        metadata={"help": "Evaluation rows answered with --predict_with_generate true."},
     )
     generation_max_new_tokens: int = field(
         default=128, metadata={"help": "Longest answer, in tokens, with --predict_with_generate true."}
@@ -196,29 +196,27 @@ class RunOptions:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Start over in an --output_dir that holds an earlier run: its checkpoints and its model "
-            "are deleted when training starts."
+            "help": "Start over in an --output_dir that holds an earlier run. Its checkpoints and its model are "
+            "deleted when training starts."
         },
     )
     on_nonfinite: str = field(
         default="stop",
         metadata={
-            "help": "What happens when a step's loss or gradient norm is NaN or infinite. The step is never "
-            "applied, and its rows are named. stop: the third such step in a row ends the run; skip: it "
-            "goes on.",
+            "help": "What to do when a step's loss or gradient norm is NaN or infinite. The step is never applied, and "
+            "its rows are named. stop: the third such step in a row ends the run. skip: the run continues.",
             "choices": ["stop", "skip"],
         },
     )
     dataloader_num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Processes per rank that decode and cut images; 0: none but the trainer's own. Default: "
-            "beside a "
+            "help": "Processes per rank that decode and cut images; 0: the training process does it. Default: with a "
             "GPU one per free core, at most 8; on a CPU 2, or 0 with fewer than 4 cores per rank."
         },
     )
     dataloader_persistent_workers: bool = field(
-        default=True, metadata={"help": "Keep these processes from epoch to epoch."}
+        default=True, metadata={"help": "Keep these processes between epochs."}
     )
     optim: str = field(
         default="adamw_torch",
@@ -233,7 +231,7 @@ class RunOptions:
     )
     early_stopping_threshold: float = field(
         default=0.0,
-        metadata={"help": "Smaller changes are no improvement, with --early_stopping_patience."},
+        metadata={"help": "The least change that counts as an improvement for --early_stopping_patience."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
@@ -261,7 +259,7 @@ class LoraArguments:
     lora_target_modules: str = field(
         default=OFFICIAL_LORA_TARGETS,
         metadata={
-            "help": "Regular expression over whole module names; or all-linear: every linear layer of the "
+            "help": "Regular expression that matches whole module names, or all-linear: every linear layer of the "
             "language model."
         },
     )
@@ -270,7 +268,7 @@ class LoraArguments:
     )
     allow_other_base: bool = field(
         default=False,
-        metadata={"help": "Let --lora_weight_path go onto a model that it was not trained on."},
+        metadata={"help": "Accept a --lora_weight_path that was trained on another model."},
     )
     lora_bias: str = field(
         default="none",
@@ -286,19 +284,18 @@ class LoraArguments:
     use_dora: bool = field(
         default=False,
         metadata={
-            "help": "Train the magnitude of each weight beside its direction (DoRA); slower, often better."
+            "help": "Train each weight's magnitude apart from its direction (DoRA); slower, often better."
         },
     )
     init_lora_weights: str = field(
         default="true",
         metadata={
-            "help": "How adapters start: true (B is zero), gaussian, pissa, pissa_niter_<n>, olora. From "
-            "pissa and olora the saved adapter is converted, at twice the rank, so that it fits the "
-            "unchanged base."
+            "help": "How adapters start: true (B is zero), gaussian, pissa, pissa_niter_<n>, olora. With pissa and "
+            "olora the saved adapter is converted to twice the rank, so that it fits the unchanged base model."
         },
     )
     q_lora: bool = field(
-        default=False, metadata={"help": "Hold the frozen language model in 4 or 8 bit (QLoRA)."}
+        default=False, metadata={"help": "Keep the frozen language model in 4 or 8 bit (QLoRA)."}
     )
     quant_bits: int = field(
         default=4, metadata={"help": "Bits per weight with --q_lora true.", "choices": [4, 8]}
@@ -306,9 +303,9 @@ class LoraArguments:
     lora_modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules trained in full and saved with the adapter, separated by spaces or commas. "
-            "Default: resampler and token embeddings, and the vision tower with --tune_vision true. none: a "
-            "plain adapter, as inference servers want."
+            "help": "Modules trained in full and saved with the adapter, separated by spaces or commas. Default: "
+            "resampler and token embeddings, and with --tune_vision true the vision tower. none: a plain adapter, as "
+            "inference servers need it."
         },
     )
     lora_layer_replication: str | None = field(

@@ -1,4 +1,4 @@
-"""The command line: four groups of arguments, parsed, checked and made ready for the machine."""
+"""The arguments of a run: the command line's groups, checked and made ready for this machine."""
 
 from __future__ import annotations
 
@@ -128,8 +128,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         config = read_deepspeed_config(value)
         if drop_automatic_scheduler(config):
             _note(
-                f"{value}: its scheduler section is left out, so that --lr_scheduler_type "
-                f"{self.lr_scheduler_type} is what runs."
+                f"{value}: its scheduler section is ignored, so that --lr_scheduler_type {self.lr_scheduler_type} acts."
             )
         self.deepspeed = config
         if self.use_cpu:

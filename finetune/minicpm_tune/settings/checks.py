@@ -90,7 +90,7 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
             "false. Set at least one to true."
         )
     if lora.q_lora and not training.use_lora:
-        yield "--q_lora true needs --use_lora true: weights in 4 bit can only be trained through adapters."
+        yield "--q_lora true needs --use_lora true: quantized weights can only be trained through adapters."
     if lora.lora_weight_path:
         yield from _lora_weight_path(training, lora)
     if lora.lora_layers_pattern and lora.lora_layers_to_transform is None:
@@ -149,8 +149,8 @@ def _lora_weight_path(training: Namespace, lora: LoraArguments) -> Iterator[str]
         yield "--lora_weight_path is given, but --use_lora is false: add --use_lora true --tune_llm false."
     if not (Path(lora.lora_weight_path).expanduser() / "adapter_config.json").is_file():
         yield (
-            f"--lora_weight_path: no adapter_config.json in {lora.lora_weight_path!r}. Give the folder that "
-            "an earlier LoRA run wrote."
+            f"--lora_weight_path: no adapter_config.json in {lora.lora_weight_path!r}. Give the folder that a LoRA run "
+            "wrote."
         )
 
 
@@ -179,32 +179,35 @@ def _model_folder(model: ModelArguments) -> Iterator[str]:
             )
         else:
             yield f"--model_name_or_path {name!r} is a folder without config.json. Give a model's folder."
+    elif folder.is_file():
+        yield f"--model_name_or_path {name!r} is a file, expected a folder. Give the folder that holds config.json."
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         yield (
-            f"--model_name_or_path: there is no folder {name!r}, and it is no Hub id (owner/name) either. "
-            "Check the path."
+            f"--model_name_or_path: there is no folder {name!r}, and it is not a Hub id (owner/name). Check the path."
         )
 
 
 def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
     wants_to_train = training.do_train or (training.do_train is None and not training.do_eval)
     if wants_to_train and not data.data_path:
-        yield "--data_path is missing: give the file with the training rows."
+        yield "--data_path is missing. Give the file with the training rows."
     if training.do_train is False and not training.do_eval:
-        yield "--do_train false without --do_eval leaves nothing to do. Give one of them."
+        yield "--do_train false without --do_eval leaves nothing to do. Add --do_eval, or train."
     for flag in ("data_path", "eval_data_path"):
         value = getattr(data, flag)
         for missing in missing_sources(value) if value else ():
             yield f"--{flag}: there is no file '{missing}'. Check the path (relative to {os.getcwd()!r})."
     if not data.eval_data_path:
         if training.do_eval:
-            yield "--do_eval needs --eval_data_path: give the file with the evaluation rows."
+            yield "--do_eval needs --eval_data_path. Give the file with the evaluation rows."
         elif str(training.eval_strategy) != "no":
             yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
     if training.predict_with_generate and not data.eval_data_path:
         yield "--predict_with_generate true needs --eval_data_path: give the file with the evaluation rows."
     if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
-        yield f"--image_folder: there is no folder {data.image_folder!r}."
+        is_file = Path(data.image_folder).expanduser().is_file()
+        found = "is a file, expected a folder" if is_file else "does not exist"
+        yield f"--image_folder: {data.image_folder!r} {found}. Check the path."
 
 
 def _vision_cache(training: Namespace) -> Iterator[str]:
@@ -228,13 +231,13 @@ def _deepspeed(training: Namespace) -> Iterator[str]:
     except DeepSpeedConfigError as error:
         yield str(error)
     if os.environ.get("ACCELERATE_USE_CPU"):
-        yield "ACCELERATE_USE_CPU is set, and would switch --deepspeed off unseen. Unset it."
+        yield "ACCELERATE_USE_CPU is set, which would silently switch --deepspeed off. Unset it."
 
 
 def _output_folder(training: Namespace) -> Iterator[str]:
     folder = Path(training.output_dir or "trainer_output").expanduser()
     if folder.exists() and not folder.is_dir():
-        yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that is free."
+        yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that does not exist yet."
         return
     resume = training.resume_from_checkpoint
     if resume and resume.lower() != "false" and training.overwrite_output_dir:
@@ -243,8 +246,8 @@ def _output_folder(training: Namespace) -> Iterator[str]:
     if resume and resume.lower() not in ("true", "false"):
         if not output_folder.is_checkpoint(Path(resume).expanduser()):
             yield (
-                f"--resume_from_checkpoint: {resume!r} is no complete checkpoint (no trainer_state.json). "
-                "Give a checkpoint-<step> folder, or true for the last one in --output_dir."
+                f"--resume_from_checkpoint: {resume!r} is not a complete checkpoint (no trainer_state.json). Give a "
+                "checkpoint-<step> folder, or true for the last one in --output_dir."
             )
         return
     earlier = output_folder.find_earlier_run(folder)

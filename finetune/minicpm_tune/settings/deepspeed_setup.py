@@ -17,10 +17,10 @@ class DeepSpeedConfigError(UserError):
 
 
 def _find_config(path: str) -> Path:
-    """Find a configuration file: as given, or by its name beside this module.
+    """Find a configuration file: as given, or beside finetune.py.
 
-    The official commands say ``--deepspeed ds_config_zero2.json`` and are run from that folder; here
-    they may be run from any.
+    The official commands say ``--deepspeed ds_config_zero2.json`` and are run from that folder; here they
+    may be run from any folder.
 
     Raises:
         DeepSpeedConfigError: When there is no such file.
@@ -132,14 +132,14 @@ def _optimizer_section(training: Namespace) -> Iterator[str]:
 
 
 def drop_automatic_scheduler(config: dict[str, Any]) -> bool:
-    """Take out a scheduler section that is filled from the command line anyway.
+    """Remove a scheduler section that would be filled from the command line anyway.
 
-    DeepSpeed runs the section's own schedule and ignores ``--lr_scheduler_type``: with the official
-    WarmupLR section the rate stays flat after the warm-up, never a cosine. A section with numbers of its
-    own is left alone; it is a choice.
+    DeepSpeed runs the section's own schedule and ignores ``--lr_scheduler_type``: with the official WarmupLR
+    section the rate stays flat after the warm-up and never follows a cosine. A section with numbers of its own
+    is a choice and stays.
 
     Returns:
-        True when a section was taken out.
+        True when a section was removed.
 
     Example:
         >>> drop_automatic_scheduler({"scheduler": {"params": {"warmup_num_steps": "auto"}}})
@@ -155,8 +155,8 @@ def drop_automatic_scheduler(config: dict[str, Any]) -> bool:
 def start_on_cpu() -> None:
     """Start DeepSpeed's process group over gloo; call before ``TrainingArguments`` looks for devices.
 
-    Left to itself DeepSpeed would look for MPI when torchrun's variables are missing, and would compile a
-    shared-memory helper for half a minute (deepspeed 0.19); neither is needed here.
+    Without torchrun's variables DeepSpeed would look for MPI, and it would compile a shared-memory helper for half
+    a minute (deepspeed 0.19). Neither is needed here.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, it warns that it found no GPU
     import deepspeed

@@ -1,8 +1,8 @@
 """What the machine has, for the command line and the launchers.
 
 Run as a script it answers a launcher: ``python hardware.py 6001`` prints the kind of device (cpu or gpu),
-the number of processes to start, the precision to train in, the number of CPU cores, and a port that is
-free (6001 itself, if it is).
+the number of processes to start, the precision to train in, the number of CPU cores, and a free port (6001
+itself, if it is free).
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from pathlib import Path
 
 import torch
 
+# GeForce RTX 4090, but not RTX 4000 Ada or RTX A6000, which are workstation cards with peer access.
+_CONSUMER = re.compile(r"\bGeForce (?:RTX|GTX) (\d\d)\d\d\b")
+# From this series on, GeForce cards have neither NVLink nor peer access over PCIe. Some drivers say that they do;
+# NCCL then hangs or computes garbage (github.com/NVIDIA/nccl-tests/issues/117).
+_WITHOUT_PEER_ACCESS = 40
+_INFINIBAND = Path("/sys/class/infiniband")
+
 
 def has_accelerator() -> bool:
-    """True when torch can compute on something other than the CPU."""
-    import torch
-
+    """Whether torch can compute on something other than the CPU."""
     return torch.accelerator.is_available()
 
 
 def accelerator_count() -> int:
     """Number of accelerators this process may use; 0 on a CPU machine."""
-    import torch
-
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
@@ -36,15 +39,13 @@ def best_precision() -> str:
 
     bf16 needs no loss scaling and can't overflow, but cards before Ampere only emulate it.
     """
-    import torch
-
     if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def free_port(wanted: int) -> int:
-    """The wanted TCP port, or one that the system picks when something listens there already."""
+    """The wanted TCP port if it is free, otherwise one that the system picks."""
     for port in (wanted, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -53,7 +54,7 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return probe.getsockname()[1]
-    raise OSError("no free TCP port on this machine; name one with MASTER_PORT.")
+    raise OSError("This machine has no free TCP port. Set MASTER_PORT to one that may be used.")
 
 
 def cpu_cores() -> int:
@@ -62,35 +63,15 @@ def cpu_cores() -> int:
 
 
 def data_workers(*, accelerator: bool) -> int:
-    """Processes per rank that decode and cut images, when the user names no number.
+    """How many processes per rank decode and cut images when the user gives no number.
 
-    Beside a GPU as many as there are cores for, up to 8: a worker cuts about ten photos of 1344 x 1008
-    pixels in a second. On a CPU the cores are the model's, so two, and none where there are fewer than four.
+    Beside a GPU, as many as there are free cores, up to 8: a worker cuts about ten photos of 1344 x 1008
+    pixels per second. On a CPU the model needs the cores: two workers, or none with fewer than four cores.
     """
     share = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator:
         return max(min(share - 1, 8), 0)
     return 2 if share >= 4 else 0
-
-
-def main() -> None:
-    """Print device, processes, precision, cores and port on one line."""
-    count = accelerator_count()
-    device = "gpu" if count else "cpu"
-    port = free_port(int(sys.argv[1]))
-    sys.stdout.write(f"{device} {max(1, count)} {best_precision()} {cpu_cores()} {port}\n")
-
-
-if __name__ == "__main__":
-    main()
-
-
-# GeForce RTX 4090, but not RTX 4000 Ada or RTX A6000, which are workstation cards with peer access.
-_CONSUMER = re.compile(r"\bGeForce (?:RTX|GTX) (\d\d)\d\d\b")
-# From this series on GeForce cards have no NVLink and no peer access over PCIe, but some drivers say that
-# they have, and NCCL then hangs or computes with garbage (github.com/NVIDIA/nccl-tests/issues/117).
-_WITHOUT_PEER_ACCESS = 40
-_INFINIBAND = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True)
@@ -137,7 +118,7 @@ def settings_for(cards: Cards) -> dict[str, str]:
 
 
 def apply_settings() -> str | None:
-    """Set the variables for this machine's cards, before the processes join; those of the user stay.
+    """Set the variables for this machine's cards before the processes join. Variables of the user stay.
 
     Returns:
         A line that says what was set, or None.
@@ -151,8 +132,8 @@ def apply_settings() -> str | None:
     if not switched_off:
         return None
     return (
-        f"{switched_off} is set for {cards.names[0]}, as NCCL needs on consumer cards. Set these variables yourself "
-        "(0 or 1) to decide otherwise."
+        f"{switched_off} is set for {cards.names[0]}: NCCL needs it on consumer cards. Set these variables to 0 or 1 "
+        "yourself to decide otherwise."
     )
 
 
@@ -167,3 +148,15 @@ def _look() -> Cards:
         processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
         infiniband=_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()),
     )
+
+
+def main() -> None:
+    """Print device, processes, precision, cores and port on one line."""
+    count = accelerator_count()
+    device = "gpu" if count else "cpu"
+    port = free_port(int(sys.argv[1]))
+    sys.stdout.write(f"{device} {max(1, count)} {best_precision()} {cpu_cores()} {port}\n")
+
+
+if __name__ == "__main__":
+    main()
