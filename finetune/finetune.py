@@ -44,7 +44,7 @@ from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, 
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
 from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
-from minicpm_tune.training.checkpointing import check_continues, write_failures_told
+from minicpm_tune.training.checkpointing import check_continues, write_failures_as_messages
 from minicpm_tune.training.early_stopping import EarlyStopping
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.loss_curve import LossCurve
@@ -257,7 +257,7 @@ def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:
         if trainer.was_stopped:
             log_how_to_continue(argv, step=trainer.state.global_step, steps=trainer.state.max_steps)
             return "stopped"
-        with write_failures_told(Path(training.output_dir)):
+        with write_failures_as_messages(Path(training.output_dir)):
             trainer.save_state()
             trainer.save_model()  # on every process: under ZeRO-3 it gathers
             if training.should_save:

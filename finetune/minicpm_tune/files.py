@@ -1,4 +1,4 @@
-"""Writing to disk: refusals of the system told from faults of the program, and folders that appear only when whole."""
+"""Writing to disk: the system's refusals told apart from the program's faults, folders that appear only when whole."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def is_write_failure(error: Exception) -> bool:
 
 
 def system_reason(error: Exception, folder: Path) -> tuple[str, int | None]:
-    """The reason of a refusal in words, and its number where it is known.
+    """The reason for a refusal in words, and its errno where it is known.
 
     Args:
         error: What was raised.
-        folder: Where it was to be written, or a folder that is not there yet.
+        folder: Where the file was to be written; it need not exist.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and free_bytes(folder) < _NOTHING:
@@ -50,24 +50,24 @@ def free_bytes(folder: Path) -> int:
 
 
 class OutputError(UserError):
-    """A place that can't be written to; the message says what to change."""
+    """An output that can't be written; the message says what to change."""
 
 
 def check_new_folder(name: str, *, flag: str = "--output_dir") -> Path:
-    """See that a folder can be made, before hours of work go into what it is to hold.
+    """Check that a folder can be created, before hours of work go into what it will hold.
 
     Args:
-        name: The folder; an empty one may be there.
-        flag: How the command line calls it.
+        name: The folder; it may exist if it is empty.
+        flag: Its name on the command line.
 
     Raises:
-        OutputError: When something is there already, or nothing can be written there.
+        OutputError: When the folder holds something already, or can't be written to.
     """
     folder = Path(name).expanduser()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(
-                f"{flag} {name}: it exists and is not empty, expected a new folder. Give another one."
+                f"{flag} {name}: the folder exists and is not empty, expected a new one. Give another name."
             )
         partial = _partial(folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,11 +81,11 @@ def check_new_folder(name: str, *, flag: str = "--output_dir") -> Path:
 
 @contextmanager
 def whole_folder(folder: Path, *, flag: str = "--output_dir") -> Iterator[Path]:
-    """Give the name under which to write; the folder gets its own name when all is written.
+    """Write a folder under another name; it gets its own name when everything is written.
 
     Args:
         folder: From ``check_new_folder``.
-        flag: How the command line calls it.
+        flag: Its name on the command line.
 
     Raises:
         OutputError: When the system refuses to write; what was written is removed.
@@ -143,16 +143,16 @@ def _partial(path: Path) -> Path:
 def _refused(folder: Path, error: Exception, flag: str) -> OutputError:
     reason, _ = system_reason(error, folder)
     return OutputError(
-        f"{flag} {folder}: it can't be written: {reason}. {free_bytes(folder) / GIB:.1f} GiB are free there. Free "
-        "space, or give a folder where you may write; nothing is left of this attempt."
+        f"{flag} {folder}: it can't be written: {reason}. {free_bytes(folder) / GIB:.1f} GiB are free there. Free some "
+        "space, or give a folder where you may write. What had been written is removed."
     )
 
 
 def checked_size(text: str) -> str:
-    """A size such as ``5GB`` for ``--max_shard_size``, as transformers reads it.
+    """Check a size such as ``5GB`` for ``--max_shard_size``, as transformers reads it.
 
     Raises:
-        OutputError: When it is none.
+        OutputError: When it is not a size.
 
     Example:
         >>> checked_size("500MB")

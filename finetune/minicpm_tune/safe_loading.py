@@ -1,4 +1,4 @@
-"""No file of a checkpoint runs code: what torch stores as pickles is read with a list of harmless classes.
+"""Files of a checkpoint never run code: torch's pickles are read with a list of harmless classes.
 
 Imports torch where it is used: ``refuse_pickles`` is called before anything slow.
 """
@@ -18,7 +18,7 @@ _TORCH_READER = ("PytorchStreamReader", "legacy .tar format")
 
 
 class UnreadableFileError(UserError):
-    """A file that is damaged, or holds something other than tensors."""
+    """A damaged file, or one that holds something other than tensors."""
 
 
 def refuse_pickles() -> None:
@@ -31,7 +31,7 @@ def refuse_pickles() -> None:
 
 
 def allow_deepspeed_states() -> None:
-    """Let through the four classes that DeepSpeed's own optimizer states hold; all of them are plain values."""
+    """Allow the four classes in DeepSpeed's own optimizer states; all of them are plain values."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -41,14 +41,14 @@ def allow_deepspeed_states() -> None:
 
 
 @contextmanager
-def reading(folder: str | Path | None) -> Iterator[None]:
-    """Turn what torch and safetensors raise over a file into a message that names its folder.
+def unreadable_files_as_messages(folder: str | Path | None) -> Iterator[None]:
+    """Turn errors of torch and safetensors about a file into a message that names its folder.
 
     Args:
         folder: What is being read.
 
     Raises:
-        UnreadableFileError: When a file is damaged, or is a pickle of something else than tensors.
+        UnreadableFileError: When a file is damaged, or is a pickle of something other than tensors.
     """
     from safetensors import SafetensorError
 
@@ -59,7 +59,7 @@ def reading(folder: str | Path | None) -> Iterator[None]:
             raise
         raise UnreadableFileError(
             f"{folder}: a file there is damaged, or holds something other than tensors, which is not loaded "
-            f"({_reason(error)}). Get the files again, or use others."
+            f"({_reason(error)}). Download or copy the files again, or use others."
         ) from error
 
 

@@ -23,7 +23,7 @@ from minicpm_tune.checkpoints.model_generations import plain_name
 from minicpm_tune.checkpoints.weight_files import tensors_in_file
 from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, AdapterFolder
 from minicpm_tune.lora.build import layers_reachable, restore_output_layer
-from minicpm_tune.safe_loading import reading
+from minicpm_tune.safe_loading import unreadable_files_as_messages
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: b
     _check_new_tokens(model, adapter)
     model.requires_grad_(False)
     try:
-        with layers_reachable(model), reading(adapter.path):
+        with layers_reachable(model), unreadable_files_as_messages(adapter.path):
             wrapped = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
     except RuntimeError as error:
         raise AdapterError(

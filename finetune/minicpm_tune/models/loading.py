@@ -13,7 +13,7 @@ from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import WeightFileError
 from minicpm_tune.models.quantization import finish_loading, loading_arguments, loading_quantization
-from minicpm_tune.safe_loading import reading
+from minicpm_tune.safe_loading import unreadable_files_as_messages
 
 
 def load_model(
@@ -57,7 +57,7 @@ def load_model(
     if downsample_mode is not None:
         config.downsample_mode = downsample_mode
     kwargs |= loading_arguments(quantization, config)
-    with reading(folder):
+    with unreadable_files_as_messages(folder):
         model, report = kind.from_pretrained(
             folder,
             config=config,

@@ -1,7 +1,7 @@
-"""Writing checkpoints so that each is whole or not there, and choosing the one to continue from.
+"""Checkpoints that are whole or absent, and the choice of the one to continue from.
 
-A checkpoint holds the trained weights, optimizer, schedule and random numbers of every process, as the
-Trainer writes them, and a manifest of its own: which files belong to it, and how the run was divided.
+A checkpoint holds the trained weights, optimizer, schedule and random numbers of every process, as Trainer
+writes them, and a manifest: which files belong to it, and how the run was divided.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _STATES = {
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be written, or not be continued by this run.
+    """A checkpoint that can't be written, or that this run can't continue.
 
     Args:
         text: The message.
-        leftover: A folder that was half written.
+        leftover: A half-written folder.
     """
 
     def __init__(self, text: str, *, leftover: Path | None = None):
@@ -50,9 +50,9 @@ class CheckpointError(UserError):
         self.leftover = leftover
 
     def clean_up(self) -> None:
-        """Free the space of what was half written.
+        """Delete what was half written.
 
-        Call when the message is out: other processes write there too, would fail of it, and be heard first.
+        Not before the message is out: other processes write there too, would fail because of it, and be heard first.
         """
         if self.leftover is not None:
             shutil.rmtree(self.leftover, ignore_errors=True)
@@ -60,7 +60,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class RunShape:
-    """How a run is divided: what a resumed run must have in common with the one that was interrupted.
+    """How a run is divided: what a continued run must have in common with the interrupted one.
 
     Attributes:
         processes: Processes over all machines.
@@ -101,7 +101,7 @@ def _order(training: TrainingArguments) -> str:
 
 
 class CheckpointWriter:
-    """One checkpoint on its way to its place.
+    """One checkpoint while it is written.
 
     Every process makes one and calls ``writing`` and ``move_into_place``; in each folder (one for all
     machines, or one per machine) exactly one process has ``owns_folder``.
@@ -121,13 +121,13 @@ class CheckpointWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn the system's refusal to write into a message; see ``write_failures_told``."""
-        with write_failures_told(self.final, leftover=self.staging / self.name):
+        """Turn the system's refusal to write into a message; see ``write_failures_as_messages``."""
+        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
             self.staging.mkdir(parents=True, exist_ok=True)
             yield
 
     def best(self, step: int | None, before: str | None) -> str | None:
-        """Where the best checkpoint is, or will be once this one is in its place.
+        """Where the best checkpoint is, or will be once this one is in place.
 
         Args:
             step: The step of the best checkpoint so far.
@@ -139,13 +139,13 @@ class CheckpointWriter:
         return str(path) if step == self.step or path.is_dir() else before
 
     def move_into_place(self) -> None:
-        """Write the manifest, and let the checkpoint appear under its own name at once.
+        """Write the manifest, and give the checkpoint its name.
 
         Call when every process has written its files.
         """
         if not self.owns_folder:
             return
-        with write_failures_told(self.final, leftover=self.staging / self.name):
+        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
             self._move()
 
     def _move(self) -> None:
@@ -162,7 +162,7 @@ class CheckpointWriter:
             os.fsync(file.fileno())
         replaced = self.staging / "replaced"
         if self.final.exists():
-            # Damaged, or of a start from an older checkpoint, which has come here again.
+            # It is damaged, or the run was continued from an older checkpoint and has come here again.
             os.replace(self.final, replaced)
         os.replace(written, self.final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -171,7 +171,7 @@ class CheckpointWriter:
 
 
 @contextmanager
-def write_failures_told(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
+def write_failures_as_messages(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
     """Turn the system's refusal to write something into a message.
 
     Args:
@@ -205,8 +205,8 @@ def _cannot_write(path: Path, error: Exception) -> str:
 def choose_checkpoint(training: TrainingArguments) -> Path | None:
     """The checkpoint to continue from, the same on every process; None to start from the beginning.
 
-    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines
-    with folders of their own may have been stopped between two of them. Says which ones are passed over.
+    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines with
+    folders of their own may have been stopped between two. The ones that are passed over are logged.
     """
     if not training.continues_last:
         return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
@@ -228,7 +228,7 @@ def choose_checkpoint(training: TrainingArguments) -> Path | None:
 
 
 def check_continues(checkpoint: Path, training: TrainingArguments, *, rows: int) -> None:
-    """See that a run can go on exactly where a checkpoint was written.
+    """Check that a run can go on exactly where a checkpoint was written.
 
     Args:
         checkpoint: The checkpoint.
@@ -249,8 +249,8 @@ def check_continues(checkpoint: Path, training: TrainingArguments, *, rows: int)
         raise CheckpointError(f"{checkpoint} can't be continued: " + " Also, ".join(problems))
     if manifest and before.processes != shape.processes:
         logger.warning(
-            "%s was written by %d processes, this run has %d: rows go on in their order, random numbers (dropout) "
-            "start anew.", checkpoint.name, before.processes, shape.processes,
+            "%s was written by %d processes, this run has %d: the rows continue in their order, random numbers "
+            "(dropout) start anew.", checkpoint.name, before.processes, shape.processes,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``loss.png``: the losses so far, kept current while training."""
+"""``loss.png``: the losses so far, redrawn while training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMOOTHING = 0.05  # of the running mean: how much of it each new loss is
 
 
 class LossCurve(TrainerCallback):
-    """Draws on rank 0: after the first log line, then as seldom as keeps it below one percent of the time."""
+    """Draws on rank 0: after the first log line, then rarely enough to take less than one percent of the time."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -53,7 +53,7 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
 
     Args:
         history: ``TrainerState.log_history``.
-        path: Where the PNG goes; it is replaced at once, so that a viewer never sees half a picture.
+        path: The PNG file; it is replaced in one go, so that a viewer never sees half a picture.
     """
     # Imported here: half a second, and only rank 0 draws.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

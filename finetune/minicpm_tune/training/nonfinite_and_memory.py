@@ -1,4 +1,4 @@
-"""What happens when a step's numbers are not finite, and when memory runs out."""
+"""Steps whose loss or gradients are not finite, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 STOP_AFTER = 3  # steps in a row that are not finite, with --on_nonfinite stop
 _SHOWN_ROWS = 20
 _GIB = 1024**3
-# How it is named: by torch's allocator on a GPU, by class; by its allocator on the CPU and by CUDA's libraries,
-# which allocate for themselves, in the text (torch 2.13).
+# torch's allocator on a GPU raises a class of its own; its allocator on the CPU, and CUDA's libraries, which
+# allocate for themselves, say so in the text (torch 2.13).
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
@@ -35,19 +35,19 @@ Row = tuple[int, int]
 
 
 class NonFiniteError(UserError):
-    """Several steps in a row whose gradients are not finite."""
+    """Several steps in a row had gradients that are not finite."""
 
 
 class MemoryExhaustedError(UserError):
-    """Memory ran out; the message says what would save most."""
+    """Memory ran out; the message says what would save the most."""
 
 
 @dataclass
 class MicroBatch:
-    """One batch of a step, as far as a message about it needs.
+    """What a message about one batch of a step needs.
 
     Attributes:
-        rows: (source, row) of each sample; None for those that only fill up.
+        rows: (source, row) of each sample; None for padding samples.
         shape: [B, T] of its tokens.
         slices: Its slices of images.
         patches: Patches of all slices together.
@@ -62,7 +62,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> MicroBatch:
-        """Take it from a batch, whose tensors are not kept."""
+        """Describe a batch; its tensors are not kept."""
         sizes, pixels = inputs.get("tgt_sizes"), inputs.get("pixel_values")
         return cls(
             rows=tuple(inputs["provenance"].rows),
@@ -72,7 +72,7 @@ class MicroBatch:
         )
 
     def report(self, rank: int) -> dict[str, Any]:
-        """What other processes are told of it when something is wrong."""
+        """What the other processes are told when something is wrong."""
         assert self.loss is not None  # it has been through the model
         return {"rank": rank, "rows": [row for row in self.rows if row is not None], "loss": float(self.loss)}
 
@@ -91,14 +91,14 @@ class NonFiniteSteps:
         self._logged = (0, 0)
 
     def applied(self) -> None:
-        """A step's gradients were finite."""
+        """Count a step whose gradients were finite."""
         self.steps += 1
         self.in_a_row = 0
 
     def refused(
         self, step: int, norm: float, batches: Sequence[dict[str, Any]], files: Sequence[str]
     ) -> None:
-        """A step's gradients were not finite, and it was not applied.
+        """Count a step whose gradients were not finite, and which was not applied.
 
         Args:
             step: Its number, from 1.
@@ -107,7 +107,7 @@ class NonFiniteSteps:
             files: Names of the data sources, by number.
 
         Raises:
-            NonFiniteError: When it was one too many; on every process.
+            NonFiniteError: When it was one too many; on every process alike.
         """
         self.steps += 1
         self.skipped += 1
@@ -119,13 +119,13 @@ class NonFiniteSteps:
             logger.log(level, "%s (%d in a row).", text, self.in_a_row)
             return
         raise NonFiniteError(
-            f"{text}, and neither were the {STOP_AFTER - 1} before it. The weights are still those of step "
+            f"{text}, nor were the {STOP_AFTER - 1} before it. The weights are still those of step "
             f"{step - STOP_AFTER}. Look at these rows; a lower --learning_rate, a longer warm-up (--warmup_steps) or "
-            "bf16 instead of fp16 may help. --on_nonfinite skip goes on without such steps."
+            "bf16 instead of fp16 may help. To train on without such steps, add --on_nonfinite skip."
         )
 
     def correct(self, logs: dict[str, float]) -> None:
-        """Make means over all steps, in which a skipped one counts as 0, means over those that were applied.
+        """Turn means over all steps, where a skipped one counts as 0, into means over the applied ones.
 
         Args:
             logs: A log line; ``loss`` is since the last line, ``train_loss`` of the whole run.
@@ -162,7 +162,7 @@ def _rows_text(rows: Sequence[Row], files: Sequence[str]) -> str:
         for file, found in by_file.items()
     ]
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-    return " and ".join(parts) + more if parts else "no row (filling up the last step)"
+    return " and ".join(parts) + more if parts else "no row (padding of the last step)"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -173,12 +173,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def memory_advice(
     error: RuntimeError, training: TrainingArguments, batch: MicroBatch | None, files: Sequence[str]
 ) -> str:
-    """The message about memory that ran out: how much was used, by what, and the three flags that save most.
+    """The message when memory runs out: how much was used, by what, and the three flags that save the most.
 
     Args:
         error: What torch raised.
         training: The arguments that the advice starts from.
-        batch: The batch in work, if training had begun.
+        batch: The batch being worked on, if training had begun.
         files: Names of the data sources, by number.
     """
     if torch.cuda.is_available():
@@ -195,14 +195,14 @@ def memory_advice(
             f"{batch.patches} patches in all{which}."
         )
     flags = "".join(f"\n  {number}. {flag}" for number, flag in enumerate(_savings(training)[:3], start=1))
-    return f"{text} What saves most, here:{flags}"
+    return f"{text} What would save the most here:{flags}"
 
 
 def _savings(training: TrainingArguments) -> list[str]:
     """Flags that save memory and are not set yet, the most effective first.
 
-    The order is that of the parts of memory in a run with 7 billion parameters: activations without
-    recomputation, then optimizer and gradients, then what grows with the batch, then with the row.
+    The order follows the parts of memory in a run with 7 billion parameters: activations that are not recomputed,
+    then optimizer and gradients, then what grows with the batch, then with the row.
     """
     stage = (training.deepspeed or {}).get("zero_optimization", {})
     batch = training.per_device_train_batch_size

@@ -3,8 +3,8 @@
 - Steps whose gradients are not finite are not applied.
 - SIGINT, SIGTERM and SIGHUP end training after the step, with a checkpoint.
 - Checkpoints appear whole or not at all.
-- Memory that runs out gives a message with what was in work.
-- Every stage of the work is told to ``PeerMonitor``.
+- When memory runs out, the message says what was being worked on.
+- ``PeerMonitor`` is told every stage of the work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from minicpm_tune import output_folder
 from minicpm_tune.logs import LOG_ONLY
 from minicpm_tune.processes import gather
-from minicpm_tune.safe_loading import allow_deepspeed_states, reading
+from minicpm_tune.safe_loading import allow_deepspeed_states, unreadable_files_as_messages
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, run_shape
 from minicpm_tune.training.nonfinite_and_memory import (
@@ -60,7 +60,7 @@ class ResilientTrainer(Trainer):
     """Training that survives faults; see the module.
 
     Args:
-        run_context: The run around it; by default one that has nothing but this process.
+        run_context: The run around it; by default there is nothing but this process.
         **kwargs: As for ``transformers.Trainer``.
     """
 
@@ -80,11 +80,8 @@ class ResilientTrainer(Trainer):
         if run_context is None:
             peers = PeerMonitor(limit=self.args.ddp_timeout)
             run_context = RunContext(peers=peers, owns_folder=self.args.process_index == 0)
-        self.peers, self.owns_folder, self.files = (
-            run_context.peers,
-            run_context.owns_folder,
-            run_context.files,
-        )
+        self.peers, self.owns_folder = run_context.peers, run_context.owns_folder
+        self.files = run_context.files
         self.stop_signals = StopSignals()
         self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.was_stopped = False
@@ -96,12 +93,15 @@ class ResilientTrainer(Trainer):
         self.add_callback(_StopBetweenSteps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; a lack of memory, or a checkpoint that can't be read, becomes a message."""
+        """Train; running out of memory and an unreadable checkpoint become messages."""
         self.stop_signals.listen()
         self.peers.mark("preparing to train")
         if self.is_deepspeed_enabled:
             allow_deepspeed_states()
-        with self._lack_of_memory_told(), reading(self.args.resume_from_checkpoint):
+        with (
+            self._memory_errors_as_messages(),
+            unreadable_files_as_messages(self.args.resume_from_checkpoint),
+        ):
             output = super().train(*args, **kwargs)
         # Not after an error: torchrun sends signals then, and the message is still to be shown. Nor in a run of
         # its own, whose results are still to be written.
@@ -122,7 +122,7 @@ class ResilientTrainer(Trainer):
         return loader
 
     @contextmanager
-    def _lack_of_memory_told(self) -> Iterator[None]:
+    def _memory_errors_as_messages(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -137,7 +137,7 @@ class ResilientTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Supervised tokens of the step, over all processes; and, in the same message, who was asked to stop.
+        """Count the step's supervised tokens over all processes and, in the same reduction, who was asked to stop.
 
         Nothing is read back here: the first goes to the model, the second is read at the end of the step.
         """
@@ -154,7 +154,7 @@ class ResilientTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Keep what a message about this batch would need."""
+        """Keep what a message about this batch would need, and take Trainer's step."""
         self.peers.mark(
             f"step {self.state.global_step + 1}, batch {len(self._batches) + 1}: forward and backward"
         )
@@ -164,7 +164,7 @@ class ResilientTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
-        """See that the step's gradients are finite before they are applied.
+        """Check that the step's gradients are finite before they are applied.
 
         The norm is over all processes, so that all of them decide alike. Reading it is the step's one
         wait for the device: at the end of the backward, where DeepSpeed waits too, and a log line would.
@@ -207,9 +207,9 @@ class ResilientTrainer(Trainer):
         logging.getLogger(self._numbers_log).info("step %d: %s", self.state.global_step, shown)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Tell the other processes; a lack of memory becomes a message."""
+        """Evaluate; running out of memory becomes a message."""
         self.peers.mark("evaluating")
-        with self._lack_of_memory_told():
+        with self._memory_errors_as_messages():
             return super().evaluate(*args, **kwargs)
 
     def evaluates_batch(self, inputs: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class ResilientTrainer(Trainer):
         return super()._get_output_dir(trial) if self._writer is None else str(self._writer.staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, and move it to its place when every process has written its part."""
+        """Write a checkpoint aside, and move it into place when every process has written its part."""
         self.peers.mark(f"saving checkpoint-{self.state.global_step}")
         writer = CheckpointWriter(
             self.args.output_dir, self.state.global_step, owns_folder=self.owns_folder, shape=self.shape
@@ -252,8 +252,8 @@ class ResilientTrainer(Trainer):
         ]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} of the weights that are trained, the first is {missing[0]}. "
-                "Give the model that the run was started with."
+                f"the checkpoint lacks {len(missing)} of the weights that are trained, such as {missing[0]}. Give the "
+                "model that the run was started with."
             )
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a running run: writable, for one run alone, and shared between machines or not."""
+"""The output folder while a run goes on: writable, locked for this run, shared between machines or not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class RunFolderError(UserError):
 class RunFolder:
     """The output folder of this run, from ``take`` until the process ends.
 
-    Every process of the run makes one. The lock is the system's own, held by one process per folder, and
-    gone with it however it ends; the file's text only says whose it is.
+    Every process of the run has one. The lock is the system's own: one process per folder holds it, and it is gone
+    with that process, however it ends. The file's text only says whose it is.
 
     Args:
-        training: The arguments; ``resume_from_checkpoint`` is settled here.
+        training: The arguments; ``resume_from_checkpoint`` becomes the chosen checkpoint.
 
     Attributes:
         owns_folder: Whether this process, of all that see the folder, arranges things in it.
@@ -56,7 +56,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def take(self) -> None:
-        """Make the folder, and take it for this run.
+        """Create the folder, and lock it for this run.
 
         Raises:
             RunFolderError: On every process alike, when one of them can't use the folder.
@@ -72,13 +72,13 @@ class RunFolder:
             self._raise_first(self._lock_it() if self.owns_folder else None)
 
     def prepare(self) -> None:
-        """Clear what was asked to be cleared and what was half written, and choose the checkpoint."""
+        """Delete what is half written or was asked to be deleted, and choose the checkpoint to continue from."""
         training = self.training
         if not training.do_train:
             return
         if not self._shared:
             logger.info(
-                "Each machine has an output folder of its own, and keeps its processes' part of checkpoints."
+                "Each machine has its own output folder, and keeps its processes' part of each checkpoint."
             )
         if self.owns_folder:
             self._clean()
@@ -90,7 +90,7 @@ class RunFolder:
         logger.info("Continuing from %s.", chosen)
         if not self._shared:
             fetched = _fetch_missing(chosen, writes=self.owns_folder)
-            logger.info("Sent to machines without them: %s.", ", ".join(fetched) or "nothing")
+            logger.info("Sent to the machines that lacked them: %s.", ", ".join(fetched) or "nothing")
 
     def _raise_first(self, problem: str | None) -> None:
         problems = [text for text in gather(problem) if text is not None]
@@ -136,7 +136,7 @@ class RunFolder:
                 tries += 1
         except OSError as error:
             logger.warning(
-                "%s: this file system has no locks (%s); see that no other run uses it.", path, error
+                "%s: this file system has no locks (%s); make sure that no other run uses it.", path, error
             )
         file.seek(0)
         file.truncate()
@@ -159,7 +159,7 @@ class RunFolder:
             shutil.rmtree(half_written)
 
     def close(self) -> None:
-        """Give the folder back. The lock's file stays: deleting it could let two others in at once."""
+        """Release the folder. The lock's file stays: deleting it could let two other runs in at once."""
         if self._lock is not None:
             self._lock.truncate(0)
             self._lock.close()

@@ -39,10 +39,11 @@ class RunRecord:
     Args:
         folder: The output folder.
         argv: The words after the script's name.
+        writes: Whether this process writes it; the others only go through the motions.
     """
 
-    def __init__(self, folder: Path, argv: Sequence[str]):
-        self.path = folder / RUN_RECORD
+    def __init__(self, folder: Path, argv: Sequence[str], *, writes: bool = True):
+        self.path, self.writes = folder / RUN_RECORD, writes
         self._starts = _read(self.path)
         self._entry: dict[str, Any] = {
             "started": _now(),
@@ -63,6 +64,8 @@ class RunRecord:
         Args:
             **values: Name -> anything that JSON can hold, dataclasses and paths included.
         """
+        if not self.writes:
+            return
         with self._lock:
             self._entry.update(values)
             text = json.dumps(
@@ -90,6 +93,8 @@ class RunRecord:
         self._thread.start()
 
     def _add_digests(self, data: dict[str, list[dict[str, Any]]]) -> None:
+        if not self.writes:
+            return
         for entry in (entry for entries in data.values() for entry in entries):
             entry["sha256"] = digest(Path(entry["path"]))
         self.add(data=data)
@@ -101,27 +106,15 @@ class RunRecord:
         self.add(ended=_now(), outcome=outcome, **values)
 
 
-class NoRecord:
-    """Stands in for the record where none is written."""
-
-    def add_rows(self, *_: object) -> None:
-        """Do nothing."""
-
-    def end(self, *_: object, **__: object) -> None:
-        """Do nothing."""
-
-
-def start_record(argv: Sequence[str], *groups: Any) -> RunRecord | NoRecord:
-    """Begin the record of a run, on rank 0; elsewhere one that writes nothing.
+def start_record(argv: Sequence[str], *groups: Any) -> RunRecord:
+    """Begin the record of a run; the first process writes it.
 
     Args:
         argv: The words after the script's name.
         *groups: The arguments made of them; ``TrainingArguments`` is one.
     """
     training = next(group for group in groups if hasattr(group, "output_dir"))
-    if training.process_index:
-        return NoRecord()
-    record = RunRecord(Path(training.output_dir), argv)
+    record = RunRecord(Path(training.output_dir), argv, writes=training.process_index == 0)
     record.add(arguments={type(group).__name__: _plain_arguments(group) for group in groups})
     return record
 
