@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from argparse import Namespace
@@ -103,13 +104,20 @@ def main(argv: list[str]) -> int:
         _, failure = error.get_first_failure()
         if signals.passed_on in (failure.exitcode - 128, -failure.exitcode):
             return 128 + signals.passed_on
-        # The process that failed has shown why; torchrun's own report would bury it.
-        sys.stderr.write(f"The run ended with an error, shown above (exit code {failure.exitcode}).\n")
+        sys.stderr.write(f"The run ended with an error: {why_a_process_ended(failure.exitcode)}.\n")
         return _FAILED
     except (DistError, RendezvousError) as error:
         sys.stderr.write(f"error: {why_machines_did_not_meet(error, run.parse_args(argv))}\n")
         return _FAILED
     return 0
+
+
+def why_a_process_ended(code: int) -> str:
+    """What an exit code says; the reason itself the process has shown, and torchrun's own report would bury it."""
+    if code >= 0:
+        return f"shown above (exit code {code})"
+    hint = ", perhaps because the machine ran out of memory (see dmesg)" if code == -signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name} has ended a process{hint}"
 
 
 def with_another_port(argv: list[str], error: Exception) -> list[str]:

@@ -119,3 +119,11 @@ def test_processes_that_are_started_again_find_each_other_and_not_those_that_end
     assert done.returncode == 0, done.stderr
     joined = sorted(done.stdout.splitlines())
     assert joined == [f"process {rank} joined start {start}" for rank in (0, 1) for start in range(3)]
+
+
+def test_what_an_exit_code_says():
+    assert start_processes.why_a_process_ended(1) == "shown above (exit code 1)"
+    assert start_processes.why_a_process_ended(-9).startswith(
+        "SIGKILL has ended a process, perhaps because the machine"
+    )
+    assert start_processes.why_a_process_ended(-11) == "SIGSEGV has ended a process"

@@ -33,7 +33,11 @@ def test_a_run_on_two_processes_can_be_repeated_from_its_record(tmp_path):
     model, data = live_runs.tiny(tmp_path / "model"), live_runs.uneven_rows(tmp_path / "data")
     output = tmp_path / "out"
     flags = live_runs.flags(model, data, output, *LORA, "--report_to", "tensorboard")
-    live_runs.finish(flags, processes=2)
+    printed = live_runs.finish(flags, processes=2)
+    # Into a file, as here: a line per step, no bars, and what is said of parameters once.
+    assert [printed.count(f"step {step}: {{'loss'") for step in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert "%|" not in printed
+    assert printed.count("'Trainable'") == 1
     (start,) = entry(output)
     assert start["outcome"] == "finished"
     assert start["step"] == 4

@@ -103,8 +103,8 @@ class ResilientTrainer(Trainer):
             unreadable_files_as_messages(self.args.resume_from_checkpoint),
         ):
             output = super().train(*args, **kwargs)
-        # Not after an error: torchrun sends signals then, and the message is still to be shown. Nor in a run of
-        # its own, whose results are still to be written.
+        # Not after an error: torchrun sends signals then, and the message is still to be shown.
+        self.stop_signals.promise = "training has ended, and what is left is finished"
         if self._is_library:
             self.stop_signals.stop_listening()
         return output

@@ -53,10 +53,12 @@ class StopSignals:
 
     Attributes:
         signal: The signal that came, or None.
+        promise: What is done about it, as the user is told.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.promise = "finishing the step and writing a checkpoint"
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -75,9 +77,6 @@ class StopSignals:
         if self.signal is None:
             self.signal = number
             if _is_asked_itself():
-                say(
-                    number,
-                    "finishing the step and writing a checkpoint. A second signal ends the run at once.",
-                )
+                say(number, f"{self.promise}. A second signal ends the run at once.")
         elif LAUNCHED not in os.environ:
             os._exit(128 + number)
