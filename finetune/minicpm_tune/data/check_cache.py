@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -38,11 +38,15 @@ class Finding:
         length: Its length in tokens; 1, that of a padding sample, when it can't be used.
         bad: Its problem, if it has one.
         dropped: Whether the user asked to leave such rows out.
+        notes: What is odd about it and no problem, see ``row_check.row_notes``.
+        id_hash: Stands for its ``id``; 0 without one.
     """
 
     length: int
     bad: BadRow | None = None
     dropped: bool = False
+    notes: tuple[str, ...] = ()
+    id_hash: int = 0
 
 
 @dataclass
@@ -52,18 +56,21 @@ class FileCheck:
     Attributes:
         lengths: Every row's length in tokens, int32 [rows].
         bad: The findings of rows with problems, by their number in the file.
+        notes: How many rows have each note.
     """
 
     lengths: np.ndarray
     bad: dict[int, Finding]
+    notes: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Store it, unless most of it would have to be looked at again."""
         if len(self.lengths) < STORED_FROM or len(self.bad) > _MOST_BAD:
             return
-        text = json.dumps([(row, asdict(finding)) for row, finding in self.bad.items()], default=str)
+        bad = [(row, asdict(finding)) for row, finding in self.bad.items()]
+        text = json.dumps({"bad": bad, "notes": self.notes}, default=str)
         with written_whole(path) as file:
-            np.savez(file, lengths=self.lengths, bad=np.frombuffer(text.encode(), dtype=np.uint8))
+            np.savez(file, lengths=self.lengths, rest=np.frombuffer(text.encode(), dtype=np.uint8))
 
     @classmethod
     def load(cls, path: Path) -> FileCheck | None:
@@ -71,14 +78,14 @@ class FileCheck:
         if not path.is_file():
             return None
         with np.load(path) as content:
-            lengths, text = content["lengths"], content["bad"].tobytes()
-        bad = {row: _finding(values) for row, values in json.loads(text)}
-        return cls(lengths, bad)
+            lengths, rest = content["lengths"], json.loads(content["rest"].tobytes())
+        bad = {row: _finding(values) for row, values in rest["bad"]}
+        return cls(lengths, bad, rest["notes"])
 
 
 def _finding(values: dict[str, Any]) -> Finding:
-    bad = values.pop("bad")
-    return Finding(bad=None if bad is None else BadRow(**bad), **values)
+    bad, notes = values.pop("bad"), tuple(values.pop("notes"))
+    return Finding(bad=None if bad is None else BadRow(**bad), notes=notes, **values)
 
 
 Look = Callable[[TrainingRows, int], Finding]
@@ -110,9 +117,8 @@ def _still_holds(check: FileCheck, rows: TrainingRows, first: int, look: Look) -
             check.lengths[row] = now.length
             del check.bad[row]
     places = np.linspace(0, len(check.lengths) - 1, _LOOKED_AT, dtype=np.int64).tolist()
-    return all(
-        row in check.bad or look(rows, first + row) == Finding(int(check.lengths[row])) for row in places
-    )
+    again = ((row, look(rows, first + row)) for row in places if row not in check.bad)
+    return all(found.bad is None and found.length == check.lengths[row] for row, found in again)
 
 
 def check_path(rows: TrainingRows, number: int, *, decoded: bool) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,15 @@ from tqdm import tqdm
 from minicpm_tune import processes
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.check_cache import FileCheck, Finding, check_path, stored_checks
+from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.samples import TrainingRows
+from minicpm_tune.data.turns import media_of
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 20
+UNKNOWN_KEY, EMPTY_ANSWER, DUPLICATE_ID = "unknown key: ", "empty answer", "duplicate id"
 _ROWS_PER_TASK = 32
 _FEW_ROWS = 400  # starting processes takes longer than checking these
 FEW_ROWS_TO_DECODE = 500  # seconds; a larger data set would hold up the training
@@ -82,29 +88,55 @@ def _free_cores() -> int:
 
 def check_row(rows: TrainingRows, index: int) -> Finding:
     """Check one row: form, roles, placeholders, files, image headers, length, something to learn."""
-    try:
-        return Finding(len(rows.plan(index).encoded.input_ids))
-    except RowError as error:
-        return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
+    return _check(rows, index, decode=False)
 
 
 def decode_row(rows: TrainingRows, index: int) -> Finding:
     """Check one row as ``check_row`` does, and decode its images and videos as well."""
+    return _check(rows, index, decode=True)
+
+
+def _check(rows: TrainingRows, index: int, *, decode: bool) -> Finding:
     try:
-        plan = rows.plan(index)
-        for picture in plan.pictures:
+        row = rows.parse(index)
+        plan = rows.processing.plan(row.turns, rows.open_media(index, row.sources))
+        for picture in plan.pictures if decode else ():
             for _ in picture.frames():
                 pass
     except RowError as error:
         return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
-    return Finding(len(plan.encoded.input_ids))
+    return Finding(len(plan.encoded.input_ids), notes=tuple(row_notes(row)), id_hash=_hash(row.row_id))
+
+
+def row_notes(row: ParsedRow) -> list[str]:
+    """What is odd about a row that can be used: keys that nothing reads, an answer without text.
+
+    Example:
+        >>> from minicpm_tune.data.row_parsing import parse_row
+        >>> row_notes(parse_row({"license": "MIT", "messages": [
+        ...     {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}))
+        ["unknown key: row 'license'", 'empty answer']
+    """
+    notes = [f"{UNKNOWN_KEY}{key}" for key in row.unknown_keys]
+    answers = [turn for turn in row.turns if turn.role == "assistant" and turn.learn]
+    if any(not turn.text.strip() and not media_of([turn]) for turn in answers):
+        notes.append(EMPTY_ANSWER)
+    return notes
+
+
+def _hash(row_id: Any) -> int:
+    if row_id is None:
+        return 0
+    return (
+        int.from_bytes(hashlib.blake2b(repr(row_id).encode("utf-8", "replace"), digest_size=7).digest()) + 1
+    )
 
 
 def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
     """Check every row; with several ranks each checks its share, and all come to the same result.
 
     Images are first looked at by their headers only, so that most mistakes show within seconds; then, as
-    ``check_images`` says, they are decoded.
+    ``check_images`` says, they are decoded. What is odd and no problem is logged once, with counts.
 
     Args:
         rows: The data set; rows that may be left out are marked in it.
@@ -119,54 +151,61 @@ def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
     """
     how = rows.processing.arguments.check_images
     decodes = how == "full" or (how == "auto" and rows.mixture.row_count <= FEW_ROWS_TO_DECODE)
-    lengths, bad, rest = _read_stored(rows, decodes)
+    stored = _stored(rows, decodes)
+    lengths = np.ones(rows.mixture.row_count, dtype=np.int32)
+    to_check = np.ones(rows.mixture.row_count, dtype=bool)
+    bad: dict[int, Finding] = {}
+    for number, check in stored.items():
+        first = rows.mixture.first_row(number)
+        place = slice(first, first + len(check.lengths))
+        lengths[place], to_check[place] = check.lengths, False
+        bad |= {first + row: finding for row, finding in check.bad.items()}
     _leave_out_or_raise(rows, bad)
+    rest = np.flatnonzero(to_check)
     works = {"checking rows": check_row} | ({"decoding images": decode_row} if decodes else {})
-    new: dict[int, Finding] = {}
+    found = _Findings(lengths[rest], {}, np.zeros(len(rest), dtype=np.int64), {})
     for title, work in works.items() if len(rest) else ():
-        lengths[rest], new = _check_shared(rows, rest, work, title=title, workers=workers)
-        _leave_out_or_raise(rows, bad | new)
-    if len(rest) and processes.joined()[0] == 0:
-        _store(rows, lengths, new, rest, decoded=decodes)
+        found = _check_shared(rows, rest, work, title=title, workers=workers)
+        _leave_out_or_raise(rows, bad | found.bad)
+    lengths[rest] = found.lengths
+    if processes.joined()[0] == 0:
+        new = _by_file(rows, rest, lengths, found)
+        for number, check in new.items():
+            check.save(check_path(rows, number, decoded=decodes))
+        _log_notes([*stored.values(), *new.values()])
     return lengths
 
 
-def _read_stored(rows: TrainingRows, decodes: bool) -> tuple[np.ndarray, dict[int, Finding], np.ndarray]:
-    """What earlier checks found: lengths and bad rows by row number, and the rows still to be checked.
+def _stored(rows: TrainingRows, decodes: bool) -> dict[int, FileCheck]:
+    """What earlier checks found and still holds, by the file's number.
 
     The first process reads it for all, so that they agree, and none but it looks at rows twice.
     """
     found = None
     if processes.joined()[0] == 0:
         found = stored_checks(rows, decode_row if decodes else check_row, decoded=decodes)
-    found = processes.gather(found)[0]
-    lengths = np.ones(rows.mixture.row_count, dtype=np.int32)
-    to_check = np.ones(rows.mixture.row_count, dtype=bool)
-    bad: dict[int, Any] = {}
-    for number, check in found.items():
-        first = rows.mixture.first_row(number)
-        place = slice(first, first + len(check.lengths))
-        lengths[place], to_check[place] = check.lengths, False
-        bad |= {first + row: finding for row, finding in check.bad.items()}
-        if processes.joined()[0] == 0:
+        for number in found:
             logger.info("%s: checked before, and unchanged since", rows.mixture.names[number])
-    return lengths, bad, np.flatnonzero(to_check)
+    found = processes.gather(found)[0]
+    assert found is not None
+    return found
 
 
-def _store(
-    rows: TrainingRows,
-    lengths: np.ndarray,
-    bad: dict[int, Finding],
-    checked: np.ndarray,
-    *,
-    decoded: bool,
-) -> None:
-    """Keep what was found in files that were checked just now."""
-    for number, file in enumerate(rows.mixture.files):
-        first, count = rows.mixture.first_row(number), len(file.rows)
-        if first in checked:
-            own = {row - first: finding for row, finding in bad.items() if first <= row < first + count}
-            FileCheck(lengths[first : first + count], own).save(check_path(rows, number, decoded=decoded))
+@dataclass
+class _Findings:
+    """What a check found in some rows.
+
+    Attributes:
+        lengths: Their lengths in tokens, int32 [rows].
+        bad: The findings of those with problems, by row number.
+        id_hashes: [rows] int64, see ``Finding``.
+        notes: The notes of those that have any, by row number.
+    """
+
+    lengths: np.ndarray
+    bad: dict[int, Finding]
+    id_hashes: np.ndarray
+    notes: dict[int, tuple[str, ...]]
 
 
 def _check_shared(
@@ -176,22 +215,65 @@ def _check_shared(
     *,
     title: str,
     workers: int | None,
-) -> tuple[np.ndarray, dict[int, Finding]]:
-    """Have every rank do its share of some rows; give the lengths of all and the bad ones to each."""
+) -> _Findings:
+    """Have every rank do its share of some rows, and give what all found to each."""
     rank, ranks = processes.joined()
     share = indices[rank::ranks].tolist()
-    lengths = np.ones(len(share), dtype=np.int32)
-    bad: dict[int, Finding] = {}
+    own = _Findings(np.ones(len(share), dtype=np.int32), {}, np.zeros(len(share), dtype=np.int64), {})
+    seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows share their notes: most have the same
     for place, finding in enumerate(for_rows(rows, share, work, title=title, workers=workers)):
-        lengths[place] = finding.length
+        own.lengths[place], own.id_hashes[place] = finding.length, finding.id_hash
         if finding.bad:
-            bad[share[place]] = finding
-    parts = processes.gather((lengths, bad))
-    lengths = np.ones(len(indices), dtype=np.int32)
-    for number, (part, _) in enumerate(parts):
-        lengths[number::ranks] = part
-    bad = {row: found[row] for _, found in parts for row in found}
-    return lengths, {row: bad[row] for row in sorted(bad)}
+            own.bad[share[place]] = finding
+        if finding.notes:
+            own.notes[share[place]] = seen.setdefault(finding.notes, finding.notes)
+    parts = processes.gather(own)
+    lengths, id_hashes = np.ones(len(indices), dtype=np.int32), np.zeros(len(indices), dtype=np.int64)
+    for number, part in enumerate(parts):
+        lengths[number::ranks], id_hashes[number::ranks] = part.lengths, part.id_hashes
+    bad = {row: finding for part in parts for row, finding in part.bad.items()}
+    notes = {row: note for part in parts for row, note in part.notes.items()}
+    return _Findings(lengths, {row: bad[row] for row in sorted(bad)}, id_hashes, notes)
+
+
+def _by_file(
+    rows: TrainingRows, checked: np.ndarray, lengths: np.ndarray, found: _Findings
+) -> dict[int, FileCheck]:
+    """What was found in the files that were checked just now, by the file's number."""
+    checks = {}
+    for number, file in enumerate(rows.mixture.files):
+        first = rows.mixture.first_row(number)
+        end = first + len(file.rows)
+        places = np.flatnonzero((checked >= first) & (checked < end))
+        if not len(places):
+            continue
+        notes = Counter(note for row in checked[places].tolist() for note in found.notes.get(row, ()))
+        hashes, counts = np.unique(found.id_hashes[places], return_counts=True)
+        if twice := int(counts[(counts > 1) & (hashes != 0)].sum()):
+            notes[DUPLICATE_ID] = twice
+        bad = {row - first: finding for row, finding in found.bad.items() if first <= row < end}
+        checks[number] = FileCheck(lengths[first:end], bad, dict(notes))
+    return checks
+
+
+def _log_notes(checks: Iterable[FileCheck]) -> None:
+    """Log what is odd about the rows, once and with counts."""
+    notes: Counter[str] = Counter()
+    for check in checks:
+        notes.update(check.notes)
+    unknown = [(note, count) for note, count in notes.most_common() if note.startswith(UNKNOWN_KEY)]
+    if unknown:
+        listed = ", ".join(
+            f"{note.removeprefix(UNKNOWN_KEY)} ({count} rows)" for note, count in unknown[:SHOWN_PROBLEMS]
+        )
+        more = f" and {len(unknown) - SHOWN_PROBLEMS} more" if len(unknown) > SHOWN_PROBLEMS else ""
+        logger.warning(
+            "Keys that nothing reads: %s%s. Check that they don't change what a row means.", listed, more
+        )
+    if notes[EMPTY_ANSWER]:
+        logger.warning("%d rows have an empty answer: they teach to say nothing.", notes[EMPTY_ANSWER])
+    if notes[DUPLICATE_ID]:
+        logger.warning("%d rows share their 'id' with another row of the same file.", notes[DUPLICATE_ID])
 
 
 def _leave_out_or_raise(rows: TrainingRows, bad: dict[int, Finding]) -> None:

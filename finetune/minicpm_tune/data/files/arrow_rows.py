@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 
 from minicpm_tune.data.files.cache import cache_folder
-from minicpm_tune.errors import DataError
+from minicpm_tune.errors import DataError, RowError
 
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev)\b|(train|test|validation|valid|val|dev)[-_]")
 _READ_ERRORS = (
@@ -46,7 +46,10 @@ class ArrowRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index].to_pylist()[0]
+        try:
+            return self._rows[index].to_pylist()[0]
+        except ValueError as error:  # a text column that holds no text
+            raise RowError("table", f"the row can't be read ({error}). Write the table again.") from error
 
 
 def open_parquet(path: Path) -> ArrowRows:

@@ -12,6 +12,20 @@ from typing import Any, Protocol
 from minicpm_tune.data.files.json_rows import JsonRows
 from minicpm_tune.errors import DataError
 
+_UTF_8 = "Save the file as UTF-8 (in an editor, or with: iconv -f UTF-16 -t UTF-8)"
+# How files start that are given in the place of JSON, what they are, and what to do.
+_OTHER_FILES = (
+    (b"\xff\xfe", "UTF-16 text", _UTF_8),
+    (b"\xfe\xff", "UTF-16 text", _UTF_8),
+    (b"\x1f\x8b", "a file compressed with gzip", "Unpack it: gunzip --keep"),
+    (b"BZh", "a file compressed with bzip2", "Unpack it: bunzip2 --keep"),
+    (b"\xfd7zXZ", "a file compressed with xz", "Unpack it: unxz --keep"),
+    (b"\x28\xb5\x2f\xfd", "a file compressed with zstd", "Unpack it: unzstd --keep"),
+    (b"PK\x03\x04", "a zip archive (or a spreadsheet)", "Unpack it, or export it as JSON"),
+    (b"PAR1", "a Parquet file", "Give it a name that ends in .parquet"),
+    (b"ARROW1", "an Arrow file", "Give the folder that datasets.save_to_disk wrote, or save it as Parquet"),
+)
+
 
 class Rows(Protocol):
     """The rows of a data file.
@@ -81,12 +95,26 @@ def open_rows(path: str | Path) -> Rows:
             f"--data_path {path}: the file is empty, expected rows. Write rows into it, or fix the path."
         )
     else:
+        _check_is_text(path)
         rows = JsonRows(path)
     if not len(rows):
         raise DataError(
             f"--data_path {path}: the file has no rows, expected some. Write rows into it, or fix the path."
         )
     return rows
+
+
+def _check_is_text(path: Path) -> None:
+    """Refuse what is no JSON text by its first bytes, with what to do instead."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    for magic, kind, remedy in _OTHER_FILES:
+        if start.startswith(magic):
+            raise DataError(f"--data_path {path}: found {kind}, expected JSON, JSONL or Parquet. {remedy}.")
+    if b"\0" in start:
+        raise DataError(
+            f"--data_path {path}: found UTF-16 text or a binary file, expected UTF-8 text. {_UTF_8}."
+        )
 
 
 def _arrow_rows(path: Path) -> Rows:

@@ -77,6 +77,11 @@ def check_file(value: str, folder: Path, word: str) -> Path:
         raise RowError(
             f"missing {word}", f"{word} {value!r:.200} is no file name ({error}). Fix the path."
         ) from error
+    if not found and path.is_dir():
+        raise RowError(
+            f"missing {word}",
+            f"{word} {value!r:.200} is a folder ({str(path.absolute())!r:.300}), expected a file. Name the file in it.",
+        )
     if not found:
         raise RowError(
             f"missing {word}",

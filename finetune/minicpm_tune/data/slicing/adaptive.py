@@ -13,7 +13,7 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.videos import VideoRules
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Grid, ImageLayout, Size, checked_size
-from minicpm_tune.data.slicing.media_rules import MediaRules, slice_limit
+from minicpm_tune.data.slicing.media_rules import MediaRules, log_assumed, slice_limit
 from minicpm_tune.settings.data_arguments import DataArguments
 
 
@@ -145,6 +145,13 @@ def read_rules(
         image_ids=generation.image_ids and settings.get("use_image_id", True),
         slice_tag=generation.slice_tag,
     )
+    used = {
+        "max_slice_nums": rules.max_slice_nums,
+        "scale_resolution": rules.scale_resolution,
+        "patch_size": rules.patch_size,
+    }
+    used |= {"use_image_id": style.image_ids} if generation.image_ids else {}
+    log_assumed(folder, "preprocessor_config.json", used, config, config.get("slice_config") or {})
     return MediaRules(rules, style, _video_rules(generation, arguments))
 
 

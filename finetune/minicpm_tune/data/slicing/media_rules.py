@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from minicpm_tune import processes
 from minicpm_tune.data.media.videos import VideoRules
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import SlicingRules
 from minicpm_tune.settings.data_arguments import DataArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,26 @@ class MediaRules:
     style: PlaceholderStyle
     video: VideoRules | None = None
     downsample_mode: str | None = None
+
+
+def log_assumed(folder: Path, file: str, values: dict[str, Any], *sources: dict[str, Any]) -> None:
+    """Log what is assumed of a checkpoint that lacks a processor's file, key by key.
+
+    Args:
+        folder: The model folder.
+        file: The file's name.
+        values: What is used, by the file's keys.
+        sources: The other files' contents, in which some keys were found.
+    """
+    if (folder / file).is_file() or processes.rank():
+        return
+    guessed = {key for key in values if not any(key in source for source in sources)}
+    if guessed:
+        told = [
+            f"{key} {value} ({'assumed' if key in guessed else 'config.json'})"
+            for key, value in values.items()
+        ]
+        logger.warning("%s has no %s. Images are cut and written with %s.", folder, file, ", ".join(told))
 
 
 def slice_limit(

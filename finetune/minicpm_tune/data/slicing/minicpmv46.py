@@ -17,7 +17,7 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.videos import VideoRules
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Grid, ImageLayout, Size, checked_size
-from minicpm_tune.data.slicing.media_rules import MediaRules, slice_limit
+from minicpm_tune.data.slicing.media_rules import MediaRules, log_assumed, slice_limit
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_arguments import DataArguments
 
@@ -101,6 +101,14 @@ def read_rules(
         video_ids=image_ids and generation.video_ids,
         frame_separator="",
     )
+    used = {
+        "max_slice_nums": rules.max_slice_nums,
+        "scale_resolution": rules.scale_resolution,
+        "patch_size": rules.patch_size,
+        "downsample_mode": mode,
+        "use_image_id": image_ids,
+    }
+    log_assumed(folder, "processor_config.json", used, config)
     return MediaRules(rules, style, _video_rules(processor.get("video_processor", {}), arguments), mode)
 
 
