@@ -1,5 +1,7 @@
 """Data files of every format, read row by row, and broken ones refused with the place and the fixed line."""
 
+import bz2
+import gzip
 import io
 import json
 import multiprocessing
@@ -201,6 +203,21 @@ def test_a_python_literal_in_a_jsonl_row_is_shown_as_json(line, fixed, tmp_path)
         ("object.json", b'{\n "a": [\n 1\n ]\n}\n', "does not end on its line, expected a JSON list"),
         ("rows.parquet", b"PAR1 nonsense", "not readable as Parquet"),
         ("none.parquet", None, "no such file"),
+        (
+            "windows.json",
+            '[{"a": 1}]'.encode("utf-16"),
+            "found UTF-16 text, expected JSON.*Save the file as UTF-8",
+        ),
+        ("big.json", '[{"a": 1}]'.encode("utf-16-be"), "found UTF-16 text, expected JSON"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"a": 1}'),
+            "a file compressed with gzip.*Unpack it: gunzip --keep",
+        ),
+        ("rows.bz2", bz2.compress(b'{"a": 1}'), "a file compressed with bzip2"),
+        ("rows.xlsx", b"PK\x03\x04", "a zip archive"),
+        ("rows.pq", b"PAR1", "Give it a name that ends in .parquet"),
+        ("several.jsonl", b'{"a":\n1}\n', r"the first row '\{\"a\":' does not end on its line"),
     ],
 )
 def test_files_that_are_no_data_are_refused(name, content, message, tmp_path):

@@ -74,6 +74,21 @@ def test_a_file_whose_name_looks_like_an_amount_is_that_file(tmp_path):
         assert read_data_path(str(tmp_path / name)) == [MixtureSource(tmp_path / name)]
 
 
+def test_windows_paths_in_a_mixture_file_keep_their_backslashes(tmp_path):
+    (tmp_path / "mix.txt").write_text('C:\\data\\new.json 2\n"D:\\my rows\\b.jsonl"#5\nmy\\ rows.json\n')
+    assert read_data_path(str(tmp_path / "mix.txt")) == [
+        MixtureSource(Path("C:\\data\\new.json"), count=2000),
+        MixtureSource(Path("D:\\my rows\\b.jsonl"), count=5),
+        MixtureSource(Path("my rows.json")),
+    ]
+
+
+def test_a_folder_named_like_a_mixture_file_is_called_a_folder(tmp_path):
+    (tmp_path / "mix.txt").mkdir()
+    with pytest.raises(DataError, match="found a folder, expected a mixture file"):
+        read_data_path(str(tmp_path / "mix.txt"))
+
+
 MIXTURE = """# what to learn
 cats.json 1.5        # a comment
 

@@ -1,5 +1,8 @@
 """Sizes, grids and patches of images."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,10 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.slicing.adaptive import SliceRules, choose_grid
 from minicpm_tune.data.slicing.layouts import cut_into_patches, patch_columns
 from minicpm_tune.data.slicing.minicpmv46 import MergedSliceRules
 from minicpm_tune.errors import RowError
+from support.golden_checkpoints import checkpoint_folder
 
 SIDES = st.integers(1, 4000)
 
@@ -114,3 +119,35 @@ def test_an_image_without_pixels_is_refused(rules):
 def test_a_limit_of_one_never_cuts():
     assert len(SliceRules().limited(1).layout(3000, 2000).tgt_sizes) == 1
     assert len(MergedSliceRules().limited(1).layout(3000, 2000).tgt_sizes) == 1
+
+
+def test_a_checkpoint_without_its_processor_s_file_has_every_assumption_told(tmp_path, caplog):
+    for name, file in (("v2_6", "preprocessor_config.json"), ("v4_6", "processor_config.json")):
+        folder = shutil.copytree(checkpoint_folder(name), tmp_path / name)
+        (folder / file).unlink(missing_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        known = {
+            "max_slice_nums",
+            "slice_config",
+            "scale_resolution",
+            "patch_size",
+            "use_image_id",
+            "downsample_mode",
+        }
+        text = json.dumps(
+            {key: value for key, value in config.items() if key not in known} | {"patch_size": 14}
+        )
+        (folder / "config.json").write_text(text)
+        caplog.clear()
+        load_processing(folder)
+        assert f"has no {file}" in caplog.text
+        assert "scale_resolution 448 (assumed), patch_size 14 (config.json)" in caplog.text
+        assert "use_image_id True (assumed)" in caplog.text
+
+
+def test_use_image_id_false_in_the_processor_s_file_leaves_the_numbers_out(tmp_path, caplog):
+    folder = shutil.copytree(checkpoint_folder("v2_6"), tmp_path / "model")
+    settings = {"use_image_id": False, "max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert not load_processing(folder).style.image_ids
+    assert "assumed" not in caplog.text

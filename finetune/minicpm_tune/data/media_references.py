@@ -10,7 +10,7 @@ A row names its media in ``image``, ``images``, ``video`` or ``videos``:
 What no placeholder mentions is put in front of the first user turn, in the order of the row, each followed by a
 newline (by nothing for InternLM-XComposer2). A placeholder without an image is an error, and so is a placeholder of
 another program such as ``<image 1>``. A backslash in front of a placeholder, or of another control text, makes it
-plain text; in a row with ``literal_control_tokens`` all are that have no medium.
+plain text; in a row with ``literal_control_tokens`` all are but the first for each medium.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MediaReader:
 
     Args:
         row: The row.
-        literal: Whether placeholders without a medium are plain text.
+        literal: Whether placeholders are plain text, but the first for each medium.
     """
 
     def __init__(self, row: Mapping[str, Any], *, literal: bool = False) -> None:
@@ -147,16 +147,16 @@ class MediaReader:
         )
 
     def _holds(self, mark: str) -> bool:
-        """Whether the row has a medium for a placeholder."""
+        """Whether the row has a medium for a placeholder that no placeholder has taken yet."""
         if mark == "<video>":
-            return self.taken["video"] < len(self.listed["video"])
+            index = self.taken["video"]
+            return index < len(self.listed["video"]) and f"video#{index}" not in self.mentioned
         if self.named:
-            return mark in self.named
+            return mark in self.named and mark not in self.mentioned
         if self.single is not None:
-            return mark in _FIRST_IMAGE
-        if mark.startswith("<image_"):
-            return _number(mark) < len(self.listed["image"])
-        return self.taken["image"] < len(self.listed["image"])
+            return mark in _FIRST_IMAGE and "single" not in self.mentioned
+        index = _number(mark) if mark.startswith("<image_") else self.taken["image"]
+        return index < len(self.listed["image"]) and f"image#{index}" not in self.mentioned
 
     def take(self, mark: str, number: int) -> Source:
         """The source that a placeholder in turn ``number`` stands for."""

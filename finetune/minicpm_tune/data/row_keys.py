@@ -58,6 +58,8 @@ _REFUSED_PART_KEYS = dict.fromkeys(
     ("nframes", "min_frames", "video_start", "video_end"),
     "frames are chosen by 'fps' and 'max_frames'. Use those, or cut the video",
 )
+# With 1 or true they change nothing.
+_NEUTRAL = {"weight", "loss", "loss_scale"}
 _AUDIO_KEYS = {"audio", "audios", "audio_path", "audio_paths", "audio_url", "sound", "wav"}
 # Keys that name an image or a video elsewhere: image_path, image_1, img, video_file, pictures ...
 _MEDIA_KEY = re.compile(r"(image|img|picture|pic|photo|video|clip|frame)s?([ _-]?(\d+|\w*))?", re.IGNORECASE)
@@ -130,12 +132,13 @@ def read_part_keys(part: Mapping[str, Any], kind: str, number: int) -> list[str]
 
 
 def _unknown(values: Mapping[str, Any], known: set[str]) -> list[str]:
+    known = known | _NEUTRAL
     return [str(key) for key, value in values.items() if key not in known and value not in NOTHING]
 
 
 def _refuse(values: Mapping[str, Any], refused: Mapping[str, str], place: str) -> None:
     for key, advice in refused.items():
-        neutral = key in ("weight", "loss", "loss_scale") and values.get(key) == 1  # true, too
+        neutral = key in _NEUTRAL and values.get(key) == 1  # true, too
         if not neutral and values.get(key) not in NOTHING:
             raise RowError("key", f"{place} has {key!r}: {advice}.")
 

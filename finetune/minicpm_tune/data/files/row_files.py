@@ -17,6 +17,7 @@ _UTF_8 = "Save the file as UTF-8 (in an editor, or with: iconv -f UTF-16 -t UTF-
 _OTHER_FILES = (
     (b"\xff\xfe", "UTF-16 text", _UTF_8),
     (b"\xfe\xff", "UTF-16 text", _UTF_8),
+    *((start.encode(code), "UTF-16 text", _UTF_8) for start in "[{" for code in ("utf-16-le", "utf-16-be")),
     (b"\x1f\x8b", "a file compressed with gzip", "Unpack it: gunzip --keep"),
     (b"BZh", "a file compressed with bzip2", "Unpack it: bunzip2 --keep"),
     (b"\xfd7zXZ", "a file compressed with xz", "Unpack it: unxz --keep"),
@@ -111,10 +112,6 @@ def _check_is_text(path: Path) -> None:
     for magic, kind, remedy in _OTHER_FILES:
         if start.startswith(magic):
             raise DataError(f"--data_path {path}: found {kind}, expected JSON, JSONL or Parquet. {remedy}.")
-    if b"\0" in start:
-        raise DataError(
-            f"--data_path {path}: found UTF-16 text or a binary file, expected UTF-8 text. {_UTF_8}."
-        )
 
 
 def _arrow_rows(path: Path) -> Rows:
