@@ -55,6 +55,15 @@ def test_checkpointing_is_on_for_the_parts_asked_for(tmp_path, generation, llm, 
     assert training.gradient_checkpointing is False
 
 
+def test_every_second_layer_can_be_checkpointed_alone():
+    model, _ = golden_model("v2_6")
+    training = arguments(True, False)
+    training.activation_checkpointing_kwargs = {"every_n_layers": 2}
+    set_checkpointing(model, GENERATIONS["v2_6"], training)
+    layers = [layer.gradient_checkpointing for layer in model.llm.model.layers]
+    assert sorted(layers) == [False, True]
+
+
 @pytest.mark.parametrize("generation", ["v2", "v2_5", "v4_5"])
 def test_checkpointing_changes_no_gradient(generation):
     model, about = golden_model(generation, attention="sdpa")

@@ -134,6 +134,8 @@ PROBLEMS = [
     ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau follows the evaluations"),
     (f"--lr_scheduler_type greedy --deepspeed ds_config_zero2.json {EVALUATES}", "does not work under --deepspeed"),
     ("--lr_scheduler_kwargs min_lr=1", "--lr_scheduler_kwargs is 'min_lr=1', expected a JSON object"),
+    ('--gradient_checkpointing_kwargs {"use_reentrant":true}', "use_reentrant true drops the gradients"),
+    ('--activation_checkpointing_kwargs {"every":2}', "has 'every', expected use_reentrant"),
     ("--activation_checkpointing_kwargs [1]", "--activation_checkpointing_kwargs is '[1]', expected a JSON object"),
     ("--eval_on_start true", "--eval_on_start true needs --eval_strategy"),
     ("--train_sampling_strategy batch_rebalance", "batch_rebalance is not supported: it moves rows between processes"),

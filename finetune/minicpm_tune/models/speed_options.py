@@ -35,13 +35,14 @@ def set_checkpointing(model: PreTrainedModel, generation: Generation, training: 
     llm = bool(training.gradient_checkpointing)
     vision = llm if training.vision_gradient_checkpointing is None else training.vision_gradient_checkpointing
     if llm or vision:
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
-        )
+        options = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
+        # Which layers, and where their inputs are held; the rest is for torch's checkpoint function.
+        which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(options, **which)
         seen = (*generation.modules["vision"], *generation.modules["resampler"])
         for name, module in model.named_modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = vision if name.startswith(seen) else llm
+                module.gradient_checkpointing &= vision if name.startswith(seen) else llm
     training.gradient_checkpointing = training.activation_checkpointing = False
 
 

@@ -37,6 +37,7 @@ def trainer_problems(training: Namespace) -> Iterator[str]:
     for kind in ("", "_full_eval"):
         if getattr(training, f"bf16{kind}") and getattr(training, f"fp16{kind}"):
             yield f"--bf16{kind} true and --fp16{kind} true contradict each other. Keep one."
+    yield from _checkpointing(training)
     yield from _steps(training)
     yield from _schedule(training)
     yield from _evaluation(training)
@@ -76,6 +77,21 @@ def _json_values(training: Namespace) -> Iterator[str]:
             is_object = False
         if not is_object:
             yield f"--{name} is {value!r}, expected a JSON object such as '{{\"min_lr\": 1e-7}}'."
+
+
+def _checkpointing(training: Namespace) -> Iterator[str]:
+    try:
+        options = json.loads(training.activation_checkpointing_kwargs or "{}")
+    except json.JSONDecodeError:
+        return  # reported with the other JSON values
+    known = ("use_reentrant", "preserve_rng_state", "determinism_check", "every_n_layers", "offload")
+    for name in sorted(set(options) - set(known)) if isinstance(options, dict) else ():
+        yield f"--activation_checkpointing_kwargs has {name!r}, expected {', '.join(known)}. Remove it."
+    if isinstance(options, dict) and options.get("use_reentrant"):
+        yield (
+            "--activation_checkpointing_kwargs: use_reentrant true drops the gradients of layers whose inputs need "
+            "none (adapters on a frozen model). Use false, the default."
+        )
 
 
 def _steps(training: Namespace) -> Iterator[str]:
