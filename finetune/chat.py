@@ -1,11 +1,10 @@
-"""Talk to a MiniCPM-V model about pictures, with or without an adapter.
+"""Ask a model about pictures and videos, with or without an adapter.
 
     python chat.py --model_name_or_path M [--adapter A] --image a.jpg [--image b.jpg] --question "What is it?"
 
-Pictures stand in front of the question, or where it says ``<ImageHere>``. Without ``--question`` it is a
-conversation: a line is a question, ``/image FILE`` and ``/video FILE`` show something with the next one,
-``/reset`` starts over, ``/quit`` (or the end of the input) leaves. The module also offers the official
-chat.py's ``MiniCPMVChat`` and ``img2base64``.
+Pictures stand in front of the question, or where it says ``<ImageHere>``. Without ``--question`` the questions are read
+line by line, and ``/help`` lists the commands. The module also offers ``MiniCPMVChat`` and ``img2base64`` of the
+official chat.py.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ import base64
 import binascii
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minicpm_tune.errors import RowError, UserError
 from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
@@ -28,6 +29,21 @@ from minicpm_tune.settings.command_flags import (
     check_generation_flags,
 )
 from minicpm_tune.training.process_lifecycle import run_command
+
+# torch and transformers take seconds that --help need not wait for: what needs them is imported in the functions below.
+
+HELP = """\
+/image FILE   show a picture with the next question; a line with nothing but its path does the same
+/video FILE   show a video, or a folder of its frames
+/clear        show nothing with the next question after all
+/reset        forget the conversation
+/quit         leave
+A line that starts with a space is a question, whatever it holds.
+"""
+_SUFFIXES = {
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "video": (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"),
+}
 
 
 def img2base64(file_name: str | Path) -> bytes:
@@ -39,8 +55,8 @@ class MiniCPMVChat:
     """The official chat.py's interface: base64 pictures and JSON messages in, the answer out.
 
     Args:
-        model_path: A checkpoint's folder or hub id, or an adapter's folder.
-        **choice: Further fields of ``inference.ModelChoice``: ``adapter``, ``dtype``, ``device``, ...
+        model_path: A checkpoint's folder or Hub id, or an adapter's folder.
+        **choice: Further fields of ``answering.load.ModelChoice``: ``adapter``, ``dtype``, ``device``, ...
     """
 
     def __init__(self, model_path: str, **choice: Any) -> None:
@@ -50,11 +66,11 @@ class MiniCPMVChat:
         self.tokenizer = self.processing.tokenizer
 
     def chat(self, input: dict[str, Any], **options: Any) -> str:
-        """Answer.
+        """Answer a conversation.
 
         Args:
-            input: ``{"image": base64, "question": JSON of the messages}``; the image may be left out. A
-                message's content is a text, or a list of ``{"type": "text", "pairs": ...}`` and
+            input: ``{"image": base64, "question": JSON of the messages}``; the image may be left out. The content of
+                a message is a text, or a list of ``{"type": "text", "pairs": ...}`` and
                 ``{"type": "image", "pairs": base64}``.
             **options: As for the model's ``chat``; by default it samples, as the official one does.
 
@@ -83,7 +99,7 @@ def _picture(encoded: str | bytes) -> Any:
         return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("RGB")
     except (binascii.Error, OSError) as error:
         raise MessageError(
-            f"the image can't be read ({error}), expected a picture's file in base64. Use img2base64."
+            f"the image can't be read ({error}), expected an image file in base64. Use img2base64."
         ) from error
 
 
@@ -96,66 +112,150 @@ class Conversation:
 
     def __init__(self, values: argparse.Namespace) -> None:
         from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
+        from minicpm_tune.data.media.images import ImageOptions
 
         self.values = values
         choice = ModelChoice.of(values)
         found = find_model(choice)
         self.processing = found.processing
+        self.options = ImageOptions.of(found.processing.arguments, found.processing.generation, folder=Path())
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[Any] = []
+        self.failed: str | None = None  # what could not be shown with the next question
+        self.known: set[Path] = set()  # every file that was shown
         # Before the weights are loaded, which can take minutes.
-        self.shown = [self._open("image", path) for path in values.image]
-        self.shown += [self._open("video", path) for path in values.video]
+        for kind in ("image", "video"):
+            for path in getattr(values, kind):
+                self.show(kind, path)
         self.model, _ = load_for_inference(choice, found)
         self.reset()
 
     def reset(self) -> None:
         """Forget what was said."""
         system = self.values.system_prompt
-        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self.messages = [{"role": "system", "content": system}] if system else []
 
-    def _open(self, kind: str, path: str) -> Any:
-        """Open and decode a picture, which every further turn needs again."""
-        from minicpm_tune.data.media.images import ImageOptions, open_image
+    def clear(self) -> None:
+        """Show nothing with the next question."""
+        self.shown, self.failed = [], None
+
+    def find(self, path: str) -> Path | None:
+        """The file that a path names, if there is one."""
+        from minicpm_tune.data.media.sources import find_file
+
+        try:
+            file = find_file(path, self.options.folder)
+            return file.resolve() if file.is_file() else None
+        except (OSError, ValueError):  # a name too long, or with a null character
+            return None
+
+    def show(self, kind: str, path: str) -> None:
+        """Show a picture or a video with the next question.
+
+        Args:
+            kind: ``image`` or ``video``.
+            path: Its file, or a folder of frames.
+
+        Raises:
+            RowError: When it can't be opened; the next question is then not asked.
+        """
+        self.failed = path
+        self.shown.append(self._decoded(kind, path))
+        self.failed = None
+        if file := self.find(path):
+            self.known.add(file)
+
+    def _decoded(self, kind: str, path: str) -> Any:
+        """Open a picture and decode it once, since every further turn needs it again."""
+        from minicpm_tune.data.media.images import open_image
         from minicpm_tune.data.media.videos import open_video
-        from minicpm_tune.errors import RowError
 
-        generation, rules = self.processing.generation, self.processing.media.video
-        options = ImageOptions(Path(), upright=generation.upright_images)
         if kind == "image":
-            picture = open_image(path, options)
-        elif rules is not None:
-            picture = open_video(path, options, rules)
+            picture = open_image(path, self.options)
+        elif self.processing.media.video is not None:
+            picture = open_video(path, self.options, self.processing.media.video)
         else:
-            raise RowError(
-                "video", f"{generation.title} was not trained on video, expected images. Use --image."
-            )
+            title = self.processing.generation.title
+            raise RowError("video", f"{title} was not trained on video, expected images. Show single frames.")
         frames = list(picture.frames())
         return replace(picture, frames=lambda: frames)
 
-    def show(self, kind: str, path: str) -> None:
-        """Show a picture with the next question; ``kind`` is image or video."""
-        self.shown.append(self._open(kind, path))
-
     def ask(self, question: str) -> None:
-        """Ask, and write the answer to the screen while it is generated."""
-        from minicpm_tune.answering.chat import place_pictures, read_messages
+        """Ask, and write the answer to the screen while it is generated.
+
+        Raises:
+            UserError: When the question can't be asked; the conversation is then as before.
+        """
+        from minicpm_tune.answering.chat import IMAGE_MARK, MessageError, place_pictures, read_messages
         from minicpm_tune.answering.generate import TextPieces, answer, generation_options, stop_ids
 
+        if self.failed is not None:
+            raise MessageError(
+                f"the question was not asked, because {self.failed!r} could not be shown. Show it with /image FILE, or "
+                "enter /clear to go on without it."
+            )
+        if IMAGE_MARK not in question:
+            self._show_named_files(question)
         content = place_pictures(question, self.shown)
         asked = [*self.messages, {"role": "user", "content": content}]
         turns, pictures = read_messages(asked, joined_by=self.processing.generation.image_end)
-        sample = self.processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
+        prompt = self.processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
         options = generation_options(self.values)
         streams = options.get("num_beams", 1) == 1
         streamer = TextPieces(self.processing.tokenizer, stop_ids(self.processing), _say) if streams else None
-        [text] = answer(self.model, self.processing, [sample], streamer=streamer, **options)
+        [text] = answer(self.model, self.processing, [prompt], streamer=streamer, **options)
         _say("\n" if streams else text + "\n")
         self.messages = [*asked, {"role": "assistant", "content": text}]
-        self.shown = []
+        self.clear()
+
+    def _show_named_files(self, question: str) -> None:
+        """Show the pictures whose paths a question mentions, unless they were shown before."""
+        for path in _paths_in(question):
+            file, kind = self.find(path), _kind_of(path)
+            if file is None:
+                _note(f"{path!r} is not a file, so the model only reads its name.")
+            elif file not in self.known and kind is not None:
+                self.show(kind, path)
+                _note(f"{path} is shown with the question.")
+
+
+def _kind_of(path: str) -> str | None:
+    """image or video, by the ending of a file's name."""
+    suffix = Path(path).suffix.lower()
+    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+
+
+def _paths_in(text: str) -> list[str]:
+    """Words of a text, or quoted parts of it, that are named like pictures or videos.
+
+    Example:
+        >>> _paths_in('Is cats/1.jpg older than "my dog.PNG"?')
+        ['cats/1.jpg', 'my dog.PNG']
+    """
+    words = (quoted or word for _, quoted, word in re.findall(r"""(["'])(.+?)\1|(\S+)""", text))
+    return [word for word in (word.strip(".,;:!?()") for word in words) if _kind_of(word)]
+
+
+def _unquoted(path: str) -> str:
+    """A path as it was typed, or dragged into the terminal: without quotes or backslashes before spaces.
+
+    Example:
+        >>> _unquoted('"a b.jpg"'), _unquoted(r"a\\ b.jpg")
+        ('a b.jpg', 'a b.jpg')
+    """
+    path = path.strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
+        return path[1:-1]
+    return path.replace("\\ ", " ")
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -175,18 +275,24 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Run one conversation, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    return run_command(run, parse_flags(argv), interrupted="")
+    """Run one conversation; the exit code is 0, or 1 after a message for a user's mistake."""
+    return run_command(run, parse_flags(argv), interrupted="Interrupted.")
 
 
 def run(values: argparse.Namespace) -> None:
     """Answer the questions of the command line, or those of the input."""
-    from transformers import set_seed
+    import torch
 
-    set_seed(values.seed)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors=errors
+            )  # a character that can't be read or shown does not end the conversation
+    torch.manual_seed(values.seed)
     conversation = Conversation(values)
     if values.question:
         for question in values.question:
+            _check_text(question)
             conversation.ask(question)
         return
     for line in _lines():
@@ -202,24 +308,68 @@ def _lines() -> Iterator[str]:
         if not line or line.strip() == "/quit":
             return
         if line.strip():
-            yield line.strip()
+            yield line.rstrip()
 
 
 def _obey(conversation: Conversation, line: str) -> None:
-    """Do what a line says; a mistake in it does not end the conversation."""
-    from minicpm_tune.answering.chat import MessageError
-    from minicpm_tune.errors import RowError
-
+    """Do what a line says. A mistake in it does not end the conversation, and Ctrl-C only ends the answer."""
     try:
-        if line == "/reset":
-            conversation.reset()
-        elif line.startswith(("/image ", "/video ")):
-            kind, _, path = line[1:].partition(" ")
-            conversation.show(kind, path.strip())
-        else:
-            conversation.ask(line)
-    except (MessageError, RowError) as error:
+        _check_text(line)
+        if line.startswith(" ") or not _command(conversation, line):
+            conversation.ask(line.strip())
+    except UserError as error:
         _say(f"error: {error}\n")
+    except KeyboardInterrupt:
+        _say("\n(stopped; the question does not count)\n")
+
+
+def _command(conversation: Conversation, line: str) -> bool:
+    """Carry out a line that is a command or a path; False when it is a question."""
+    from minicpm_tune.answering.chat import MessageError
+
+    word, _, rest = line.partition(" ")
+    path = _unquoted(line)
+    kind = _kind_of(path)
+    if word in ("/image", "/video"):
+        if not rest.strip():
+            raise MessageError(f"{word} needs a file. Enter {word} FILE.")
+        conversation.show(word[1:], _unquoted(rest))
+    elif word in ("/reset", "/clear"):
+        getattr(conversation, word[1:])()
+    elif word == "/help":
+        _say(HELP)
+    elif kind and conversation.find(path):
+        conversation.show(kind, path)
+        _note(f"{path} is shown with the next question.")
+    elif kind and not re.search(r"\s", line):
+        raise MessageError(
+            f"{path!r} is named like a picture or a video, but there is no such file. Fix the path, or start the line "
+            "with a space to ask it as a question."
+        )
+    elif re.fullmatch(r"/\w+", word):
+        raise MessageError(
+            f"there is no command {word}. /help lists them; start the line with a space to ask it as a question."
+        )
+    else:
+        return False
+    return True
+
+
+def _check_text(text: str) -> None:
+    """See that a text was valid in the encoding of the terminal.
+
+    Raises:
+        MessageError: With the first byte that was not.
+    """
+    from minicpm_tune.answering.chat import MessageError
+
+    for place, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise MessageError(
+                f"character {place + 1} of the line is the byte 0x{ord(character) & 0xFF:02x}, which is not "
+                f"{sys.stdin.encoding or 'utf-8'}. Set the terminal or the file to that encoding, and enter the line "
+                "again."
+            )
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def build_trainer(
     context: RunContext,
 ) -> CPMTrainer:
     """Put model, rows and arguments together."""
-    _, data, training, lora = arguments
+    _, _, training, lora = arguments
     generation = processing.generation
     train_rows, eval_rows = datasets
     needs_lengths = training.packing or training.train_sampling_strategy == "group_by_length"
@@ -227,21 +227,21 @@ def build_trainer(
         else None,
         callbacks=[LossCurve()],
     )
-    if training.early_stopping_patience is not None:
-        patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
-        trainer.add_callback(EarlyStopping(patience, threshold))
     if training.predict_with_generate:
-        assert data.eval_data_path is not None  # check_arguments has seen to it
-        rows = PredictionRows(SupervisedDataset(data.eval_data_path, processing))
+        assert eval_rows is not None  # check_arguments has seen to it
         trainer.add_callback(
             PredictionCallback(
                 trainer,
-                rows,
+                PredictionRows(eval_rows),
                 samples=training.generation_samples,
                 batch_size=training.per_device_eval_batch_size,
                 max_new_tokens=training.generation_max_new_tokens,
             )
         )
+    if training.early_stopping_patience is not None:
+        patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+        # Behind the answers, whose metrics it may look at.
+        trainer.add_callback(EarlyStopping(patience, threshold))
     return trainer
 
 

@@ -1,9 +1,9 @@
-"""Let a model answer the rows of a data file, and compare with the answers in it.
+"""Let a model answer the rows of a data file, and compare its answers with theirs.
 
     python predict.py --model_name_or_path M [--adapter A] --data_path rows.json --output out.jsonl
-    torchrun --nproc_per_node 4 predict.py ...    (the rows are shared out)
+    torchrun --nproc_per_node 4 predict.py ...    (the processes share the rows)
 
-Each row's last answer is left out and predicted. A stopped run goes on where it was with the same command.
+The last answer of each row is held back and predicted. To continue a stopped run, repeat its command.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minicpm_tune import processes
 from minicpm_tune.settings.command_flags import (
@@ -28,7 +29,19 @@ from minicpm_tune.settings.command_flags import (
 )
 from minicpm_tune.training.process_lifecycle import run_command
 
+if TYPE_CHECKING:
+    from minicpm_tune.answering.prediction_file import PredictionFile
+    from minicpm_tune.answering.prediction_rows import PredictionRows
+    from minicpm_tune.data.samples import Processing
+
 logger = logging.getLogger("minicpm_tune.predict")
+
+# Flags that change no answer; a stopped run may continue with others.
+_WITHOUT_EFFECT = {
+    "output", "overwrite", "limit", "batch_size", "on_bad_row", "device", "cache_dir", "attn_implementation",
+    "allow_other_base",
+}  # fmt: skip
+_PATHS = ("model_name_or_path", "adapter", "data_path", "image_folder")
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -36,12 +49,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="predict.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--data_path", required=True, help="The rows, in any form that training takes.")
     parser.add_argument("--output", required=True, help="The file to write: one JSON object per row.")
+    parser.add_argument("--batch_size", type=count, default=4, help="Rows that each process answers at once.")
+    parser.add_argument("--limit", type=count, help="Answer only the first LIMIT rows. Unset: all.")
     parser.add_argument(
-        "--image_folder", help="What relative image paths start from. Unset: the data file's folder."
-    )
-    parser.add_argument("--batch_size", type=count, default=4, help="Rows answered at once by each process.")
-    parser.add_argument("--limit", type=count, help="Answer only the first rows, so many. Unset: all.")
-    add_switch(parser, "--overwrite", default=False, help="Start over where the output is there already.")
+        "--on_bad_row", choices=["error", "skip"], default="error",
+        help="Rows that can't be answered. error: the run ends before the model is loaded. skip: they are left out and "
+        "listed in OUTPUT.bad_rows.jsonl.",
+    )  # fmt: skip
+    add_switch(parser, "--overwrite", default=False, help="Start over when the output file exists.")
     add_model_flags(parser)
     add_generation_flags(parser, sampling=False, max_new_tokens=256)
     values = parser.parse_args(argv)
@@ -50,78 +65,68 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Run one prediction, and give the exit code: 0, or 1 with one message for a mistake of the user's."""
-    told = "Interrupted; the rows answered so far are kept, and the same command goes on with the others."
-    return run_command(run, parse_flags(argv), interrupted=told)
+    """Run one prediction; the exit code is 0, or 1 after a message for a user's mistake."""
+    kept = "Interrupted. The rows answered so far are kept; the same command continues with the others."
+    return run_command(run, parse_flags(argv), interrupted=kept)
 
 
 def run(values: argparse.Namespace) -> None:
     """The steps of a prediction, in their order."""
-    from transformers import set_seed
+    # Imported here: torch and transformers take seconds that --help need not wait for.
+    import torch
 
     from minicpm_tune.answering.generate import generation_options
     from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
-    from minicpm_tune.answering.metrics import mean_scores
     from minicpm_tune.answering.prediction_file import PredictionFile
     from minicpm_tune.answering.prediction_rows import predict
 
     rank, world = processes.rank(), processes.world_size()
+    options = generation_options(values)
     file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
-    with _after_first_process(rank, world):
+    with _first_process_before_others(rank, world):
         if rank == 0:
-            file.prepare(_settings(values), overwrite=values.overwrite)
-    set_seed(values.seed + rank)
+            file.prepare(_what_decides_answers(values) | options, overwrite=values.overwrite)
+    torch.manual_seed(values.seed + rank)
     choice = ModelChoice.of(values)
     found = find_model(choice)
-    rows = _rows(values, found.processing)
-    done = {line["row"] for line in file.done()}
-    wanted = range(len(rows) if values.limit is None else min(values.limit, len(rows)))
-    mine = [index for index in wanted if index not in done][rank::world]
-    if done:
-        logger.info("%d of %d rows are answered already.", len(done & set(wanted)), len(wanted))
-    rows.check(mine)
+    rows = _open_rows(values, found.processing, file)
+    mine = rows.check(_not_answered(rows, file, values.limit)[rank::world])
     model, _ = load_for_inference(choice, found)
-    options = generation_options(values)
     for lines in predict(model, rows, mine, batch_size=values.batch_size, options=options):
         file.append(lines)
     _wait_for_all(world)
     if rank == 0:
-        scores = mean_scores(line["scores"] for line in file.all_lines() if line["scores"])
-        lines = file.finish(scores)
+        lines, scores = file.finish()
         sys.stdout.write(_summary(lines, scores))
+        if values.on_bad_row == "skip":
+            sys.stdout.write(f"{rows.rows.bad_rows.summary()}\n")
     _wait_for_all(world)
 
 
-def _rows(values: argparse.Namespace, processing: Any) -> Any:
+def _open_rows(values: argparse.Namespace, processing: Processing, file: PredictionFile) -> PredictionRows:
     from dataset import SupervisedDataset
     from minicpm_tune.answering.prediction_rows import PredictionRows
 
-    arguments = replace(processing.arguments, image_folder=values.image_folder)
+    arguments = replace(processing.arguments, on_bad_row=values.on_bad_row)
     rows = SupervisedDataset(values.data_path, replace(processing, arguments=arguments))
+    rows.bad_rows.path = file.bad_rows_path
     return PredictionRows(rows, thinking=values.enable_thinking, system_prompt=values.system_prompt)
 
 
-def _settings(values: argparse.Namespace) -> dict[str, Any]:
-    """What decides the answers; a run goes on only with the same."""
-    from minicpm_tune.answering.generate import generation_options
+def _not_answered(rows: PredictionRows, file: PredictionFile, limit: int | None) -> list[int]:
+    """The rows that are still to be answered."""
+    done = {line["row"] for line in file.done()}
+    wanted = range(len(rows) if limit is None else min(limit, len(rows)))
+    if done:
+        logger.info("%d of %d rows are answered already.", len(done & set(wanted)), len(wanted))
+    return [index for index in wanted if index not in done]
 
-    names = ("model_name_or_path", "adapter", "data_path", "image_folder")
-    paths = {name: getattr(values, name) for name in names}
-    here = {
-        name: os.path.abspath(value) if value and os.path.exists(value) else value
-        for name, value in paths.items()
-    }
-    rest = (
-        "dtype",
-        "load_4bit",
-        "max_slice_nums",
-        "video_fps",
-        "max_num_frames",
-        "enable_thinking",
-        "system_prompt",
-        "seed",
-    )
-    return here | {name: getattr(values, name) for name in rest} | generation_options(values)
+
+def _what_decides_answers(values: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide the answers; a stopped run continues only with the same ones."""
+    flags = {name: value for name, value in vars(values).items() if name not in _WITHOUT_EFFECT}
+    here = {name: os.path.abspath(flags[name]) for name in _PATHS if os.path.exists(flags[name] or "")}
+    return flags | here
 
 
 def _summary(lines: Sequence[dict[str, Any]], scores: dict[str, float]) -> str:
@@ -130,24 +135,20 @@ def _summary(lines: Sequence[dict[str, Any]], scores: dict[str, float]) -> str:
     return rows + "".join(f"{name:<12}{value:8.4f}\n" for name, value in scores.items())
 
 
-def _after_first_process(rank: int, world: int) -> Any:
-    """Let rank 0 do the block's work before the other processes go on."""
-    from contextlib import contextmanager
+@contextmanager
+def _first_process_before_others(rank: int, world: int) -> Iterator[None]:
+    """Let rank 0 do the block's work before the other processes continue."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    @contextmanager
-    def order() -> Iterator[None]:
-        if world > 1 and not dist.is_initialized():
-            # For waiting alone, as long as the slowest needs; the processes exchange no tensors.
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        try:
-            yield
-        finally:
-            _wait_for_all(world)
-
-    return order()
+    if world > 1 and not dist.is_initialized():
+        # Only for waiting, as long as the slowest needs; the processes exchange no tensors.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        _wait_for_all(world)
 
 
 def _wait_for_all(world: int) -> None:

@@ -1,5 +1,6 @@
 """Answering: prompt ids, the key/value cache, batches, streaming, chat in the released form, chat.py."""
 
+import io
 import json
 import sys
 from functools import cache
@@ -374,23 +375,127 @@ def test_the_command_answers_with_an_adapter_as_the_library_does(tmp_path):
     assert done.stdout == f"{first}\n{model.chat(msgs=asked, **SHORT)}\n"
 
 
-def test_a_conversation_obeys_its_lines(capsys, monkeypatch):
-    lines = iter(
-        [
-            "What is it?\n", "\n", f"/image {IMAGES / 'small.png'}\n", "And this?\n", "/image gone.png\n",
-            "say <image>\n", "/reset\n", "What is it?\n", "/quit\n", "never asked\n",
-        ]
-    )  # fmt: skip
-    monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
-    values = ["--model_name_or_path", str(checkpoint("v2_6")), "--sampling", "false", "--max_new_tokens", "4"]
-    chat.run(chat.parse_flags(values))
-    said = capsys.readouterr().out
-    assert "error: image 'gone.png' not found" in said
-    assert "contains '<image>'" in said
+FOUR = SHORT | {"max_new_tokens": 4}
+
+
+def converse(lines, capsys, monkeypatch, *more):
+    """What the command writes for lines of input, and its notes."""
+    text = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+    words = [
+        "--model_name_or_path",
+        checkpoint("v2_6"),
+        "--sampling",
+        "false",
+        "--max_new_tokens",
+        "4",
+        *more,
+    ]
+    chat.run(chat.parse_flags([str(word) for word in words]))
+    said = capsys.readouterr()
+    return said.out.splitlines(), said.err
+
+
+@cache
+def answered(*content):
+    """The answer to one message; names of pictures stand for them."""
     model = loaded(checkpoint("v2_6"), "v2_6")
-    first = model.chat(None, QUESTION, **SHORT | {"max_new_tokens": 4})
-    assert said.startswith(f"{first}\n")
-    assert said.endswith(f"\n{first}\n")
+    shown = [picture(part) if part in ("small", "wide") else part for part in content]
+    return model.chat(msgs=[{"role": "user", "content": shown}], **FOUR)
+
+
+def test_a_conversation_obeys_its_lines(capsys, monkeypatch):
+    lines = ["What is it?", "", f"/image {IMAGES / 'small.png'}", "And this?", "say <image>", "/reset"]
+    lines += ["What is it?", "/help", "/quit", "never asked"]
+    said, _ = converse(lines, capsys, monkeypatch)
+    first = answered("What is it?")
+    assert said[0] == first
+    assert "contains '<image>'" in said[2]
+    assert said[3] == first
+    assert said[4:] == chat.HELP.splitlines()
+
+
+def test_a_question_is_not_asked_without_the_picture_that_failed(capsys, monkeypatch):
+    lines = ["/image gone.png", "What is it?", "What is it?", "/clear", "What is it?"]
+    said, _ = converse(lines, capsys, monkeypatch)
+    assert said[0].startswith("error: image 'gone.png' not found")
+    refused = (
+        "error: the question was not asked, because 'gone.png' could not be shown. Show it with /image FILE,"
+    )
+    assert [line.startswith(refused) for line in said] == [False, True, True, False]
+    assert said[3] == answered("What is it?")
+    said, _ = converse([lines[0], f"/image {IMAGES / 'small.png'}", "Why?"], capsys, monkeypatch)
+    assert said[1:] == [answered("small", "Why?")]
+
+
+def test_paths_are_taken_as_they_are_typed(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    picture().save(folder / "a b.png")
+    escaped = str(folder / "a b.png").replace(" ", "\\ ")
+    for line in (
+        f'/image "{folder}/a b.png"',
+        f"/image {folder}/a b.png",
+        f"/image {escaped}",
+        escaped,
+        "'a b.png'",
+    ):
+        said, notes = converse([line, "What is it?"], capsys, monkeypatch, "--image_folder", folder)
+        assert said == [answered("small", "What is it?")], line
+        assert ("is shown with the next question" in notes) == ("/image" not in line)
+    said, _ = converse(["no.png", " no.png", "/image"], capsys, monkeypatch)
+    assert said[0].startswith("error: 'no.png' is named like a picture or a video, but there is no such file")
+    assert said[1] == answered("no.png")
+    assert said[2] == "error: /image needs a file. Enter /image FILE."
+
+
+def test_pictures_that_a_question_names_are_shown_once(capsys, monkeypatch):
+    name = str(IMAGES / "small.png")
+    asked = f"What is in {name}, and in no.png?"
+    said, notes = converse([asked], capsys, monkeypatch)
+    assert said == [answered("small", asked)]
+    assert f"{name} is shown with the question." in notes
+    assert "'no.png' is not a file, so the model only reads its name." in notes
+    said, notes = converse([f"/image {name}", asked], capsys, monkeypatch)
+    assert said == [answered("small", asked)]
+    assert "is shown" not in notes
+
+
+def test_a_command_that_does_not_exist_is_no_question(capsys, monkeypatch):
+    said, _ = converse(["/exit", " /exit", "/a/b is what?"], capsys, monkeypatch)
+    assert said[0].startswith("error: there is no command /exit. /help lists them")
+    assert said[1] == answered("/exit")
+    assert len(said) == 3
+    assert not said[2].startswith("error")
+
+
+def test_a_byte_of_another_encoding_does_not_end_the_conversation(capsys, monkeypatch):
+    said, _ = converse("caf\u00e9?\nWhat is it?\n".encode("latin-1"), capsys, monkeypatch)
+    assert said[0].startswith("error: character 4 of the line is the byte 0xe9, which is not utf-8")
+    assert said[1:] == [answered("What is it?")]
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(capsys, monkeypatch):
+    calls = []
+
+    def interrupted_once(*given, **options):
+        calls.append(given)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return answer(*given, **options)
+
+    monkeypatch.setattr("minicpm_tune.answering.generate.answer", interrupted_once)
+    said, _ = converse(["Why?", "What is it?"], capsys, monkeypatch)
+    assert said == ["", "(stopped; the question does not count)", answered("What is it?")]
+
+
+def test_web_addresses_and_sizes_are_limited_by_flags(capsys, monkeypatch):
+    with pytest.raises(
+        RowError, match=r"is a web address, expected a file. Download it, or pass --allow_remote_images"
+    ):
+        converse([], capsys, monkeypatch, "--image", "http://localhost:1/a.png")
+    with pytest.raises(RowError, match="expected at most 10"):
+        converse([], capsys, monkeypatch, "--image", IMAGES / "small.png", "--max_image_pixels", 10)
 
 
 def test_the_command_ends_with_one_message_on_a_mistake():

@@ -192,8 +192,37 @@ def test_rows_that_cannot_be_answered_are_named_before_the_model_loads(tmp_path,
     monkeypatch.setattr(
         "minicpm_tune.answering.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
     )
-    with pytest.raises(DataError, match=r"1 of 2 rows can't be answered:\n.*row 1 .*gone.png"):
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used:\n.*row 1 .*gone.png"):
         run(broken, tmp_path / "out.jsonl")
+
+
+def test_bad_rows_are_left_out_and_listed_when_asked(tmp_path, capsys):
+    whole = (IMAGES / "small.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])  # found when it is decoded
+    gone = {"id": "gone", **rows()[0], "image": "gone.png"}
+    surrogate = {"id": "half an emoji \ud83d", "conversations": rows()[1]["conversations"]}
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([rows()[0], gone, {**gone, "image": "half.png"}, surrogate, rows()[1]]))
+    output = tmp_path / "out.jsonl"
+    lines = run(data, output, "--on_bad_row", "skip")
+    assert [line["row"] for line in lines] == [0, 3, 4]
+    assert lines[1]["id"] == surrogate["id"]
+    listed = read(tmp_path / "out.jsonl.bad_rows.jsonl")
+    assert [(bad["row"], bad["kind"]) for bad in listed] == [(1, "missing image"), (2, "image")]
+    assert "bad rows: 2 contributed nothing (1 missing image, 1 image)" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used:\n.*row 1 .*gone.png"):
+        run(data, output)
+    assert run(data, output, "--on_bad_row", "skip") == lines
+    assert len(read(tmp_path / "out.jsonl.bad_rows.jsonl")) == 2
+
+
+def test_flags_that_messages_advise_act(data, tmp_path):
+    moved = [{**row, "image": "small.png"} for row in rows()[:1]]
+    path = write_rows(tmp_path, moved)
+    lines = run(path, tmp_path / "out.jsonl", "--image_folder", IMAGES)
+    assert lines[0]["prediction"] == expected_predictions()[0]
+    with pytest.raises(DataError, match="expected at most 10"):
+        run(path, tmp_path / "other.jsonl", "--image_folder", IMAGES, "--max_image_pixels", 10)
 
 
 # --- during training ---
@@ -255,9 +284,10 @@ def test_an_evaluation_answers_rows_and_shows_them_in_tensorboard(tmp_path, monk
     assert lines[1]["prediction"].split("\n")[0] in text
 
 
-def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
-    asked = SimpleNamespace(processing=SimpleNamespace(generation=SimpleNamespace(native=False)))
-    asked = type("Rows", (), {"__len__": lambda _: 10, "processing": asked.processing})()
+def test_rows_are_spread_over_the_file_and_shared_out(tmp_path, monkeypatch):
+    asked = PredictionRows(
+        SupervisedDataset(write_rows(tmp_path, rows() * 2), load_processing(checkpoint("v2_6")))
+    )
     found = {}
     for rank in range(2):
         trainer = SimpleNamespace(
@@ -291,6 +321,13 @@ def test_rows_are_spread_over_the_file_and_shared_out(monkeypatch):
         0: [([0, 4, 8], False), ([0, 4, 8], True)],
         1: [([2, 6], False), ([2, 6, 2], True)],  # as many as the other process, so that none waits
     }
+
+
+def test_rows_that_the_check_left_out_are_not_answered(data):
+    dataset = SupervisedDataset(data, load_processing(checkpoint("v2_6")))
+    dataset.leave_out(2)
+    callback = PredictionCallback(SimpleNamespace(), PredictionRows(dataset), samples=5, batch_size=2)
+    assert callback.indices == [0, 1, 3, 4]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_ad
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.new_tokens import add_token_rows
 from minicpm_tune.processes import local_rank
-from minicpm_tune.settings.data_arguments import DataArguments
+from minicpm_tune.settings.data_arguments import DEFAULT_MAX_PIXELS, DataArguments
 from minicpm_tune.settings.hardware import best_precision
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ class ModelChoice:
         video_fps: Frames taken per second of video; None takes the generation's.
         max_num_frames: Most frames of a video; None takes the generation's.
         downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None takes the adapter's, else the checkpoint's.
+        image_folder: What relative paths of images and videos start from; None takes that of the data file.
+        allow_remote_images: Whether http(s) images are fetched.
+        max_image_pixels: Most pixels an image may have; 0 for no limit.
+        exif_orientation: ``auto`` as the generation's inference does, ``apply`` or ``ignore``.
         enable_thinking: Whether the model thinks first.
         allow_other_base: Whether the adapter may go on a model it was not trained on.
     """
@@ -63,8 +67,20 @@ class ModelChoice:
     video_fps: float | None = None
     max_num_frames: int | None = None
     downsample_mode: str | None = None
+    image_folder: str | None = None
+    allow_remote_images: bool = False
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
+    exif_orientation: str = "auto"
     enable_thinking: bool = False
     allow_other_base: bool = False
+
+    def data_arguments(self, adapter: AdapterFolder | None) -> DataArguments:
+        """How images and videos are opened and cut."""
+        names = {one.name for one in fields(self)} & {one.name for one in fields(DataArguments)}
+        given = {name: getattr(self, name) for name in names - {"enable_thinking"}}
+        if self.downsample_mode is None and adapter is not None:
+            given["downsample_mode"] = adapter.downsample_mode
+        return DataArguments.of_checkpoint(**given)
 
     @classmethod
     def of(cls, values: Namespace) -> ModelChoice:
@@ -115,13 +131,8 @@ def find_model(choice: ModelChoice) -> FoundModel:
         AdapterError: When the adapter belongs to another model.
     """
     folder, adapter = resolve_base(choice.model_name_or_path, choice.adapter, cache_dir=choice.cache_dir)
-    arguments = DataArguments.of_checkpoint(
-        max_slice_nums=choice.max_slice_nums,
-        video_fps=choice.video_fps,
-        max_num_frames=choice.max_num_frames,
-        downsample_mode=choice.downsample_mode or (adapter.downsample_mode if adapter else None),
-    )
-    processing = load_processing(folder, arguments, new_tokens=adapter.new_tokens if adapter else ())
+    new_tokens = adapter.new_tokens if adapter else ()
+    processing = load_processing(folder, choice.data_arguments(adapter), new_tokens=new_tokens)
     if choice.enable_thinking and not processing.generation.thinking:
         raise InferenceError(
             f"--enable_thinking: {processing.generation.title} has no thinking mode, expected V-4.5 or later. Leave "

@@ -53,8 +53,9 @@ class PredictionCallback(TrainerCallback):
     ) -> None:
         self.trainer, self.rows, self.batch_size = trainer, rows, batch_size
         self.options = GREEDY | {"max_new_tokens": max_new_tokens}
-        count = min(samples, len(rows))
-        self.indices = [index * len(rows) // count for index in range(count)]
+        usable = [index for index in range(len(rows)) if index not in rows.rows.left_out]
+        count = min(samples, len(usable))
+        self.indices = [usable[index * len(usable) // count] for index in range(count)]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Answer the rows, add the metrics to the evaluation's, and show examples."""
@@ -85,7 +86,7 @@ class PredictionCallback(TrainerCallback):
                 lines |= {line["row"]: line for line in batch}
         for found in gather(lines):
             lines |= found
-        return [lines[index] for index in self.indices]
+        return [lines[index] for index in self.indices if index in lines]
 
     @contextmanager
     def _ready_to_answer(self) -> Iterator[Any]:

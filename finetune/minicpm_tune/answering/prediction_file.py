@@ -6,6 +6,7 @@ the order of the rows, when all have ended, or when the next run starts.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minicpm_tune.answering.metrics import mean_scores
 from minicpm_tune.errors import UserError
 from minicpm_tune.files import system_reason
 
 Line = dict[str, Any]
+_ESCAPED = "backslashreplace"  # half an emoji, in a row's id say, becomes the \\u escape that JSON knows
 
 
 class PredictionFileError(UserError):
@@ -40,6 +43,11 @@ class PredictionFile:
     def settings_path(self) -> Path:
         """Where the run's settings are kept, and its scores when it has ended."""
         return self.path.with_name(self.path.name + ".summary.json")
+
+    @property
+    def bad_rows_path(self) -> Path:
+        """Where rows that can't be answered are listed."""
+        return self.path.with_name(self.path.name + ".bad_rows.jsonl")
 
     def prepare(self, settings: Line, *, overwrite: bool) -> None:
         """Join the parts of a stopped run and drop a half-written line; one process does so before any other reads.
@@ -82,11 +90,9 @@ class PredictionFile:
                 path.unlink(missing_ok=True)
         elif any(path.is_file() for path in parts):
             self._check(settings)
-        lines = [line for path in parts for line in read_lines(path)]
-        write_whole(self.path, sorted(lines, key=lambda line: line["row"]))
-        for path in self._parts():
-            path.unlink()
-        self.settings_path.write_text(_dump({"settings": settings}, indent=2), encoding="utf-8")
+        self.bad_rows_path.unlink(missing_ok=True)  # the rows in it are looked at again
+        self._join()
+        _write_whole(self.settings_path, _dump({"settings": settings}, indent=2))
 
     def _check(self, settings: Line) -> None:
         if not self.settings_path.is_file():
@@ -109,30 +115,37 @@ class PredictionFile:
 
     def append(self, lines: Iterable[Line]) -> None:
         """Write lines, and wait until they are on the disk."""
-        with self.writing(), self.own.open("a", encoding="utf-8") as file:
+        with self.writing(), self.own.open("a", encoding="utf-8", errors=_ESCAPED) as file:
             file.writelines(_dump(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, scores: Line) -> list[Line]:
-        """Join the parts and keep the scores; one process does so after all have written. Returns all lines."""
-        lines = [line for path in (self.path, *self._parts()) for line in read_lines(path)]
+    def finish(self) -> tuple[list[Line], dict[str, float]]:
+        """Join the parts and keep the mean scores; one process does so after all have written.
+
+        Returns:
+            All lines, in the order of the rows, and the scores.
+        """
+        with self.writing():
+            lines = self._join()
+            scores = mean_scores(line["scores"] for line in lines if line["scores"])
+            kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
+            kept |= {"rows": len(lines), "scores": scores}
+            _write_whole(self.settings_path, _dump(kept, indent=2))
+        return lines, scores
+
+    def _join(self) -> list[Line]:
+        """Put the lines of the file and of all parts into the file; give them in the order of the rows."""
+        parts = self._parts()
+        lines = [line for path in (self.path, *parts) for line in read_lines(path)]
         lines.sort(key=lambda line: line["row"])
-        if self.world > 1:
-            write_whole(self.path, lines)
-            for path in self._parts():
-                path.unlink()
-        kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
-        kept |= {"rows": len(lines), "scores": scores}
-        self.settings_path.write_text(_dump(kept, indent=2), encoding="utf-8")
+        _write_whole(self.path, "".join(_dump(line) + "\n" for line in lines))
+        for path in parts:
+            path.unlink()
         return lines
 
-    def all_lines(self) -> list[Line]:
-        """The lines of the file and of all parts."""
-        return [line for path in (self.path, *self._parts()) for line in read_lines(path)]
-
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*"))
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -157,10 +170,10 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def write_whole(path: Path, lines: Iterable[Line]) -> None:
+def _write_whole(path: Path, text: str) -> None:
     """Write a file under another name first, so that nobody ever finds half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(_dump(line) + "\n" for line in lines), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors=_ESCAPED)
     partial.replace(path)
 
 

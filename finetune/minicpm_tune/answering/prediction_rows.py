@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,17 @@ from minicpm_tune import processes
 from minicpm_tune.answering.generate import answer
 from minicpm_tune.answering.metrics import score
 from minicpm_tune.batch import Sample
+from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.media.sources import check_source
+from minicpm_tune.data.row_check import problems_text
 from minicpm_tune.data.row_parsing import ParsedRow
-from minicpm_tune.data.samples import Processing, TrainingRows
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.errors import DataError, RowError
 
+logger = logging.getLogger(__name__)
+
 _USER_ROLES = ("user", "human")
-SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -43,65 +47,94 @@ class Question:
 
 
 class PredictionRows:
-    """The rows of a data set, as questions.
+    """The rows of a data set, as questions. Its ``--on_bad_row`` says what happens to rows that can't be answered.
 
     Args:
-        rows: A ``SupervisedDataset``.
+        rows: The data set.
         thinking: Whether the model is asked to think first.
         system_prompt: Put in front of rows without a system turn; empty for none.
     """
 
     def __init__(self, rows: TrainingRows, *, thinking: bool = False, system_prompt: str = "") -> None:
         self.rows = rows
-        self.processing: Processing = rows.processing
+        self.processing = rows.processing
+        self.skips_bad = rows.processing.arguments.on_bad_row == "skip"
         self.thinking, self.system_prompt = thinking, system_prompt
 
     def __len__(self) -> int:
         return self.rows.mixture.row_count
 
     def __getitem__(self, index: int) -> Question:
+        """The question of a row.
+
+        Raises:
+            DataError: When it can't be answered.
+        """
         try:
             return self._question(index)
         except RowError as error:
             raise DataError(str(self.rows.describe(index, error))) from error
 
-    def check(self, indices: Sequence[int]) -> None:
-        """See that rows can be answered, before a model is loaded; images are looked for, not decoded.
+    def question_or_none(self, index: int) -> Question | None:
+        """The question of a row; None for a bad row where the data set leaves such rows out, which are then listed.
 
         Raises:
-            DataError: With the first twenty problems and their number.
+            DataError: When it can't be answered, and bad rows are errors.
         """
-        problems = []
-        for index in indices:
-            try:
-                conversation = self._conversation(index)
-                self.processing.check(conversation.turns)
-                images = self.rows.image_options(index)
-                for source in conversation.sources:
-                    if source.kind == "image":
-                        check_source(source.value, images.folder, allow_remote=images.allow_remote)
-            except RowError as error:
-                problems.append(str(self.rows.describe(index, error)))
-        if problems:
-            shown = "\n".join(problems[:SHOWN_PROBLEMS])
-            raise DataError(f"{len(problems)} of {len(indices)} rows can't be answered:\n{shown}")
+        try:
+            return self._question(index)
+        except RowError as error:
+            bad = self.rows.describe(index, error)
+            if not self.skips_bad:
+                raise DataError(f"{bad}\n(--on_bad_row skip leaves such rows out.)") from error
+            logger.warning("left out: %s", bad)
+            self.rows.bad_rows.add(bad)
+            return None
 
-    def _conversation(self, index: int) -> ParsedRow:
+    def check(self, indices: Sequence[int]) -> list[int]:
+        """Look at rows before a model is loaded; images are looked for, but not decoded.
+
+        Returns:
+            The rows that can be answered.
+
+        Raises:
+            DataError: With the first twenty problems and their number, when bad rows are errors.
+        """
+        bad = {index: problem for index in indices if (problem := self._problem(index))}
+        if bad and not self.skips_bad:
+            raise DataError(problems_text(list(bad.values()), len(indices)))
+        for problem in bad.values():
+            self.rows.bad_rows.add(problem)
+        return [index for index in indices if index not in bad]
+
+    def _problem(self, index: int) -> BadRow | None:
+        try:
+            row = self._parse(index)
+            self.processing.check(row.turns)
+            images = self.rows.image_options(index)
+            for source in row.sources:
+                if source.kind == "image":
+                    check_source(source.value, images.folder, allow_remote=images.allow_remote)
+        except RowError as error:
+            return self.rows.describe(index, error)
+        return None
+
+    def _parse(self, index: int) -> ParsedRow:
         return self.processing.parse(_with_answer(self.rows.mixture.read(index)))
 
     def _question(self, index: int) -> Question:
-        conversation = self._conversation(index)
-        *turns, last = conversation.turns
+        row = self._parse(index)
+        *turns, last = row.turns
         if self.system_prompt and turns[0].role != "system":
             turns.insert(0, Turn("system", (self.system_prompt,)))
         media = [part.index for turn in turns for part in turn.parts if not isinstance(part, str)]
-        pictures = self.rows.open_media(index, [conversation.sources[number] for number in media])
+        pictures = self.rows.open_media(index, [row.sources[number] for number in media])
         prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
-        return Question(index, conversation.row_id, turns[-1].text.strip(), last.text or None, prompt)
+        return Question(index, row.row_id, turns[-1].text.strip(), last.text or None, prompt)
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
-        sources = self._conversation(index).sources
+        sources = self._parse(index).sources
         for picture in self.rows.open_media(index, sources[:1]):
             return next(iter(picture.frames()))
         return None
@@ -142,11 +175,14 @@ def predict(
         The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``.
     """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    # Where processes wait for each other in every step, none may leave a row out.
+    read = rows.__getitem__ if synced else rows.question_or_none
     for batch in tqdm(batches, desc="answers", disable=None if processes.rank() == 0 else True):
-        questions = [rows[index] for index in batch]
-        texts = answer(
-            model, rows.processing, [question.prompt for question in questions], synced=synced, **options
-        )
+        questions = [question for index in batch if (question := read(index))]
+        if not questions:
+            continue
+        prompts = [question.prompt for question in questions]
+        texts = answer(model, rows.processing, prompts, synced=synced, **options)
         yield [_line(question, text) for question, text in zip(questions, texts, strict=True)]
 
 

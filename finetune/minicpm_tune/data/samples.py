@@ -64,6 +64,7 @@ class TrainingRows(Protocol):
     processing: Processing
     mixture: Mixture
     bad_rows: BadRowLog
+    left_out: set[int]
 
     def __len__(self) -> int:
         """Samples in an epoch."""

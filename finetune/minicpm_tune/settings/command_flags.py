@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from minicpm_tune.settings.data_arguments import DataArguments
+
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -227,12 +229,11 @@ def add_switch(parser: argparse._ActionsContainer, name: str, *, default: bool, 
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model is asked, and how it is held."""
+    """Which model answers, how it is loaded, and how it sees images and videos."""
     group = parser.add_argument_group("Model")
     group.add_argument(
         "--model_name_or_path",
-        help="The model: a checkpoint's folder or a hub id. May be left out with --adapter, which names "
-        "its base.",
+        help="The model: a checkpoint's folder or a Hub id. May be left out with --adapter, which names its base.",
     )
     group.add_argument("--adapter", help="Folder of a LoRA adapter, also of the early official scripts.")
     group.add_argument(
@@ -240,12 +241,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Precision of the weights. auto: on a GPU 16 bit, if stored so; on a CPU fp32 for small models.",
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-    add_switch(group, "--load_4bit", default=False, help="Hold the language model in 4 bit (bitsandbytes).")
+    add_switch(group, "--load_4bit", default=False, help="Load the language model in 4 bit (bitsandbytes).")
     group.add_argument(
         "--attn_implementation", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"],
         help="How the language model computes attention.",
     )  # fmt: skip
-    group.add_argument("--cache_dir", help="Where checkpoints from the hub are kept.")
+    group.add_argument("--cache_dir", help="Where checkpoints from the Hub are kept.")
+    add_switch(
+        group, "--allow_other_base", default=False, help="Use an adapter on a model it was not trained on."
+    )
+    group = parser.add_argument_group("Images and videos")
+    opened = ("image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation")
+    add_fields(group, DataArguments, opened)
     group.add_argument(
         "--max_slice_nums", type=count, help="Most slices an image is cut into. Unset: the checkpoint's."
     )
@@ -261,9 +268,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="MiniCPM-V 4.6 and 4.7: 4x sees four times the tokens of 16x. Unset: that of the adapter's training, "
         "else the checkpoint's.",
     )  # fmt: skip
-    add_switch(
-        group, "--allow_other_base", default=False, help="Use an adapter on a model it was not trained on."
-    )
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, *, sampling: bool, max_new_tokens: int) -> None:
