@@ -170,9 +170,20 @@ def test_rows_with_token_id_0_are_counted_where_it_is_text(tmp_path, capsys):
     zero = processing("v2_6").tokenizer.convert_tokens_to_ids("!")
     assert zero == 0
     assert survey(path)[2]["rows_with_token_id_0"] == 1
-    assert "token id 0   1 rows hold '!', which the released chat() hides" in capsys.readouterr().out
+    assert "token id 0   1 row with '!', which the released chat() hides" in capsys.readouterr().out
     assert survey(path, name="v4")[2]["rows_with_token_id_0"] == 0  # there it is <unk>
     assert "token id 0" not in capsys.readouterr().out
+
+
+def test_keys_that_nothing_reads_are_counted(tmp_path, capsys):
+    keyed = [{**each, "license": "CC0"} for each in GOOD[:2]]
+    keyed[0]["conversations"] = [{**turn, "author": "me"} for turn in keyed[0]["conversations"]]
+    _, _, summary = survey(write_rows(tmp_path, [*keyed, GOOD[2]]))
+    assert summary["unknown_keys"] == {"row 'license'": 2, "message 'author'": 1}
+    assert (
+        "unknown keys nothing reads row 'license' (2 rows), message 'author' (1 row)"
+        in capsys.readouterr().out
+    )
 
 
 def test_reports_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> 
         "batch_size": batch_size,
         "token_id_0": token_zero(rows.processing.tokenizer),
         "rows_with_token_id_0": int(found.column("token_zero").sum()),
+        "unknown_keys": dict(found.unknown_keys.most_common()),
     }
 
 
@@ -115,7 +116,7 @@ def as_text(summary: dict[str, Any], found: DataStatistics) -> str:
     for name, title in _SPREADS.items():
         *cells, total = summary[name].values() or (0,)
         lines += [f"{title:18}" + "".join(f"{cell:9}" for cell in cells) + f"{total:14}"] if cells else []
-    lines += ["", *(f"{title:13}{text}" for title, text in _advice(summary))]
+    lines += ["", *(f"{title:13}{text}" for title, text in _advice(summary).items())]
     if found.bad:
         lines += ["", *(str(bad) for bad in found.bad[:_SHOWN_ROWS])]
         more = len(found.bad) - _SHOWN_ROWS
@@ -128,40 +129,29 @@ def _cut_and_dropped(summary: dict[str, Any]) -> str:
     return f"{cut}, {summary['dropped_as_over_long']} more dropped"
 
 
-def _advice(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What follows for a training: title and text of each line."""
-    lines = []
-    if summary["over_model_max_length"]:
-        lines.append(
-            (
-                "over-long",
-                f"{summary['over_model_max_length']} rows are longer than --model_max_length "
-                f"{summary['model_max_length']}: raise it, or use --overlength shrink_slices, which cuts the images of "
-                "such rows into fewer slices",
-            )
-        )
-    lines += [
-        (
-            "recommended",
-            f"--model_max_length {summary['recommended_model_max_length']} (99 % of the rows whole) "
-            f"--max_slice_nums {summary['recommended_max_slice_nums']}",
-        ),
-        (
-            "padding",
-            f"{summary['padding_share']:.1%} with --per_device_train_batch_size {summary['batch_size']}, "
-            f"{summary['padding_share_packed']:.1%} with --packing true",
-        ),
-        ("an epoch", f"{summary['samples_per_epoch']} samples, {summary['tokens_per_epoch']} tokens"),
-    ]
-    if summary["rows_with_token_id_0"]:
-        lines.append(
-            (
-                "token id 0",
-                f"{summary['rows_with_token_id_0']} rows hold {summary['token_id_0']!r}, which the released chat() "
-                "hides from the model in prompts and drops from answers",
-            )
-        )
-    return lines
+def _advice(summary: dict[str, Any]) -> dict[str, str]:
+    """What follows for a training: title -> text of each line."""
+    limit, over = summary["model_max_length"], summary["over_model_max_length"]
+    lines = {
+        "over-long": f"{_counted(over)} longer than --model_max_length {limit}: raise it, or use --overlength "
+        "shrink_slices, which cuts the images of such rows into fewer slices",
+        "recommended": f"--model_max_length {summary['recommended_model_max_length']} (99 % of the rows whole) "
+        f"--max_slice_nums {summary['recommended_max_slice_nums']}",
+        "padding": f"{summary['padding_share']:.1%} with --per_device_train_batch_size {summary['batch_size']}, "
+        f"{summary['padding_share_packed']:.1%} with --packing true",
+        "an epoch": f"{summary['samples_per_epoch']} samples, {summary['tokens_per_epoch']} tokens",
+        "token id 0": f"{_counted(summary['rows_with_token_id_0'])} with {summary['token_id_0']!r}, which the released "
+        "chat() hides from the model in prompts and drops from answers",
+        "unknown keys": "nothing reads "
+        + ", ".join(f"{key} ({_counted(count)})" for key, count in summary["unknown_keys"].items()),
+    }
+    absent = {"over-long": not over, "token id 0": not summary["rows_with_token_id_0"],
+              "unknown keys": not summary["unknown_keys"]}  # fmt: skip
+    return {title: text for title, text in lines.items() if not absent.get(title)}
+
+
+def _counted(rows: int) -> str:
+    return f"{rows} row{'' if rows == 1 else 's'}"
 
 
 def _rows_with(found: DataStatistics, kind: str) -> str:
@@ -203,7 +193,7 @@ def as_html(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows) 
         f"<h1>{_escaped(', '.join(rows.mixture.names))}</h1>",
         _table((), counts),
         "<h2>For the training</h2>",
-        _table((), _advice(summary)),
+        _table((), list(_advice(summary).items())),
         "<h2>Per row</h2>",
         _table(("", *_PERCENTS.values(), "mean", "sum"), spreads),
         f"<div class='charts'>{''.join(charts)}</div>",

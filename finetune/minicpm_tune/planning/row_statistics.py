@@ -41,6 +41,7 @@ class RowFacts:
         bad: The problem, if the row has one.
         dropped: Whether the user asked to leave such rows out.
         cut: Whether ``--model_max_length`` cuts it.
+        unknown_keys: Keys in it that nothing reads.
         details: The row as one line of JSON, when asked for.
     """
 
@@ -49,6 +50,7 @@ class RowFacts:
     bad: BadRow | None = None
     dropped: bool = False
     cut: bool = False
+    unknown_keys: tuple[str, ...] = ()
     details: str | None = None
 
 
@@ -65,15 +67,18 @@ def measure_row(rows: TrainingRows, index: int, *, decode: bool, details: bool) 
     facts = RowFacts()
     try:
         row = rows.parse(index)
+        facts = RowFacts(unknown_keys=row.unknown_keys)
         whole = processing.whole_plan(row.turns, rows.open_media(index, row.sources))
         limit = processing.arguments.model_max_length
         over = limit is not None and len(whole.encoded.input_ids) > limit
         if (
             over and whole.encoded.supervised
         ):  # whatever --overlength makes of it, a larger limit would hold it
-            facts = RowFacts(_numbers(rows, index, whole, kept=0), _lengths(rows, whole))
+            facts = replace(
+                facts, numbers=_numbers(rows, index, whole, kept=0), lengths=_lengths(rows, whole)
+            )
         plan = processing.fit(whole)
-        facts = RowFacts()  # what can go wrong from here on is not a matter of length
+        facts = replace(facts, numbers=None)  # what can go wrong from here on is not a matter of length
         line = _details(rows, index, processing.finish(plan)) if details else None
         if decode and not details:
             _decode(plan)
@@ -81,8 +86,8 @@ def measure_row(rows: TrainingRows, index: int, *, decode: bool, details: bool) 
         bad = rows.describe(index, error)
         line = json.dumps({**asdict(bad), "ok": False}, default=str) if details else None
         return replace(facts, bad=bad, dropped=isinstance(error, DroppedRowError), details=line)
-    kept = len(plan.encoded.input_ids)
-    return RowFacts(_numbers(rows, index, whole, kept=kept), _lengths(rows, whole), cut=over, details=line)
+    numbers = _numbers(rows, index, whole, kept=len(plan.encoded.input_ids))
+    return replace(facts, numbers=numbers, lengths=_lengths(rows, whole), cut=over, details=line)
 
 
 def _decode(plan: Plan) -> None:
@@ -183,6 +188,7 @@ class DataStatistics:
         usable: Rows that contribute.
         dropped: Rows left out by ``--overlength drop``.
         cut: Rows that ``--model_max_length`` cuts.
+        unknown_keys: Key that nothing reads -> how many rows have it.
     """
 
     numbers: np.ndarray
@@ -193,6 +199,7 @@ class DataStatistics:
     usable: int = 0
     dropped: int = 0
     cut: int = 0
+    unknown_keys: Counter[str] = field(default_factory=Counter)
 
     def column(self, name: str) -> np.ndarray:
         """One of ``COLUMNS``, int32 [N]."""
@@ -215,6 +222,7 @@ def collect(
     )
     measured = 0
     for one in facts:
+        found.unknown_keys.update(one.unknown_keys)
         if one.numbers is not None:
             found.numbers[measured], found.lengths[measured] = one.numbers, one.lengths
             measured += 1
