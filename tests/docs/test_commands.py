@@ -66,6 +66,8 @@ def takes(words, folder, monkeypatch):
         if flag in ("--data_path", "--eval_data_path"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("rows.json 1" if path.suffix == ".txt" else "[]")
+        if flag == "--new_tokens":
+            path.write_text("<cat>")
     Path("rows.json").write_text("[]")
     read_command_line(list(words))
 
