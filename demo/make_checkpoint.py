@@ -187,6 +187,12 @@ def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:
             "num_hidden_layers": size.vision_layers,
             "num_attention_heads": 4,
         }
+    if "audio_config" in config:
+        config["audio_config"] |= {
+            "d_model": size.vision_width,
+            "encoder_ffn_dim": 4 * size.vision_width,
+            "encoder_layers": size.vision_layers,
+        }
     return _with_ids(config, text, ids)
 
 
@@ -248,9 +254,8 @@ def _write_weights(folder: Path, row: Generation, *, seed: int, max_shard_size: 
     elif row.vision == "clip":
         _smooth_positions(model.vit.tower.embeddings.position_embedding.weight[1:])
     tensors = model.state_dict()
-    if row.name == "o2_6":
-        speech = ("apm.conv1.weight", "audio_projection_layer.linear1.weight", "tts.emb_text.weight")
-        tensors |= {name: torch.randn(4, 8) for name in speech}
+    if row.hearing is not None:  # speech output, which is carried along
+        tensors["tts.emb_text.weight"] = torch.randn(4, 8)
     model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
 
 

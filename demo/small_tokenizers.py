@@ -37,6 +37,7 @@ _IMAGE = ["<image>", "</image>"]
 _MARKS = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>"]
 _SLICE = ["<slice>", "</slice>"]
 _IMAGE_ID = ["<image_id>", "</image_id>"]
+_UNIT = ["<unit>", "</unit>"]
 _CHATML = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SPEECH = ["audio_start", "audio", "audio_end", "spk_bos", "spk", "spk_eos", "tts_bos", "tts_eos"]
 _NATIVE = [
@@ -58,7 +59,10 @@ SPECIAL_TOKENS = {
         *_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID,
         *(f"<|reserved_special_token_{i}|>" for i in range(6)),
     ],
-    "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *(f"<|{name}|>" for name in _SPEECH)],
+    "o2_6": [*_CHATML, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *_UNIT, *(f"<|{name}|>" for name in _SPEECH)],
+    "o4_5": [
+        *_CHATML, *_THINK, *_IMAGE, *_MARKS, *_SLICE, *_IMAGE_ID, *_UNIT, *(f"<|{name}|>" for name in _SPEECH),
+    ],
     "v4": [
         *("<unk>", "<s>", "</s>"), *_IMAGE_ID, *_IMAGE, *_MARKS, *_SLICE, *_V4_WORDS,
         *("<|im_end|>", "<|im_start|>"),

@@ -40,7 +40,13 @@ from minicpm_tune.lora.continuing import check_adapter, new_or_continued_adapter
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.new_tokens import add_token_rows
-from minicpm_tune.models.parameter_parts import count_parts, freeze, log_parts, raise_precision_of_trained
+from minicpm_tune.models.parameter_parts import (
+    check_parts,
+    count_parts,
+    freeze,
+    log_parts,
+    raise_precision_of_trained,
+)
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, parse_arguments
 from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
@@ -108,6 +114,7 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     processing = load_processing(folder, data, new_tokens=tokens)
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
+    check_parts(generation, **training.tuned_around_llm)
     quantization = stored_quantization(folder)
     check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
     if training.use_lora:

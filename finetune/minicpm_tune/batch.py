@@ -88,6 +88,10 @@ class Sample(TypedDict):
         image_bound: [P, 2] int64, [start, end) in tokens of every run of pad tokens.
         temporal_ids: [S, 2] int64, (run, time index, or -1 for stills). Only with packed video frames (V-4.5).
         mm_token_type_ids: [T] int64, 0 for text, 1 for image and 2 for video tokens. Only for V-4.7.
+        audio_values: [80, sum(F)] float32, the log-mel frames of all audio segments side by side. Only with audio.
+        audio_segments: [A, 3] int64, of every segment its frames, those of the longest segment of the sample, and
+            the audio tokens that have a place. Only with audio.
+        audio_bound: [runs, 2] int64, [start, end) in tokens of every run of audio tokens. Only with audio.
         pictures: What the vision cache knows of every image and video. Only with ``--cache_vision_features``.
         origin: Where the sample comes from; None for one that contributes nothing.
     """
@@ -99,6 +103,9 @@ class Sample(TypedDict):
     image_bound: Tensor
     temporal_ids: NotRequired[Tensor]
     mm_token_type_ids: NotRequired[Tensor]
+    audio_values: NotRequired[Tensor]
+    audio_segments: NotRequired[Tensor]
+    audio_bound: NotRequired[Tensor]
     pictures: NotRequired[list[PictureFeatures]]
     origin: NotRequired[Origin | None]
 
@@ -119,6 +126,9 @@ class Batch(TypedDict):
         tgt_sizes: [S, 2] int32 array, of all samples.
         image_bound: [P, 3] int64 array, (row, start, end) of all samples.
         temporal_ids: [S, 2] int64 array, see ``Sample``; runs are counted through the batch.
+        audio_values: [80, sum(F)] float32, of all samples. Only with audio.
+        audio_segments: [A, 3] int64 array, see ``Sample``.
+        audio_bound: [runs, 3] int64 array, (row, start, end) of all samples.
         supervised: [N] int64 array, the places in the flattened [B * T] batch whose next token is supervised.
         on_cpu: [2 or 3, B, T] int64 array, ``input_ids``, ``attention_mask`` and, with packing,
             ``position_ids``. Only with labels.
@@ -136,6 +146,9 @@ class Batch(TypedDict):
     tgt_sizes: np.ndarray
     image_bound: np.ndarray
     temporal_ids: NotRequired[np.ndarray]
+    audio_values: NotRequired[Tensor]
+    audio_segments: NotRequired[np.ndarray]
+    audio_bound: NotRequired[np.ndarray]
     supervised: NotRequired[np.ndarray]
     on_cpu: NotRequired[np.ndarray]
     slice_sources: NotRequired[SliceSources]

@@ -82,16 +82,28 @@ def test_an_internlm_without_images_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("config", "tensors", "name"),
+    [
+        ({"version": "4.5"}, (), "o4_5"),
+        ({"version": 4.5, "head_dim": None}, (), "o4_5"),
+        ({"version": 2.6, "head_dim": 128}, (), "o2_6"),
+        ({"head_dim": 128}, (), "o4_5"),
+        ({}, {"llm.model.layers.0.self_attn.q_norm.weight"}, "o4_5"),
+        ({"head_dim": None}, {"llm.model.layers.0.self_attn.q_proj.bias"}, "o2_6"),
+    ],
+)
+def test_the_two_models_of_type_minicpmo_are_told_apart(config, tensors, name):
+    assert detect_generation({"model_type": "minicpmo", **config}, tensors=tensors).name == name
+
+
+def test_an_unknown_version_of_minicpmo_is_refused():
+    with pytest.raises(UnknownCheckpointError, match=r"version is '5.0', expected one of 2.6, 4.5"):
+        detect_generation({"model_type": "minicpmo", "version": "5.0"})
+
+
+@pytest.mark.parametrize(
     ("config", "tensors", "title"),
     [
-        ({"model_type": "minicpmo", "version": "4.5"}, (), "MiniCPM-o 4.5"),
-        ({"model_type": "minicpmo", "version": 4.5}, (), "MiniCPM-o 4.5"),
-        ({"model_type": "minicpmo", "head_dim": 128}, (), "MiniCPM-o 4.5"),
-        (
-            {"model_type": "minicpmo"},
-            {"llm.model.layers.0.self_attn.q_norm.weight"},
-            "MiniCPM-o 4.5",
-        ),
         ({"model_type": "minicpmv", "scale_emb": 12, "query_num": 64}, (), "MiniCPM-V 1.0"),
         ({"model_type": "internlm2", **XC2}, (), "InternLM-XComposer 2.5"),
         (
@@ -141,4 +153,6 @@ def test_a_contradicting_llm_type_is_an_error_that_says_which_is_right(generatio
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_row_names_its_parts(generation):
-    assert set(GENERATIONS[generation].modules) == {"vision", "resampler", "embeddings", "llm"}
+    row = GENERATIONS[generation]
+    hears = {"audio"} if row.hearing else set()
+    assert set(row.modules) == {"vision", "resampler", "embeddings", "llm"} | hears

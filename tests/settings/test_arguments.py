@@ -395,7 +395,7 @@ def test_each_argument_of_ours_has_a_help_text(group):
 def test_requirements_cover_every_import_of_the_product():
     names = re.findall(r"^([\w-]+)==", (FINETUNE / "requirements.txt").read_text(), flags=re.MULTILINE)
     pinned = {name.replace("-", "_").lower() for name in names}
-    optional = {"flash_attn", "liger_kernel", "av", "triton", "modelscope"}
+    optional = {"flash_attn", "liger_kernel", "av", "soxr", "triton", "modelscope"}
     package_of = {"PIL": "pillow"}
     folders = [FINETUNE, ROOT / "demo"]
     files = [path for folder in folders for path in folder.rglob("*.py")]

@@ -6,11 +6,13 @@ import zlib
 import numpy as np
 import torch
 
+from minicpm_tune.models.minicpmv.audio import Segment
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.modeling import MiniCPMV
 from support.paths import GOLDENS
 
 SIX = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5")
+HEARING = ("o2_6_audio", "o4_5")
 # A key's bias moves every score of a query alike, so its gradient is 0 and what is left is noise.
 ZERO_GRADIENTS = "k_proj.bias"
 
@@ -34,7 +36,7 @@ def golden_model(generation, *, attention="eager", dtype=torch.float32):
     about = json.loads((GOLDENS / generation / "forward.json").read_text())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "resampler.pos_embed":
+            if name != "resampler.pos_embed":  # a fixed table
                 values = golden_weight(
                     name, tuple(parameter.shape), seed=about["fill_seed"], v2=generation == "v2"
                 )
@@ -75,6 +77,27 @@ def golden_batch(generation, case, rows):
     return batch
 
 
+def golden_audio(generation, case, info):
+    """The audio keys of a batch; what has no place at a row's end is dropped, as released."""
+    pool = json.loads((GOLDENS / generation / "config.json").read_text())["audio_pool_step"]
+    arrays = np.load(GOLDENS / generation / "forward.npz")
+    mels, segments, bounds = [np.zeros((80, 0), np.float32)], [], []
+    for row, lengths in enumerate(info["audio_feature_lens"]):
+        own = arrays[f"{case}.{row}.audio_bounds"].tolist()
+        left = sum(end - start for start, end in own)
+        for index, length in enumerate(lengths):
+            mels.append(arrays[f"{case}.{row}.mel.{index}"])
+            kept = min(Segment(length, max(lengths)).tokens(pool), left)
+            left -= kept
+            segments.append([length, max(lengths), kept])
+        bounds += [[row, *bound] for bound in own]
+    return {
+        "audio_values": torch.from_numpy(np.concatenate(mels, axis=1)),
+        "audio_segments": np.array(segments).reshape(-1, 3),
+        "audio_bound": np.array(bounds).reshape(-1, 3),
+    }
+
+
 def temporal_ids(packs_of_rows):
     packs = [pack for row in packs_of_rows for pack in row]
     return torch.tensor([[number, time] for number, pack in enumerate(packs) for time in pack])
@@ -85,4 +108,6 @@ def full_batch(generation, case, about):
     batch = golden_batch(generation, case, range(info["rows"]))
     if info.get("temporal_ids"):
         batch["temporal_ids"] = temporal_ids(info["temporal_ids"])
+    if info.get("audios"):
+        batch |= golden_audio(generation, case, info)
     return batch, info

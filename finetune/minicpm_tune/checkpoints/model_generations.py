@@ -29,6 +29,13 @@ _RELEASED_MODULES: dict[str, tuple[str, ...]] = {
     "embeddings": ("llm.model.embed_tokens",),
     "llm": ("llm",),
 }
+_OMNI_MODULES = {
+    "vision": ("vpm",),
+    "audio": ("apm",),
+    "resampler": ("resampler", "audio_projection_layer"),
+    "embeddings": ("llm.model.embed_tokens",),
+    "llm": ("llm",),
+}
 _MINICPMV46_MODULES = {
     "vision": ("model.vision_tower",),
     "resampler": ("model.merger",),
@@ -74,6 +81,30 @@ class Downsampling:
     patches_per_token: int
 
 
+@dataclass(frozen=True)
+class Hearing:
+    """How a generation is told about audio, as its released ``chat`` does it.
+
+    Attributes:
+        per_second: Whether every second of audio has a placeholder of its own, or a whole audio has one.
+        prompt_end: What follows the header of the answer when the conversation holds audio.
+        chat_template: The template of conversations with audio, where it is not the checkpoint's own.
+        merges: Whether the audios of one message are joined to one waveform.
+    """
+
+    per_second: bool
+    prompt_end: str
+    chat_template: str | None = None
+    merges: bool = True
+
+
+# ChatML without the default system turn that the checkpoint's own template writes.
+_PLAIN_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 DOWNSAMPLING = {"16x": Downsampling(4, 16), "4x": Downsampling(1, 4)}
 
 
@@ -109,6 +140,7 @@ class Generation:
         downsampling: What each value of ``downsample_mode`` joins; empty: there is no such setting.
         modules: Part -> names of the modules (or parameters) that hold it. A parameter belongs to the
             first part one of whose names it starts with.
+        hearing: How audio is written; None: the generation takes none.
         slicing: How images are cut: ``adaptive`` (V-2 to V-4.5), ``minicpmv46`` (4.6, 4.7), ``square`` (one
             square, the aspect not kept) or ``tiles`` (4khd).
         tokenizer: ``json`` (tokenizer.json) or ``sentencepiece`` (tokenizer.model).
@@ -147,6 +179,7 @@ class Generation:
     content_parts: bool = False
     token_types: bool = False
     downsampling: dict[str, Downsampling] = field(default_factory=dict)
+    hearing: Hearing | None = None
     modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
     slicing: str = "adaptive"
     tokenizer: str = "json"
@@ -233,10 +266,18 @@ GENERATIONS: dict[str, Generation] = {
             image_ids=False, slice_tag="image", turn_end="<|eot_id|>", frames=None,
         ),
         Generation("v2_6", "MiniCPM-V 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
-        Generation("o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
+        Generation(
+            "o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2", modules=_OMNI_MODULES,
+            adapter_parts=("embeddings", "resampler", "vision", "audio"),
+            hearing=Hearing(True, "<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>", _PLAIN_CHATML),
+        ),
         Generation("v4", "MiniCPM-V 4.0", "llama", ("llama",), "llama"),
         Generation(
             "v4_5", "MiniCPM-V 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, frames="packs"
+        ),
+        Generation(
+            "o4_5", "MiniCPM-o 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, modules=_OMNI_MODULES,
+            adapter_parts=("embeddings", "resampler", "vision", "audio"), hearing=Hearing(False, "<|tts_bos|>"),
         ),
         _minicpmv46("v4_6", "MiniCPM-V 4.6", video_ids=True, token_types=False),
         _minicpmv46("v4_7", "MiniCPM-V 4.7", video_ids=False, token_types=True),
@@ -260,10 +301,10 @@ def detect_generation(
 ) -> Generation:
     """Tell the generation of a checkpoint from its config.json, never from its path.
 
-    The model type decides 4.6, 4.7 and o-2.6; ``version`` decides the rest where it is present;
+    The model type decides 4.6 and 4.7; ``version`` decides the rest where it is present;
     V-2, which has none, is known by its MiniCPM scalings and its top-level slice fields. A
     checkpoint of 2.6 or later without ``version`` is told apart by what its LLM needs: biases
-    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5). MiniCPM-V 1.0, MiniCPM-o 4.5 and
+    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5). MiniCPM-V 1.0 and
     InternLM-XComposer 2.5 share a model type with one of these, and are refused by name.
 
     Args:
@@ -288,7 +329,7 @@ def detect_generation(
         return GENERATIONS[by_type[model_type]]
     _refuse_relatives(config, tensors)
     if model_type == "minicpmo":
-        return GENERATIONS["o2_6"]
+        return GENERATIONS[_omni_model(config, tensors)]
     if model_type in XCOMPOSER2_TYPES:
         return GENERATIONS[_xcomposer2_model(config, tensors)]
     if model_type != "minicpmv":
@@ -311,9 +352,7 @@ def detect_generation(
 
 def _refuse_relatives(config: dict[str, Any], tensors: Collection[str]) -> None:
     """Refuse models that look like one of the generations in config.json, and are another."""
-    if config.get("model_type") == "minicpmo" and _is_omni_4_5(config, tensors):
-        title = "MiniCPM-o 4.5"
-    elif config.get("model_type") == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
+    if config.get("model_type") == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
         title = "MiniCPM-V 1.0"
     elif "2d5" in _class_names(config) or (
         config.get("model_type") == "internlm2" and "XComposer2" in _class_names(config)
@@ -328,11 +367,19 @@ def _refuse_relatives(config: dict[str, Any], tensors: Collection[str]) -> None:
     )
 
 
-def _is_omni_4_5(config: dict[str, Any], tensors: Collection[str]) -> bool:
-    """By its version; without one by its Qwen3 LLM, which has norms on queries and keys and names its head size."""
-    if config.get("version") is not None:
-        return str(config["version"]) != "2.6"
-    return "head_dim" in config or any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+def _omni_model(config: dict[str, Any], tensors: Collection[str]) -> str:
+    """By its version; without one by o-4.5's Qwen3 LLM, which has norms on queries and keys and names its head size."""
+    by_version = {"2.6": "o2_6", "4.5": "o4_5"}
+    version = config.get("version")
+    if version is None:
+        norms = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+        return "o4_5" if norms or config.get("head_dim") is not None else "o2_6"
+    if str(version) not in by_version:
+        raise UnknownCheckpointError(
+            f"config.json: model_type is 'minicpmo' and version is {version!r}, expected one of "
+            f"{', '.join(by_version)}. Use a release of this tool that knows that generation."
+        )
+    return by_version[str(version)]
 
 
 def _class_names(config: dict[str, Any]) -> str:

@@ -129,6 +129,7 @@ def check_training(
     quant_bits: int | None,
     vision: bool,
     resampler: bool,
+    audio: bool = False,
 ) -> None:
     """Refuse a way of training that the stored weights don't allow; call before loading them.
 
@@ -138,6 +139,7 @@ def check_training(
         quant_bits: ``--quant_bits`` with ``--q_lora true``, else None.
         vision: Whether the vision tower trains in full.
         resampler: Whether the resampler trains in full.
+        audio: Whether the audio encoder trains in full.
 
     Raises:
         QuantizationError: With the flag to change.
@@ -156,7 +158,7 @@ def check_training(
             f"--quant_bits {quant_bits}: the model is stored in {bits} bit. Give --quant_bits {bits}, or the "
             "full-precision model, which is quantized while loading."
         )
-    for part, trains in (("vision", vision), ("resampler", resampler)):
+    for part, trains in (("vision", vision), ("resampler", resampler), ("audio", audio)):
         quantized = sorted(name for name in stored.modules if generation.part_of(f"{name}.weight") == part)
         if trains and quantized:
             raise QuantizationError(

@@ -25,7 +25,13 @@ _STARTS_FROM_WEIGHTS = ("pissa", "olora")
 
 
 def add_adapter(
-    model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
+    model: PreTrainedModel,
+    generation: Generation,
+    lora: LoraArguments,
+    *,
+    vision: bool,
+    resampler: bool,
+    audio: bool = False,
 ) -> PeftModel:
     """Put a new LoRA adapter on a model.
 
@@ -35,6 +41,7 @@ def add_adapter(
         lora: The adapter's arguments.
         vision: ``--tune_vision``: train the vision tower in full and save it with the adapter.
         resampler: ``--tune_resampler``: likewise for the resampler.
+        audio: ``--tune_audio``: likewise for the audio encoder.
 
     Returns:
         The wrapped model; only the adapter and its ``modules_to_save`` train.
@@ -48,8 +55,10 @@ def add_adapter(
     if saved is None:
         adds_tokens = bool(getattr(model, "new_tokens", None))
         saved = default_modules_to_save(
-            generation, vision=vision, resampler=resampler, adds_tokens=adds_tokens
+            generation, vision=vision, resampler=resampler, audio=audio, adds_tokens=adds_tokens
         )
+        # Without what hears (init_audio false in config.json) there is no projection of audio to train.
+        saved = [name for name in saved if _is_module(model, name)]
     _check_modules_to_save(model, saved)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
@@ -123,14 +132,19 @@ def _remember_start(model: PeftModel) -> None:
 
 
 def default_modules_to_save(
-    generation: Generation, *, vision: bool, resampler: bool, adds_tokens: bool = False
+    generation: Generation,
+    *,
+    vision: bool,
+    resampler: bool,
+    audio: bool = False,
+    adds_tokens: bool = False,
 ) -> list[str]:
-    """The official default: token embeddings, the resampler, and the vision tower when it is tuned.
+    """The official default: token embeddings, the resampler, and the towers that are tuned.
 
     InternLM-XComposer2's embeddings are not trained beside an adapter, unless tokens are added. Then the output
     layer is trained too.
     """
-    tuned = {"embeddings": True, "resampler": resampler, "vision": vision}
+    tuned = {"embeddings": True, "resampler": resampler, "vision": vision, "audio": audio}
     parts = [part for part in generation.adapter_parts if tuned[part]]
     saved = [name for part in parts for name in _short_names(generation, part)]
     if adds_tokens:

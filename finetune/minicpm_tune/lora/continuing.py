@@ -46,7 +46,13 @@ _PROPERTIES = {
 
 
 def new_or_continued_adapter(
-    model: PreTrainedModel, generation: Generation, lora: LoraArguments, *, vision: bool, resampler: bool
+    model: PreTrainedModel,
+    generation: Generation,
+    lora: LoraArguments,
+    *,
+    vision: bool,
+    resampler: bool,
+    audio: bool = False,
 ) -> PeftModel:
     """Put the run's adapter on its base model.
 
@@ -56,6 +62,7 @@ def new_or_continued_adapter(
         lora: The adapter's arguments; ``lora_weight_path`` names one to continue.
         vision: ``--tune_vision``.
         resampler: ``--tune_resampler``.
+        audio: ``--tune_audio``.
 
     Raises:
         AdapterError: As ``build.add_adapter`` and ``loading.load_adapter``.
@@ -64,7 +71,7 @@ def new_or_continued_adapter(
         return load_adapter(
             model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
         )
-    wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler)
+    wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
     log_adapted_modules(wrapped)
     return wrapped
 
@@ -100,6 +107,7 @@ def check_adapter(
     *,
     vision: bool,
     resampler: bool,
+    audio: bool = False,
     adds_tokens: bool = False,
 ) -> None:
     """Check what an adapter run asks for, as far as possible before weights are loaded.
@@ -113,6 +121,7 @@ def check_adapter(
         generation: Its generation.
         vision: ``--tune_vision``.
         resampler: ``--tune_resampler``.
+        audio: ``--tune_audio``.
         adds_tokens: Whether the run adds tokens.
 
     Raises:
@@ -121,7 +130,7 @@ def check_adapter(
     saved = lora.modules_to_save
     if saved is None:
         saved = default_modules_to_save(
-            generation, vision=vision, resampler=resampler, adds_tokens=adds_tokens
+            generation, vision=vision, resampler=resampler, audio=audio, adds_tokens=adds_tokens
         )
     lacks = [name for name in modules_of_new_tokens(generation) if adds_tokens and name not in saved]
     if lacks:

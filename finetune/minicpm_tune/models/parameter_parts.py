@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("vision", "resampler", "embeddings", "llm", "lora")
+PARTS = ("vision", "audio", "resampler", "embeddings", "llm", "lora")
+# Positions that never train, as released: V-2's queries, and those of the audio encoder. Loading forgets that.
+FIXED_TABLES = ("resampler.pos_embed", "apm.embed_positions.weight")
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,40 @@ class PartCount:
     dtypes: tuple[str, ...]
 
 
-def freeze(model: nn.Module, generation: Generation, *, vision: bool, resampler: bool, llm: bool) -> None:
+def freeze(
+    model: nn.Module,
+    generation: Generation,
+    *,
+    vision: bool,
+    resampler: bool,
+    llm: bool,
+    audio: bool = False,
+) -> None:
     """Let exactly the chosen parts train; embeddings go with the LLM.
 
     Args:
         model: A model without adapters.
         generation: Its generation.
         vision: Whether the vision tower trains.
-        resampler: Whether the resampler (4.6 and 4.7: the merger) trains.
+        resampler: Whether the resampler (4.6 and 4.7: the merger) trains, and the projection of audio.
         llm: Whether the LLM trains, token embeddings and output layer included.
+        audio: Whether the audio encoder trains.
     """
-    trains = {"vision": vision, "resampler": resampler, "embeddings": llm, "llm": llm}
+    trains = {"vision": vision, "audio": audio, "resampler": resampler, "embeddings": llm, "llm": llm}
     for name, parameter in model.named_parameters():
-        # V-2's query positions are a fixed table; loading forgets that they don't train.
-        parameter.requires_grad = trains[generation.part_of(name)] and name != "resampler.pos_embed"
+        parameter.requires_grad = trains[generation.part_of(name)] and name not in FIXED_TABLES
+
+
+def check_parts(generation: Generation, *, audio: bool, **_: bool) -> None:
+    """Refuse to train a part that the generation does not have.
+
+    Raises:
+        UserError: With the flag to change.
+    """
+    if audio and generation.hearing is None:
+        raise UserError(
+            f"--tune_audio true: {generation.title} takes no audio, expected MiniCPM-o 2.6 or 4.5. Leave the flag out."
+        )
 
 
 def raise_precision_of_trained(model: nn.Module) -> None:

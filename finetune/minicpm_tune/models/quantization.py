@@ -71,7 +71,9 @@ def _new_quantization(
     """
     modules = tuple(name for names in generation.modules.values() for name in names)
     exact = {name.partition(".")[0] for name in tensor_names(folder) if not name.startswith(modules)}
-    exact |= {module for part in ("vision", "resampler") for module in generation.modules[part]}
+    exact |= {
+        module for part in ("vision", "audio", "resampler") for module in generation.modules.get(part, ())
+    }
     settings: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         settings = {

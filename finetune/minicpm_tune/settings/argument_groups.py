@@ -86,6 +86,12 @@ class TuningOptions(RowLimits):
         default=True,
         metadata={"help": "Train the vision tower (vpm)."},
     )
+    tune_audio: bool = field(
+        default=False,
+        metadata={
+            "help": "MiniCPM-o: train the audio encoder in full. The projection behind it trains with the resampler."
+        },
+    )
     tune_resampler: bool = field(
         default=True,
         metadata={
@@ -114,6 +120,10 @@ class TuningOptions(RowLimits):
     vision_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
     )
+    audio_lr: float | None = field(
+        default=None,
+        metadata={"help": "MiniCPM-o: learning rate of the audio encoder. Default: --learning_rate."},
+    )
     resampler_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the resampler or merger. Default: --learning_rate."}
     )
@@ -139,7 +149,7 @@ class TuningOptions(RowLimits):
     @property
     def tuned_around_llm(self) -> dict[str, bool]:
         """Whether the parts before the language model train, as the keyword arguments many functions take."""
-        return {"vision": self.tune_vision, "resampler": self.tune_resampler}
+        return {"vision": self.tune_vision, "resampler": self.tune_resampler, "audio": self.tune_audio}
 
 
 @dataclass

@@ -107,6 +107,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         """``--learning_rate`` and the parts' own."""
         parts = {
             "vision": self.vision_lr,
+            "audio": self.audio_lr,
             "resampler": self.resampler_lr,
             "llm": self.llm_lr,
             "embeddings": self.embed_lr,

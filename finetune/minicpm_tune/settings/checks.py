@@ -83,8 +83,8 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
             "The model cannot simultaneously adjust LLM parameters and apply LoRA. "
             "Add --tune_llm false for LoRA, or --use_lora false to train all of the LLM's weights."
         )
-    trained = (training.tune_vision, training.tune_resampler, training.tune_llm, training.use_lora)
-    if not any(trained):
+    parts = (training.tune_vision, training.tune_audio, training.tune_resampler, training.tune_llm)
+    if not any(parts) and not training.use_lora:
         yield (
             "Nothing would be trained: --tune_vision, --tune_resampler, --tune_llm and --use_lora are all "
             "false. Set at least one to true."
@@ -116,6 +116,7 @@ def _rates(training: Namespace) -> Iterator[str]:
     """Learning rates of parts that don't train would have no effect."""
     switches = {
         "vision_lr": training.tune_vision,
+        "audio_lr": training.tune_audio,
         "resampler_lr": training.tune_resampler,
         "llm_lr": training.tune_llm,
         "lora_lr_ratio": training.use_lora,

@@ -118,7 +118,7 @@ def _value(config: Any, name: str) -> Any:
 
 def _optimizer_section(training: Namespace) -> Iterator[str]:
     """DeepSpeed makes this optimizer itself, with one learning rate."""
-    for flag in ("vision_lr", "resampler_lr", "llm_lr", "embed_lr", "lora_lr_ratio"):
+    for flag in ("vision_lr", "audio_lr", "resampler_lr", "llm_lr", "embed_lr", "lora_lr_ratio"):
         if getattr(training, flag) is not None:
             yield (
                 f"--deepspeed: the file's optimizer section has one learning rate for all parts, so --{flag} can't "

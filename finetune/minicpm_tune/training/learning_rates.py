@@ -27,7 +27,13 @@ def check_rates(rates: LearningRates, counts: dict[str, PartCount]) -> None:
     Raises:
         LearningRateError: With the flag that would have no effect.
     """
-    flags = {"vision": "vision_lr", "resampler": "resampler_lr", "llm": "llm_lr", "embeddings": "embed_lr"}
+    flags = {
+        "vision": "vision_lr",
+        "audio": "audio_lr",
+        "resampler": "resampler_lr",
+        "llm": "llm_lr",
+        "embeddings": "embed_lr",
+    }
     for part, flag in flags.items():
         if rates.parts.get(part) is not None and not (part in counts and counts[part].trainable):
             raise LearningRateError(

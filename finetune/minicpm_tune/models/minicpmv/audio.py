@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 MEL_BINS = 80
 ENCODER_FRAMES_PER_SECOND = 50
@@ -62,6 +63,61 @@ class Segment:
     def tokens(self, pool: int) -> int:
         """Audio tokens of the segment; 0 when it is too short for one."""
         return self.encoded // pool
+
+
+@dataclass(frozen=True)
+class AudioInput:
+    """The audio of a batch.
+
+    Attributes:
+        mel: [80, F] float32, the log-mel frames of all segments side by side.
+        segments: [A], sample after sample.
+        kept: [A] audio tokens of each segment that have a place; the rest at its end is dropped.
+        bounds: [P] (row, start, end) of the runs of placeholder tokens.
+    """
+
+    mel: Tensor
+    segments: list[Segment]
+    kept: list[int]
+    bounds: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, values: Tensor | None, segments: Any, bounds: Any) -> AudioInput | None:
+        """Read a batch's keys; None when it has no audio."""
+        if values is None or segments is None or not len(segments):
+            return None
+        rows = [(int(frames), int(longest), int(kept)) for frames, longest, kept in segments.tolist()]
+        places = [(int(row), int(start), int(end)) for row, start, end in bounds.tolist()]
+        return cls(values, [Segment(row[0], row[1]) for row in rows], [row[2] for row in rows], places)
+
+    @classmethod
+    def dummy(cls, device: torch.device) -> AudioInput:
+        """One second of silence that has no place, for a batch without audio."""
+        mel = torch.zeros(MEL_BINS, DUMMY_FRAMES, device=device)
+        return cls(mel, [Segment(DUMMY_FRAMES, DUMMY_FRAMES)], [0], [])
+
+    def placed(self, tokens: Tensor, pool: int) -> Tensor:
+        """[K, D] tokens of all segments -> those that have a place.
+
+        Raises:
+            ValueError: When their number is not that of the places.
+        """
+        count = sum(end - start for _, start, end in self.bounds)
+        if sum(self.kept) != count:
+            raise ValueError(
+                f"The batch has {sum(self.kept)} audio tokens (audio_segments) and {count} places for them "
+                "(audio_bound), expected as many of one as of the other."
+            )
+        if sum(self.kept) == tokens.shape[0]:
+            return tokens
+        return tokens[
+            _ranges([segment.tokens(pool) for segment in self.segments], self.kept).to(tokens.device)
+        ]
+
+    def places(self, width: int) -> Tensor:
+        """[K] places of the audio tokens in the flattened [B * T] batch; ``width`` is T."""
+        starts = [row * width + start for row, start, _ in self.bounds]
+        return _spans(starts, [end - start for _, start, end in self.bounds])
 
 
 @dataclass(frozen=True)
@@ -139,7 +195,7 @@ class _Group:
         return groups
 
 
-class _Layer(nn.Module):
+class AudioEncoderLayer(GradientCheckpointingLayer):
     """A pre-norm block of Whisper's encoder (key names as released)."""
 
     def __init__(self, width: int, heads: int, ffn_width: int):
@@ -174,11 +230,10 @@ class AudioEncoder(nn.Module):
         self.embed_positions = nn.Embedding(config.get("max_source_positions", 1500), width)
         self.embed_positions.requires_grad_(False)  # as in the released class
         self.layers = nn.ModuleList(
-            _Layer(width, config["encoder_attention_heads"], config["encoder_ffn_dim"])
+            AudioEncoderLayer(width, config["encoder_attention_heads"], config["encoder_ffn_dim"])
             for _ in range(config["encoder_layers"])
         )
         self.layer_norm = nn.LayerNorm(width)
-        self.gradient_checkpointing = False
 
     def forward(self, mel: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Encode the segments.

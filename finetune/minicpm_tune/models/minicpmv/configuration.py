@@ -32,6 +32,8 @@ class MiniCPMVConfig(ReleasedConfig):
         text_config: What the LLM's transformers class needs.
         vision_config: What the SigLIP tower needs; None in V-2.
         query_num: Q, tokens per placeholder.
+        hears: Whether the model has the audio encoder: only MiniCPM-o, and not when ``init_audio`` is false.
+        audio_pool: Encoder frames that become one audio token.
     """
 
     model_type = "minicpmv"
@@ -39,7 +41,10 @@ class MiniCPMVConfig(ReleasedConfig):
     def __init__(self, released: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(released, **kwargs)
         self.query_num = self.released.get("query_num", 64)
+        self.audio_pool = self.released.get("audio_pool_step", 2)
+        self.hears = False
         if self.released:
+            self.hears = self.generation.hearing is not None and bool(self.released.get("init_audio", True))
             self.text_config = _llm_config(self.released, self.generation)
             self.vision_config = _vision_config(self.released, self.generation)
 

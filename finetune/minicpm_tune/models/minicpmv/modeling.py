@@ -20,6 +20,7 @@ from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
@@ -38,7 +39,7 @@ DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in pa
 
 
 class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The model of V-2, 2.5, 2.6, o-2.6, V-4 and V-4.5 (vision and text; o-2.6's speech parts are kept, not run).
+    """The model of V-2, 2.5, 2.6, V-4 and V-4.5, and of o-2.6 and o-4.5, whose speech output is kept and not run.
 
     Args:
         config: Made by ``MiniCPMVConfig.from_pretrained``, or from the content of a released config.json.
@@ -50,7 +51,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
-    # o-2.6's speech parts: not run here, saved unchanged.
+    # Speech output, and what hears in a checkpoint whose config.json leaves it out: not run here, saved unchanged.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]  # type: ignore[misc]
     # V-2's query positions are a fixed table; a checkpoint may leave it out.
     _keys_to_ignore_on_load_missing: ClassVar = [r"^resampler\.pos_embed$"]  # type: ignore[misc]
@@ -62,6 +63,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
         "GraniteDecoderLayer",
+        "AudioEncoderLayer",
     ]
 
     def __init__(self, config: MiniCPMVConfig):
@@ -87,6 +89,13 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             vision_width=vision_width,
             query_positions=row.vision == "timm",
         )
+        if config.hears:
+            self.apm = AudioEncoder(
+                released["audio_config"], chunk_seconds=released.get("audio_chunk_length", 1.0)
+            )
+            self.audio_projection_layer = AudioProjection(
+                released["audio_config"]["encoder_ffn_dim"] // 4, config.hidden_size
+            )
         self.embedding_scale = released.get("scale_emb", 1)
         # MiniCPM-2B divides the last hidden state by hidden / dim_model_base before the output layer.
         self.output_scale = 1 / getattr(config.text_config, "logits_scaling", 1)
@@ -160,6 +169,14 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             features = self.vpm(patches, layout)
         return to_autocast_dtype(features)
 
+    def encode_audio(self, audio: AudioInput) -> Tensor:
+        """[K, D] embeddings of all audio tokens of the batch, in their order; encoder and projection run once."""
+        trains = any(parameter.requires_grad for parameter in self.apm.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            features = self.apm(audio.mel, audio.segments)
+        features = self.audio_projection_layer(to_autocast_dtype(features))
+        return pooled(features, audio.segments, self.config.audio_pool)
+
     def embed(
         self,
         input_ids: Tensor,
@@ -172,8 +189,9 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         dummy: bool = False,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
+        audio: AudioInput | None = None,
     ) -> tuple[Tensor, NewFeatures | None]:
-        """Token embeddings with the placeholders replaced by image embeddings.
+        """Token embeddings with the placeholders replaced by the embeddings of images and audio.
 
         Args:
             input_ids: [B, T] int64.
@@ -186,6 +204,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
                 every rank takes part in the same collectives and every trained parameter gets a gradient.
             slice_sources: Which slices' features are cached.
             known_features: Those features.
+            audio: What there is to hear; None: nothing.
 
         Returns:
             [B, T, D], and the vision tower's features to be cached.
@@ -194,6 +213,8 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             ValueError: When slices, placeholders and tokens do not fit each other.
         """
         embeddings = self.get_input_embeddings()(input_ids) * self.embedding_scale
+        if self.config.hears and (audio is not None or dummy):
+            embeddings = self._with_audio(embeddings, audio)
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         if not grids:
             if not dummy:
@@ -217,6 +238,14 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         flat = embeddings.flatten(0, 1).index_copy(0, index, features.flatten(0, 1).to(embeddings.dtype))
         return flat.view_as(embeddings), new
 
+    def _with_audio(self, embeddings: Tensor, audio: AudioInput | None) -> Tensor:
+        if audio is None:
+            nothing = AudioInput.dummy(embeddings.device)
+            return embeddings + self.encode_audio(nothing).sum().to(embeddings.dtype) * 0
+        heard = audio.placed(self.encode_audio(audio), self.config.audio_pool).to(embeddings.dtype)
+        places = audio.places(embeddings.shape[1]).to(embeddings.device, non_blocking=True)
+        return embeddings.flatten(0, 1).index_copy(0, places, heard).view_as(embeddings)
+
     def _samples(self, bounds: list[list[int]], position_ids: Tensor | None) -> list[int]:
         """The sample of each placeholder: its row, or its segment of a packed row (needed in 2.5 alone)."""
         if position_ids is None or self.config.generation.positions != "one_row":
@@ -239,6 +268,9 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         on_cpu: Any = None,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_segments: Any = None,
+        audio_bound: Any = None,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
         """Give the loss (with labels) or the logits (without).
@@ -259,6 +291,9 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
             slice_sources: See ``embed``, as the next.
             known_features: See ``embed``.
+            audio_values: See ``batch.Batch``, as the two that follow.
+            audio_segments: See ``batch.Batch``.
+            audio_bound: See ``batch.Batch``.
             **kwargs: Must be None or False (adapters pass their library's usual arguments).
 
         Returns:
@@ -274,6 +309,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
             temporal_ids=temporal_ids, position_ids=positions, dummy=labels is not None,
             slice_sources=slice_sources, known_features=known_features,
+            audio=AudioInput.of(audio_values, audio_segments, audio_bound),
         )  # fmt: skip
         samples = SampleLayout.of_batch(input_ids, attention_mask, position_ids, on_cpu)
         hidden = self._run_llm(embeddings, samples) * self.output_scale
@@ -301,6 +337,9 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         tgt_sizes: Any = None,
         image_bound: Any = None,
         temporal_ids: Any = None,
+        audio_values: Tensor | None = None,
+        audio_segments: Any = None,
+        audio_bound: Any = None,
         dummy: bool = False,
         **options: Any,
     ) -> Any:
@@ -313,6 +352,9 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             tgt_sizes: See ``embed``.
             image_bound: See ``embed``.
             temporal_ids: See ``embed``.
+            audio_values: See ``batch.Batch``, as the two that follow.
+            audio_segments: See ``batch.Batch``.
+            audio_bound: See ``batch.Batch``.
             dummy: Run the vision tower even without an image, so that no process waits for another.
             **options: For ``transformers.GenerationMixin.generate``.
 
@@ -322,6 +364,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         embeddings, _ = self.embed(
             input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
             temporal_ids=temporal_ids, dummy=dummy,
+            audio=AudioInput.of(audio_values, audio_segments, audio_bound),
         )  # fmt: skip
         with self._new_tokens_scaled():
             return self.llm.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
