@@ -65,6 +65,10 @@ def test_layer_replication_makes_the_llm_taller():
     ("options", "message"),
     [
         ({"lora_target_modules": r"language\.q_proj"}, "matches no linear layer of MiniCPM-V 2.6"),
+        (
+            {"lora_target_modules": r"llm\.(lm_head|.*q_proj)"},
+            r"matches the output layer llm\.lm_head, .*train it in full with --lora_modules_to_save lm_head",
+        ),
         ({"lora_target_modules": "llm.(q_proj"}, "not a regular expression"),
         ({"lora_layers_to_transform": [1, 7]}, r"layers \[7\], expected numbers from 0 to 1"),
         (

@@ -175,7 +175,7 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
         the pattern: it refuses one beside layer numbers, and one that also matches other modules.
 
     Raises:
-        AdapterError: When no linear layer matches.
+        AdapterError: When no linear layer matches, or the output layer does.
     """
     pattern = translated_pattern(lora.lora_target_modules, generation)
     try:
@@ -198,6 +198,13 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
             f"--lora_target_modules {lora.lora_target_modules!r}"
             + (f" with layers {lora.lora_layers_to_transform}" if lora.lora_layers_to_transform else "")
             + f" matches no linear layer of {generation.title}, expected names like {examples}. Correct the pattern."
+        )
+    heads = [name for name in matched if isinstance(model.get_submodule(name), LMHead)]
+    if heads:  # it computes the loss itself, in chunks, from its weight alone
+        raise AdapterError(
+            f"--lora_target_modules {lora.lora_target_modules!r} matches the output layer {heads[0]}, which can't have "
+            f"LoRA weights. Leave it out of the pattern ({ALL_LINEAR} does), or train it in full with "
+            f"--lora_modules_to_save {generation.output_layer}."
         )
     return matched if matches_others or lora.lora_layers_to_transform is not None else pattern
 
