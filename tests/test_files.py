@@ -19,9 +19,9 @@ def test_a_new_folder_is_checked_before_the_work(tmp_path):
     (tmp_path / "full").mkdir()
     assert check_new_folder(str(tmp_path / "full")) == tmp_path / "full"
     (tmp_path / "full/x").write_text("")
-    with pytest.raises(OutputError, match="it exists and is not empty"):
+    with pytest.raises(OutputError, match="the folder exists and is not empty"):
         check_new_folder(str(tmp_path / "full"))
-    with pytest.raises(OutputError, match="it exists and is not empty"):
+    with pytest.raises(OutputError, match="the folder exists and is not empty"):
         check_new_folder(str(tmp_path / "full/x"))
     with pytest.raises(
         OutputError, match=r"--output_dir /proc/1/out: it can't be written: .* GiB are free there"

@@ -258,7 +258,7 @@ def test_a_wrong_early_official_file_is_refused_and_runs_no_code(content, messag
 
 def test_a_used_folder_and_a_missing_adapter_are_refused(tmp_path):
     saved_adapter(tmp_path / "adapter", "v2_6")
-    with pytest.raises(OutputError, match="it exists and is not empty"):
+    with pytest.raises(OutputError, match="the folder exists and is not empty"):
         run("--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"found no adapter_config\.json"):
         run("--adapter", tmp_path, "--output_dir", tmp_path / "merged")

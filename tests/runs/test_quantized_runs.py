@@ -77,7 +77,7 @@ class TestQuantizeCommand:
 
     def test_a_folder_with_a_model_is_left_alone(self, written):
         source, output = written
-        with pytest.raises(OutputError, match="it exists and is not empty"):
+        with pytest.raises(OutputError, match="the folder exists and is not empty"):
             quantize.quantize_checkpoint(source, output)
 
 

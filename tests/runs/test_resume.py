@@ -123,7 +123,7 @@ def test_without_deepspeed_another_number_of_processes_goes_on(small, tmp_path):
     refused = finish(arguments(small, output, *resume), expected=1)
     assert "a step had 2 rows and now has 1" in refused
     printed = finish(arguments(small, output, *resume, batch=2))
-    assert "written by 2 processes, this run has 1: rows go on in their order" in printed
+    assert "written by 2 processes, this run has 1: the rows continue in their order" in printed
     for found, expected in zip(numbers(output), numbers(tmp_path / "whole"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
 
