@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from minicpm_tune import output_folder
 from support import live_runs
 from support.live_runs import WORKER, LiveRun, start_words
+from support.paths import FINETUNE
 
 STEPS = 8
 AT_ONCE = 20  # seconds; the machine may be busy
@@ -67,7 +69,10 @@ def test_a_second_signal_ends_at_once(small, tmp_path, processes):
 
 
 def imports_torch(pid):
-    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # it has ended
+        return False
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -81,6 +86,17 @@ def test_ctrl_c_before_training_is_one_line_and_code_130(small, tmp_path, proces
     assert len(printed.split("\n")) == 3, printed  # an empty line before, and the end of the line
     assert printed.startswith("\nSIGINT: ")
     assert ("nothing is saved" in printed) == (processes == 0)
+
+
+def test_ctrl_c_while_the_launcher_looks_at_the_hardware_leaves_no_traceback(small, tmp_path):
+    variables = {"GPUS_PER_NODE": "1", "DEEPSPEED": "", "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    start = ["sh", FINETUNE / "finetune_lora.sh"]
+    run = LiveRun(arguments(small, tmp_path / "out"), start=start, env=variables)
+    run.wait_for(lambda: any(imports_torch(found.pid) for found in run.processes()), limit=live_runs.LIMIT)
+    os.killpg(run.process.pid, signal.SIGINT)
+    code, printed = run.end(limit=AT_ONCE)
+    assert code in (130, -signal.SIGINT), printed
+    assert "Traceback" not in printed
 
 
 def test_ctrl_c_in_the_check_of_rows_ends_with_its_workers(small, tmp_path):

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that torch takes: no traceback
 
 import torch
 
