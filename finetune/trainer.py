@@ -81,9 +81,8 @@ class CPMTrainer(ResilientTrainer):
     # The batch
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        args, rows = self.args, train_dataset or self.train_dataset
-        assert isinstance(rows, PaddedRows)
-        assert args.model_max_length is not None  # only predictions have no limit
+        args = self.args
+        rows: Any = train_dataset or self.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
         shuffle = args.train_sampling_strategy != "sequential"
@@ -92,6 +91,7 @@ class CPMTrainer(ResilientTrainer):
             order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
             return EpochSampler(order, multiple=multiple)
+        assert args.model_max_length is not None  # only predictions have no limit
         return PackingSampler(
             order,
             multiple=multiple,
@@ -101,8 +101,7 @@ class CPMTrainer(ResilientTrainer):
             seed=seed,
         )
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        assert isinstance(eval_dataset, PaddedRows)
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
         order = epoch_order(eval_dataset.rows.mixture, seed=self.args.seed, shuffle=False)
         return EpochSampler(order, multiple=self.args.eval_batch_size * self.args.world_size)
 
