@@ -237,3 +237,18 @@ def test_a_missing_video_package_is_named(tmp_path, monkeypatch):
     rows = dataset(tmp_path, [{"video": "a.mp4", "conversations": chat("What?", "x")}], "v2_6")
     with pytest.raises(DataError, match=r"need the package 'av'.*Run: pip install av"):
         check_rows(rows)
+
+
+def test_a_video_part_may_set_its_own_frame_rate_and_most_frames(tmp_path):
+    write_film(tmp_path / "a.mp4", seconds=3)
+
+    def frames(**wishes):
+        part = {"type": "video", "video": "a.mp4", **wishes}
+        messages = [{"role": "user", "content": [part, "What?"]}, *chat("", "x")[1:]]
+        rows = dataset(tmp_path, [{"messages": messages}], "v2_6")
+        return len(rows.plan(0).pictures[0].sizes)
+
+    assert frames() == 3
+    assert frames(fps=2) == 6
+    assert frames(video_fps=5.0, max_frames=4) == 4
+    assert frames(fps=None, max_num_frames=2) == 2

@@ -327,7 +327,7 @@ def _parts(
     content: Any, number: int, joined_by: str, *, first: int
 ) -> tuple[tuple[Part, ...], list[Image.Image | Picture]]:
     """The parts of a message, texts that touch joined, and its pictures, numbered from ``first``."""
-    parts: list[Part] = []
+    parts: list[str | Media] = []
     pictures: list[Image.Image | Picture] = []
     for item in content if isinstance(content, (list, tuple)) else [content]:
         if parts and joined_by:
@@ -344,7 +344,7 @@ def _parts(
                 "files with PIL.Image.open first."
             )
     runs = groupby(parts, key=lambda part: part if isinstance(part, Media) else str)
-    return tuple(key if isinstance(key, Media) else "".join(run) for key, run in runs), pictures
+    return tuple(key if isinstance(key, Media) else "".join(map(str, run)) for key, run in runs), pictures
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

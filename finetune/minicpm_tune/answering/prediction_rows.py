@@ -19,7 +19,7 @@ from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_check import problems_text
 from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.samples import TrainingRows
-from minicpm_tune.data.turns import Turn
+from minicpm_tune.data.turns import Turn, media_of
 from minicpm_tune.errors import DataError, RowError
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,8 @@ class PredictionRows:
         *turns, last = row.turns
         if self.system_prompt and turns[0].role != "system":
             turns.insert(0, Turn("system", (self.system_prompt,)))
-        media = [part.index for turn in turns for part in turn.parts if not isinstance(part, str)]
-        pictures = self.rows.open_media(index, [row.sources[number] for number in media])
+        sources = [row.sources[media.index] for media in media_of(turns)]
+        pictures = self.rows.open_media(index, sources)
         prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
         return Question(index, row.row_id, turns[-1].text.strip(), last.text or None, prompt)
 

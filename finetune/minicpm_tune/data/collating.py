@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minicpm_tune.batch import IGNORE_INDEX, Batch, PictureFeatures, Provenance, Sample, SliceSources
+
+_TokenKey = Literal["input_ids", "labels", "mm_token_type_ids"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _place(rows: Sequence[Sample | list[Sample]], padding_side: str) -> tuple[li
     return placed, (len(rows), width)
 
 
-def _filled(placed: Sequence[_Placed], key: Any, shape: tuple[int, int], fill: int) -> Tensor:
+def _filled(placed: Sequence[_Placed], key: _TokenKey, shape: tuple[int, int], fill: int) -> Tensor:
     """[B, T] of one key of every sample."""
     values = torch.full(shape, fill, dtype=torch.int64)
     for each in placed:

@@ -1,0 +1,50 @@
+"""Rows of every form as questions: literal texts, thoughts, system texts, videos with a frame rate of their own."""
+
+import json
+
+import pytest
+
+from dataset import SupervisedDataset
+from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.errors import DataError
+from support.golden_checkpoints import processing
+from support.rows import SMALL, chat
+
+
+def questions(tmp_path, row, name="v2_6"):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    return PredictionRows(SupervisedDataset(path, processing(name)))
+
+
+def prompt(found, name="v2_6"):
+    return processing(name).tokenizer.decode(found.prompt["input_ids"]).replace("<unk>", "")
+
+
+def test_a_literal_text_and_an_image_in_one_question(tmp_path):
+    row = {"image": SMALL, "messages": chat(r"<image>What does \<video> do?", "It embeds a film.")}
+    rows = questions(tmp_path, row)
+    rows.check([0])
+    assert prompt(rows[0]).endswith("<image></image>What does <video> do?<|im_end|>\n<|im_start|>assistant\n")
+    assert rows[0].text == "What does <video> do?"
+    assert len(rows[0].prompt["tgt_sizes"]) == 1
+
+
+def test_a_system_text_beside_the_turns_reaches_the_prompt(tmp_path):
+    row = {"system": "Be brief.", "messages": chat("Hi", "Hello.")}
+    assert prompt(questions(tmp_path, row)[0]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+def test_thoughts_of_the_answer_are_no_part_of_the_question(tmp_path):
+    answer = {"role": "assistant", "content": "Two.", "reasoning_content": "One and one."}
+    found = questions(tmp_path, {"messages": [*chat("How many?"), answer]}, "v4_5")[0]
+    assert "One and one." not in prompt(found, "v4_5")
+    assert found.answer == "Two."
+
+
+def test_half_an_emoji_names_the_row(tmp_path):
+    rows = questions(tmp_path, {"messages": chat("so \ud83d", "x")})
+    with pytest.raises(DataError, match=r"row 0: the row has \\ud83d, which is half of a character"):
+        rows[0]
+    with pytest.raises(DataError, match="1 of 1 rows can't be answered"):
+        rows.check([0])
