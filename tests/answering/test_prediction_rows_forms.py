@@ -46,5 +46,5 @@ def test_half_an_emoji_names_the_row(tmp_path):
     rows = questions(tmp_path, {"messages": chat("so \ud83d", "x")})
     with pytest.raises(DataError, match=r"row 0: the row has \\ud83d, which is half of a character"):
         rows[0]
-    with pytest.raises(DataError, match="1 of 1 rows can't be answered"):
+    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
         rows.check([0])
