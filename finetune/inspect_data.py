@@ -123,7 +123,7 @@ def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistic
     return found
 
 
-def _list_writer(file: IO[str]) -> Callable[[str], None]:
+def _list_writer(file: IO[str]) -> Callable[[str], object]:
     """Writes rows into a JSON list as they come."""
     before = chain(['{"rows": [\n'], repeat(",\n"))
     return lambda line: file.write(next(before) + line)

@@ -341,3 +341,12 @@ def test_answers_under_zero_3_are_those_of_one_process(name, data, tmp_path):
     done = processes.run([*processes.torchrun(2, worker), *given], limit=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "out").read_text()) == expected_predictions(name)
+
+
+def test_control_texts_that_are_written_as_text_are_asked(tmp_path):
+    turns = [{"role": "user", "content": "Close \\</s> this"}, {"role": "assistant", "content": "Yes."}]
+    rows = SupervisedDataset(
+        write_rows(tmp_path, [{"conversations": turns}]), load_processing(checkpoint("v2_6"))
+    )
+    question = PredictionRows(rows)[0]
+    assert "Close </s> this" in rows.processing.tokenizer.decode(question.prompt["input_ids"])

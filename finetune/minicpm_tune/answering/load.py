@@ -167,7 +167,7 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         quant_bits=4 if choice.load_4bit else None,
         downsample_mode=found.processing.media.downsample_mode,
         # Straight to the GPU: quantized layers can't all move later, and RAM need not hold the model.
-        **({"device_map": {"": device}} if device.type == "cuda" else {}),
+        device_map={"": device} if device.type == "cuda" else None,
     )
     add_token_rows(model, found.processing.new_tokens)
     if adapter is not None:

@@ -136,6 +136,7 @@ def attend_within_samples(
     query, key, value = (to_autocast_dtype(part) for part in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if _has_varlen_kernel(query):
+        assert sample_ends is not None  # comes with ``sample_lengths``
         parts = [part[0].transpose(0, 1) for part in (query, key, value)]
         longest = max(sample_lengths)
         mixed = _varlen(
@@ -144,8 +145,8 @@ def attend_within_samples(
         return mixed[None], None
     mixed = torch.cat(
         [
-            F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-            for parts in zip(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+            for q, k, v in zip(
                 *(part.split(list(sample_lengths), dim=2) for part in (query, key, value)), strict=True
             )
         ],

@@ -207,7 +207,7 @@ class DataStatistics:
 
 
 def collect(
-    facts: Iterable[RowFacts], rows: TrainingRows, *, write: Callable[[str], None] | None
+    facts: Iterable[RowFacts], rows: TrainingRows, *, write: Callable[[str], object] | None
 ) -> DataStatistics:
     """Put the rows' facts together, keeping only numbers of the good ones.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig
-from transformers import TrainerState
+from transformers import SchedulerType, TrainerState
 
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.settings.arguments import TrainingArguments
@@ -72,7 +72,7 @@ def _values(config: LoraConfig, training: TrainingArguments, state: TrainerState
     values: dict[str, object] = {
         "rank, alpha, dropout": f"{config.r}, {config.lora_alpha:g}, {config.lora_dropout:g}",
         "also trained in full": ", ".join(sorted(config.modules_to_save or ())) or "nothing",
-        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+        "learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
         "rows in a step": per_process * training.world_size,
         "longest row": f"{training.model_max_length} tokens",
         "precision": str(training.weight_dtype).removeprefix("torch."),

@@ -183,7 +183,7 @@ def _decoded(data: io.BytesIO | Path, name: str) -> np.ndarray:
             "Install it: pip install av soxr",
         ) from error
     try:
-        with av.open(str(data) if isinstance(data, Path) else data) as container:
+        with av.open(str(data) if isinstance(data, Path) else data, mode="r") as container:
             if not container.streams.audio:
                 raise RowError(
                     "audio", f"audio {name} holds no sound, expected a stream of audio. Replace it."

@@ -160,10 +160,9 @@ class _Attention(nn.Module):
         )
         mixed = torch.empty_like(q)
         for group in groups:
-            parts = [
-                part[group.rows].transpose(1, 2) for part in (q, k, v)
-            ]  # [segments, heads, length, head]
-            found = F.scaled_dot_product_attention(*parts, attn_mask=group.mask)
+            # [segments, heads, length, head]
+            query, key, value = (part[group.rows].transpose(1, 2) for part in (q, k, v))
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
             mixed = mixed.index_copy(0, group.rows.flatten(), found.transpose(1, 2).flatten(0, 1))
         return self.out_proj(mixed.flatten(1))
 

@@ -149,10 +149,14 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs)), new
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         """As ``ReleasedModel``; the processor's files then name the model's ``downsample_mode`` too."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process:
             set_downsample_mode(Path(save_directory), self.config.downsample_mode)
 
