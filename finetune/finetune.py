@@ -48,7 +48,7 @@ from minicpm_tune.models.parameter_parts import (
     raise_precision_of_trained,
 )
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
-from minicpm_tune.settings.arguments import Arguments, parse_arguments
+from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.checkpointing import check_continues, write_failures_as_messages
 from minicpm_tune.training.early_stopping import EarlyStopping
@@ -146,12 +146,7 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     if train_rows is not None and training.resume_from_checkpoint:
         check_continues(Path(training.resume_from_checkpoint), training, rows=len(train_rows))
     if train_rows is not None:
-        assert train_rows.lengths is not None  # check_rows has counted them
-        tokens = train_rows.lengths[train_rows.mixture.epoch_order(seed=training.seed, epoch=0)].sum()
-        plan = plan_run(
-            training, samples=len(train_rows), left_out=len(train_rows.left_out), tokens=int(tokens)
-        )
-        log_plan(plan, training)
+        log_plan(plan_run(training, train_rows), training)
     return train_rows, eval_rows
 
 
@@ -197,43 +192,46 @@ def build_trainer(
 ) -> CPMTrainer:
     """Put model, rows and arguments together."""
     _, _, training, lora = arguments
-    generation = processing.generation
     train_rows, eval_rows = datasets
-    needs_lengths = training.packing or training.train_sampling_strategy == "group_by_length"
+    padding = processing.padding_sample()
     features: FeatureWriter | None = None
     if training.cache_vision_features is not None:
-        given = [rows for rows in datasets if rows is not None]
+        cached = [rows for rows in datasets if rows is not None]
         features = use_cache(
-            training.cache_vision_features, folder, model, given, precision=training.computes_in
+            training.cache_vision_features, folder, model, cached, precision=training.computes_in
         )
-    padding = processing.padding_sample()
+    complete_adapter = partial(
+        complete_adapter_folder,
+        base=folder,
+        generation=processing.generation,
+        quant_bits=lora.held_bits,
+        downsample_mode=processing.media.downsample_mode,
+        new_tokens=processing.new_tokens,
+    )
     trainer = CPMTrainer(
         model=model,
         args=training,
-        generation=generation,
+        generation=processing.generation,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=partial(
-            data_collator,
-            pad_token_id=int(padding["input_ids"][0]),
-            packing=training.packing,
+            data_collator, pad_token_id=int(padding["input_ids"][0]), packing=training.packing
         ),
         padding_sample=padding,
-        lengths=train_rows.lengths if train_rows is not None and needs_lengths else None,
+        lengths=None if train_rows is None else train_rows.lengths,
         run_context=context,
         feature_writer=features,
-        after_save=partial(
-            complete_adapter_folder,
-            base=folder,
-            generation=generation,
-            quant_bits=lora.held_bits,
-            downsample_mode=processing.media.downsample_mode,
-            new_tokens=processing.new_tokens,
-        )
-        if training.use_lora
-        else None,
+        after_save=complete_adapter if training.use_lora else None,
         callbacks=[LossCurve()],
     )
+    add_callbacks(trainer, training, eval_rows)
+    return trainer
+
+
+def add_callbacks(
+    trainer: CPMTrainer, training: TrainingArguments, eval_rows: SupervisedDataset | None
+) -> None:
+    """Add what acts at evaluations, where it is asked for."""
     if training.predict_with_generate:
         assert eval_rows is not None  # check_arguments has seen to it
         trainer.add_callback(
@@ -249,7 +247,6 @@ def build_trainer(
         patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
         # Behind the answers, whose metrics it may look at.
         trainer.add_callback(EarlyStopping(patience, threshold))
-    return trainer
 
 
 def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from minicpm_tune.settings.arguments import TrainingArguments
@@ -14,8 +16,14 @@ def training(tmp_path, **values):
     return TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **(defaults | values))
 
 
-def plan(arguments, samples=100, left_out=0, tokens=50_000):
-    return plan_run(arguments, samples=samples, left_out=left_out, tokens=tokens)
+def plan(arguments, samples=100, left_out=0):
+    """The plan for so many rows of 500 tokens."""
+    order = list(range(samples))
+    mixture = SimpleNamespace(samples=samples, epoch_order=lambda **_: order)
+    lengths = np.full(samples, 500)
+    return plan_run(
+        arguments, SimpleNamespace(mixture=mixture, lengths=lengths, left_out=set(range(left_out)))
+    )
 
 
 @pytest.mark.parametrize(

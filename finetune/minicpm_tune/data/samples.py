@@ -65,6 +65,7 @@ class TrainingRows(Protocol):
     mixture: Mixture
     bad_rows: BadRowLog
     left_out: set[int]
+    lengths: np.ndarray | None
 
     def __len__(self) -> int:
         """Samples in an epoch."""

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -20,14 +21,14 @@ class RunPlan:
     Attributes:
         samples: Samples of one epoch.
         left_out: Rows that can't be used and are left out.
-        tokens: Tokens of one epoch, or of its rows without weights; None when they were not counted.
+        tokens: Tokens of the first epoch.
         steps_per_epoch: Optimizer steps of one epoch; with packing an estimate from the tokens.
         steps: Optimizer steps of the run.
     """
 
     samples: int
     left_out: int
-    tokens: int | None
+    tokens: int
     steps_per_epoch: int
     steps: int
 
@@ -37,24 +38,24 @@ class RunPlan:
         return self.steps / self.steps_per_epoch
 
 
-def plan_run(training: TrainingArguments, *, samples: int, left_out: int, tokens: int | None) -> RunPlan:
+def plan_run(training: TrainingArguments, data: TrainingRows) -> RunPlan:
     """Work out how long a run is, as Trainer will.
 
     Args:
         training: The arguments.
-        samples: Samples of one epoch.
-        left_out: Rows that are left out.
-        tokens: Tokens of one epoch; None when they were not counted.
+        data: The training rows, checked.
     """
-    rows = samples
-    if training.packing and tokens is not None and training.model_max_length:
+    assert data.lengths is not None  # check_rows has counted them
+    tokens = int(data.lengths[data.mixture.epoch_order(seed=training.seed, epoch=0)].sum())
+    rows = samples = data.mixture.samples
+    if training.packing and training.model_max_length:
         rows = min(samples, math.ceil(tokens / training.model_max_length))
     batches = math.ceil(rows / (training.per_device_train_batch_size * training.world_size))
     steps_per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * steps_per_epoch)
-    return RunPlan(samples, left_out, tokens, steps_per_epoch, steps)
+    return RunPlan(samples, len(data.left_out), tokens, steps_per_epoch, steps)
 
 
 def log_plan(plan: RunPlan, training: TrainingArguments) -> None:
@@ -67,11 +68,10 @@ def log_plan(plan: RunPlan, training: TrainingArguments) -> None:
 
 def plan_lines(plan: RunPlan, training: TrainingArguments) -> list[str]:
     """The plan in words."""
-    tokens = "" if plan.tokens is None else f", {plan.tokens:,} tokens"
     left_out = f" ({plan.left_out:,} rows can't be used and are left out)" if plan.left_out else ""
     about = "about " if training.packing else ""
     return [
-        f"Data: {plan.samples:,} samples an epoch{tokens}{left_out}.",
+        f"Data: {plan.samples:,} samples an epoch, {plan.tokens:,} tokens{left_out}.",
         f"Run: {plan.steps:,} steps = {about}{plan.epochs:.3g} epochs at learning rate {training.learning_rate:g}; "
         f"{_first(training, plan, 'eval', 'evaluation')}, {_first(training, plan, 'save', 'checkpoint')}.",
         f"Everything is written to {training.output_dir}.",
