@@ -25,6 +25,7 @@ from minicpm_tune.data.sampling import (
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
+from minicpm_tune.training.fully_sharded import shard_on_cpus
 from minicpm_tune.training.learning_rates import split_by_rate
 from minicpm_tune.training.model_card import write_model_card
 from minicpm_tune.training.resilient_trainer import ResilientTrainer
@@ -77,6 +78,12 @@ class CPMTrainer(ResilientTrainer):
         )
         self._evaluation = EvaluationSums()
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer, and ``--fsdp`` divides the model on CPUs as well."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            shard_on_cpus(self)
 
     # The batch
 

@@ -5,20 +5,17 @@ Example:
     >>> model = minicpm_tune.load_model("openbmb/MiniCPM-V-2_6")  # doctest: +SKIP
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from minicpm_tune.models.loading import load_model
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.2.0"
 
-__all__ = ["__version__", "load_model"]
+# Public name -> the module that has it. Imported on first use: torch and transformers take seconds, and the
+# commands' --help does without them.
+_PUBLIC = {"load_model": "minicpm_tune.models.loading"}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; the commands' --help does without them.
-    if name == "load_model":
-        from minicpm_tune.models.loading import load_model
-
-        return load_model
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

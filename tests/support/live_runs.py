@@ -25,6 +25,7 @@ STAGES = {
     "zero2": ("--deepspeed", "ds_config_zero2.json"),
     "zero3": ("--deepspeed", "ds_config_zero3.json"),
 }
+FSDP = ("--fsdp", "full_shard auto_wrap")
 
 
 def tiny(folder, generation="v2_6"):

@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune"))
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import finetune
 from minicpm_tune.data import row_check
@@ -99,8 +100,18 @@ class Probed(CPMTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         for hook in hooks:
             hook.remove()
+        if self.is_fsdp_enabled:  # it reduces gradients without calling hooks
+            found = {
+                name: int(parameter.grad is not None)
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
         without = [name for name, times in found.items() if times != 1]
-        batches.append({"slices": slices, "parameters": len(found), "without": without, "rows": rows})
+        divided = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+        whole = len(list(model.parameters())) - divided
+        batches.append(
+            {"slices": slices, "parameters": len(found), "without": without, "rows": rows, "whole": whole}
+        )
         return loss
 
     def evaluates_batch(self, inputs):

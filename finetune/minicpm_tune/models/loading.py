@@ -83,3 +83,13 @@ def model_class(generation: Generation) -> Any:
     Families are imported when they are asked for: each brings its own part of transformers.
     """
     return import_module(f"minicpm_tune.models.{generation.family}").model_class(generation)
+
+
+def keep_present_blocks(model: PreTrainedModel) -> None:
+    """Let a model name only blocks that it has as its units (``_no_split_modules``).
+
+    transformers' classes list those of all their variants. FSDP refuses a name without a module (accelerate 1.15).
+    """
+    model._no_split_modules = {type(module).__name__ for module in model.modules()} & set(
+        model._no_split_modules or ()
+    )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from minicpm_tune.batch import NewFeatures, SliceSources
 
@@ -144,8 +145,8 @@ def tower_features(
             runs the tower on a dummy slice, and its result is not used.
         vision: What there is of the slices.
         layout: All slices of the batch.
-        tower: The tower's module. Where ZeRO-3 has partitioned it, running it is a collective, and a process
-            without anything to run must take part.
+        tower: The tower's module. Where ZeRO-3 or FSDP has partitioned it, running it is a collective, and a
+            process without anything to run must take part.
 
     Returns:
         [N, C] in the layout's order, and those that can be cached now.
@@ -163,7 +164,7 @@ def tower_features(
         merged = sum(part.lengths) // features.shape[0]
         found = list(features.split([length // merged for length in part.lengths]))
         found = [found[place] for place in part.places()]
-    elif any(hasattr(parameter, "ds_id") for parameter in tower.parameters()):
+    elif _is_partitioned(tower):
         run(None, layout)
     if known_features is None:
         pieces = found
@@ -176,6 +177,11 @@ def tower_features(
         new = iter(found)
         pieces = [next(known) if is_known else next(new) for is_known in sources.known]
     return torch.cat([pieces[index] for index in layout.order]), _by_picture(found, sources.keys)
+
+
+def _is_partitioned(tower: nn.Module) -> bool:
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+    return zero3 or any(isinstance(module, FSDPModule) for module in tower.modules())
 
 
 def _by_picture(slices: list[Tensor], keys: list[tuple[str | None, int]]) -> NewFeatures:

@@ -19,6 +19,7 @@ from minicpm_tune.batch import NewFeatures, SliceSources
 from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
+from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
@@ -65,6 +66,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         "GraniteDecoderLayer",
         "AudioEncoderLayer",
     ]
+    _no_split_modules: ClassVar = ["SiglipEncoderLayer", "TimmBlock"]  # type: ignore[misc]  # and the LLM's own
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
@@ -100,6 +102,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         # MiniCPM-2B divides the last hidden state by hidden / dim_model_base before the output layer.
         self.output_scale = 1 / getattr(config.text_config, "logits_scaling", 1)
         self.post_init()
+        keep_present_blocks(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()

@@ -29,6 +29,7 @@ from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
 from minicpm_tune.checkpoints.released_format import ReleasedModel, set_downsample_mode
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
+from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
 from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SpreadLayout
@@ -55,6 +56,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         use_slice_modules(self.model)
         use_packed_delta_nets(self.model.language_model)
         keep_samples_apart(self.config.text_config)
+        keep_present_blocks(self)
 
     def slice_grids(self, count: int) -> list[Grid]:
         """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""

@@ -170,7 +170,7 @@ def encode_slices(
     (merged,) = model.merger(features[None], sizes)
     per_token = sum(layout.lengths) // merged.shape[0]
     tokens = replace(layout, lengths=tuple(length // per_token for length in layout.lengths))
-    return tokens.restore(merged)[:count] + _skipped_merger(model), new
+    return tokens.restore(merged)[:count] + _skipped_merger(model, features), new
 
 
 def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
@@ -194,14 +194,13 @@ def _smallest_grid(config: Any) -> tuple[int, int]:
     return rows * window[0], columns * window[1]
 
 
-def _skipped_merger(model: Any) -> Tensor:
+def _skipped_merger(model: Any, like: Tensor) -> Tensor:
     """A zero that gives the inner merger its gradient of zeros in mode 4x, where nothing uses it."""
     merger = model.vision_tower.vit_merger
-    weight = merger.linear_2.weight
     if model.config.downsample_mode != "4x" or not any(p.requires_grad for p in merger.parameters()):
-        return weight.new_zeros(())
+        return like.new_zeros(())
     rows, columns = merger.window_kernel_size
-    window = weight.new_zeros((1, rows * columns, merger.embed_dim))
+    window = like.new_zeros((1, rows * columns, merger.embed_dim))
     return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
 
 

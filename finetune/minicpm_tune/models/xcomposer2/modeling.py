@@ -22,6 +22,7 @@ from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.chat_interface import ChatMixin
+from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.samples import SampleLayout
 from minicpm_tune.models.slices import Grid, VisionInput
@@ -77,6 +78,7 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
             self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
         self.post_init()
+        keep_present_blocks(self)
         # transformers reads its old meaning, the longest text generated, into the checkpoint's longest row.
         self.generation_config.max_length = None
 
