@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -30,18 +31,19 @@ _SPREADS = {
 _BARS = 40
 _SHOWN_ROWS = 20
 _LISTED_ROWS = 1000
+_LONG_TEXT = 30  # characters; columns with more may break anywhere
 _STYLE = """
 :root { color-scheme: light dark; --line: #d8d8d8; --soft: #f6f6f6; --bar: #4477aa; --bad: #b00020; }
 @media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #222; --bar: #7aa6d6; --bad: #ff6b81; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin: 1.8em 0 .4em; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em; }
+h1 { font-size: 1.4em; overflow-wrap: anywhere; } h2 { font-size: 1.15em; margin: 1.8em 0 .4em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4em 0 1em; }
 td, th { border-bottom: 1px solid var(--line); padding: .3em .8em; text-align: left; vertical-align: top; }
-td:first-child, th:first-child { padding-left: 0; }
+td:first-child, th:first-child { padding-left: 0; white-space: nowrap; }
+td:last-child, th:last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.text { min-width: 12em; }
+.text { min-width: 14em; overflow-wrap: anywhere; } .flag { white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr)); gap: 1em; }
 figure { margin: 0; } figcaption { font-size: .9em; }
 svg { display: block; width: 100%; height: auto; background: var(--soft); border: 1px solid var(--line); }
@@ -139,7 +141,7 @@ def _advice(summary: dict[str, Any]) -> dict[str, str]:
         f"--max_slice_nums {summary['recommended_max_slice_nums']}",
         "padding": f"{summary['padding_share']:.1%} with --per_device_train_batch_size {summary['batch_size']}, "
         f"{summary['padding_share_packed']:.1%} with --packing true",
-        "an epoch": f"{summary['samples_per_epoch']} samples, {summary['tokens_per_epoch']} tokens",
+        "an epoch": f"{summary['samples_per_epoch']:,} samples, {summary['tokens_per_epoch']:,} tokens",
         "token id 0": f"{_counted(summary['rows_with_token_id_0'])} with {summary['token_id_0']!r}, which the released "
         "chat() hides from the model in prompts and drops from answers",
         "unknown keys": "nothing reads "
@@ -151,7 +153,7 @@ def _advice(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def _counted(rows: int) -> str:
-    return f"{rows} row{'' if rows == 1 else 's'}"
+    return f"{rows:,} row{'' if rows == 1 else 's'}"
 
 
 def _rows_with(found: DataStatistics, kind: str) -> str:
@@ -202,8 +204,9 @@ def as_html(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows) 
         parts.append(f"<h2 class='bad'>{len(found.bad):,} rows can't be used</h2>")
         parts.append(_table(("problem", "rows"), list(summary["problems"].items())))
         listed = found.bad[:_LISTED_ROWS]
-        lines = [(bad.file, bad.row, "" if bad.id is None else str(bad.id), bad.reason) for bad in listed]
-        parts.append(_table(("file", "row", "id", "reason"), lines))
+        lines = [(bad.row, "" if bad.id is None else str(bad.id), bad.reason, bad.file) for bad in listed]
+        shown = 4 if len(rows.mixture.names) > 1 else 3  # a single file stands in the title
+        parts.append(_table(("row", "id", "reason", "file")[:shown], [line[:shown] for line in lines]))
         if len(found.bad) > _LISTED_ROWS:
             parts.append(f"<p>... and {len(found.bad) - _LISTED_ROWS:,} more; --json lists all.</p>")
     return "\n".join(parts)
@@ -211,28 +214,29 @@ def as_html(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows) 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     """A table that scrolls within the page where it is too wide; numbers are set to the right."""
-    numeric = [isinstance(cell, (int, float)) for cell in body[0]] if body else []
+    classes = [_class(column) for column in zip(*body, strict=True)]
     lines = ["<div class='wide'><table>"]
     for tag, rows in (("th", [head] if head else []), ("td", body)):
         for row in rows:
-            cells = (
-                f"<{tag}{_kind(column, row, numeric)}>{_shown(cell)}</{tag}>"
-                for column, cell in enumerate(row)
+            cells = zip(row, classes, strict=True)
+            lines.append(
+                "<tr>" + "".join(f"<{tag}{kind}>{_cell(cell)}</{tag}>" for cell, kind in cells) + "</tr>"
             )
-            lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</table></div>"])
 
 
-def _kind(column: int, row: Sequence[Any], numeric: Sequence[bool]) -> str:
-    if numeric and numeric[column]:
+def _class(column: Sequence[Any]) -> str:
+    if isinstance(column[0], (int, float)):
         return " class='number'"
-    return " class='text'" if column == len(row) - 1 else ""
+    return " class='text'" if max(map(len, column)) > _LONG_TEXT else ""
 
 
-def _shown(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:,.1f}"
-    return f"{cell:,}" if isinstance(cell, int) else _escaped(cell)
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return re.sub(r"--\w+", r"<span class='flag'>\g<0></span>", _escaped(value))
 
 
 def _histogram(title: str, values: np.ndarray, *, mark: int | None = None) -> str:
