@@ -130,7 +130,7 @@ def test_paths_may_be_relative_to_the_current_folder(tmp_path, monkeypatch):
         ("half.jpg", "image", "half.jpg' can't be decoded"),
         ("a\0b", "missing image", "(no file name|not found)"),
         ("x" * 5000, "missing image", "(no file name|not found)"),
-        (".", "missing image", "not found"),
+        (".", "missing image", "is a folder"),
         (b"", "image", "an image has 0 bytes"),
         (b"abc", "image", r"image \(3 bytes\) is in no format"),
         ({"bytes": None, "path": None}, "media", "an image is None, expected a path"),

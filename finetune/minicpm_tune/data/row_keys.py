@@ -64,7 +64,7 @@ _AUDIO_KEYS = {"audio", "audios", "audio_path", "audio_paths", "audio_url", "sou
 # Keys that name an image or a video elsewhere: image_path, image_1, img, video_file, pictures ...
 _MEDIA_KEY = re.compile(r"(image|img|picture|pic|photo|video|clip|frame)s?([ _-]?(\d+|\w*))?", re.IGNORECASE)
 _MEDIA_FILE = re.compile(
-    r"(data:(image|video)/|https?://).+|.*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|avi|mov|webm|m4v|mpe?g)",
+    r"data:(image|video)/.+|[^\n]{1,300}\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|avi|mov|webm|m4v|mpe?g)",
     re.IGNORECASE | re.DOTALL,
 )
 # Facts about an image that stands under a key of its own.
@@ -90,9 +90,11 @@ def read_row_keys(row: Mapping[str, Any], *, model: str) -> list[str]:
     _refuse_audio(row, "the row", model)
     _refuse(row, _REFUSED_ROW_KEYS, "the row")
     unknown = _unknown(row, _ROW_KEYS)
-    has_media = any(row.get(key) not in NOTHING for key in ("image", "images", "video", "videos"))
+    has_media = _has_media(row)
     for key in unknown:
-        if _is_media(key, row[key]) and not (has_media and _ABOUT_MEDIA.fullmatch(key)):
+        facts = has_media and _ABOUT_MEDIA.fullmatch(key)
+        # In a row without media a file's name under any key is one that was meant to be seen.
+        if not facts and (_is_media(key, row[key]) or (not has_media and _names_media(row[key]))):
             raise RowError(
                 "media",
                 f"the row has {key!r}, expected its media under 'image', 'images', 'video' or 'videos'. Rename the key "
@@ -154,14 +156,30 @@ def _is_media(key: str, value: Any) -> bool:
     found = _MEDIA_KEY.fullmatch(key)
     if not found:
         return False
-    values = list(_leaves(value))
     rest = found[3] or ""
     sure = found[1].lower() not in ("clip", "frame") and re.fullmatch(r"\d*|(path|file)\w*", rest) is not None
-    return any(
-        isinstance(each, (bytes, bytearray))
-        or (isinstance(each, str) and (sure or _MEDIA_FILE.fullmatch(each)))
-        for each in values
+    leaves = list(_leaves(value))
+    named = sure and any(isinstance(each, str) for each in leaves)
+    return named or _names_media(value) or any(isinstance(each, (bytes, bytearray)) for each in leaves)
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is, or holds, the name of an image's or a video's file."""
+    return any(isinstance(each, str) and _MEDIA_FILE.fullmatch(each) is not None for each in _leaves(value))
+
+
+def _has_media(row: Mapping[str, Any]) -> bool:
+    """Whether a row has media where they belong: under its own keys, or as parts of its messages."""
+    if any(row.get(key) not in NOTHING for key in ("image", "images", "video", "videos")):
+        return True
+    messages = row.get("conversations") or row.get("messages")
+    contents = (
+        [each.get("content") for each in messages if isinstance(each, Mapping)]
+        if isinstance(messages, list)
+        else []
     )
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") not in (None, "text") for part in parts)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

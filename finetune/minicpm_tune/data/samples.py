@@ -142,11 +142,12 @@ class Processing:
         Raises:
             RowError: When it is in no accepted form.
         """
+        title = self.generation.title
         return parse_row(
             row,
             image_end=self.generation.image_end,
             literal_control_tokens=self.arguments.literal_control_tokens,
-            model=self.generation.title,
+            model=title if self.generation.hearing is None else f"the training of {title}",
         )
 
     # --- training samples ---

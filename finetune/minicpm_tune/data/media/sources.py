@@ -118,11 +118,11 @@ def describe(value: Any) -> str:
 
 
 def _inner(value: Any) -> Any:
-    """The bytes or the path of a {bytes, path} pair, as Hugging Face data sets store images."""
+    """The bytes or the path of a {bytes, path} pair, as Hugging Face data sets store images, or of a {url}."""
     if not isinstance(value, Mapping):
         return value
     data = value.get("bytes")
-    return value.get("path") if data is None else data
+    return (value.get("path") or value.get("url")) if data is None else data
 
 
 def _data_uri(value: str, name: str) -> bytes:
