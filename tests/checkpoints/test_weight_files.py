@@ -13,6 +13,7 @@ from minicpm_tune.checkpoints.weight_files import (
     stored_tensors,
     weight_files,
 )
+from minicpm_tune.safe_loading import UnreadableFileError
 from support.tiny_checkpoints import checkpoint, loaded
 
 RUN_FILES = (
@@ -21,15 +22,15 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "old bin"])
 def test_a_tensor_is_read_whole_or_by_its_first_row(suffix, tmp_path):
     tensors = {
         "scale": torch.tensor(3.0),
         "norm": torch.arange(4.0),
         "linear": torch.arange(6).view(2, 3).bfloat16(),
     }
-    if suffix == "bin":
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    if suffix.endswith("bin"):
+        torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=suffix == "bin")
     else:
         save_file(tensors, tmp_path / "model.safetensors")
     found = {
@@ -56,6 +57,20 @@ def test_an_index_names_files_of_its_own_folder_alone(name, tmp_path):
             WeightFileError, match=r"index\.json: found the shard name .*, expected a file name without"
         ):
             read(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"metadata": {}}', '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_named(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(WeightFileError, match=r"index\.json: not the index of a model's weights"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_weight_file_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x10" * 100)
+    with pytest.raises(UnreadableFileError, match=f"{tmp_path.name}: a file there is damaged"):
+        list(stored_tensors(tmp_path))
 
 
 def test_an_export_carries_files_of_the_model_and_not_of_the_run_that_wrote_it(tmp_path):

@@ -171,6 +171,11 @@ PROBLEMS = [
     ),
     ("--lora_weight_path model", "--lora_weight_path is given, but --use_lora is false"),
     ("--use_lora true --tune_llm false --lora_weight_path model", "no adapter_config.json in 'model'"),
+    ("--new_tokens none.txt", "--new_tokens none.txt: no such file"),
+    (
+        "--new_tokens none.txt --tune_llm false",
+        "--new_tokens is given, but the embeddings don't train: they do with --tune_llm or --use_lora",
+    ),
     ("--lora_layer_replication 0-4", "--lora_layer_replication is '0-4'"),
     ("--lora_layer_replication [[0,-1]]", "--lora_layer_replication is"),
     ("--lora_r 0", "--lora_r is 0, expected at least 1"),

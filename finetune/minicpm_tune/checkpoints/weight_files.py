@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minicpm_tune.errors import UserError
 from minicpm_tune.output_folder import RUN_RECORD
+from minicpm_tune.safe_loading import unreadable_files_as_messages
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -64,7 +66,15 @@ def _shards(index: Path) -> list[Path]:
 
 def _shard_names(index: Path) -> list[str]:
     """The files that an index names; names that lead out of the folder would read any file of this machine."""
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(
+            {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightFileError(
+            f"{index}: not the index of a model's weights ({error!r}), expected a JSON object with weight_map. "
+            "Download the model again."
+        ) from error
     for name in names:
         if name in (".", "..") or "/" in name or "\\" in name:
             raise WeightFileError(
@@ -127,16 +137,22 @@ def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
 
 
 def tensors_in_file(path: Path) -> Iterator[StoredTensor]:
-    """Every tensor of a safetensors file, or of a .bin file that holds nothing but tensors."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                values = file.get_slice(name)
-                yield StoredTensor(name, tuple(values.get_shape()), values)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for name, tensor in content.items():
-            yield StoredTensor(name, tuple(tensor.shape), tensor)
+    """Every tensor of a safetensors file, or of a .bin file that holds nothing but tensors.
+
+    Raises:
+        UnreadableFileError: When the file is damaged, or holds something else.
+    """
+    with unreadable_files_as_messages(path.parent):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    values = file.get_slice(name)
+                    yield StoredTensor(name, tuple(values.get_shape()), values)
+        else:
+            mappable = zipfile.is_zipfile(path)  # not the format before torch 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+            for name, tensor in content.items():
+                yield StoredTensor(name, tuple(tensor.shape), tensor)
 
 
 def tensor_shape(folder: Path, name: str) -> tuple[int, ...] | None:
