@@ -119,7 +119,7 @@ def test_a_terminal_that_is_closed_ends_no_run_but_lets_it_save(small, tmp_path,
     on_terminal = [
         "sh",
         "-c",
-        f'exec "$@" <{os.ttyname(theirs)} >&0 2>&0',
+        f'exec "$@" <>{os.ttyname(theirs)} >&0 2>&0',
         "sh",
         *start_words(WORKER, processes),
     ]
