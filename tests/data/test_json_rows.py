@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from minicpm_tune.data.files.json_rows import JsonRows, explain
 from minicpm_tune.data.files.row_files import open_rows
@@ -249,6 +250,14 @@ def test_parquet_files_and_folders_of_them(tmp_path):
     assert rows[5]["image"]["bytes"] == picture_bytes()
     assert len(open_rows(tmp_path / "train-*.parquet")) == 703
     assert pickle.loads(pickle.dumps(rows))[701]["id"] == 1
+
+
+def test_workers_read_parquet_rows_as_their_parent_does(tmp_path):
+    pyarrow.parquet.write_table(table(40), tmp_path / "rows.parquet")
+    rows = open_rows(tmp_path / "rows.parquet")
+    expected = [row["id"] for row in all_of(rows)]
+    loader = DataLoader(rows, batch_size=5, num_workers=2, collate_fn=list, timeout=60)
+    assert [row["id"] for batch in loader for row in batch] == expected == list(range(40))
 
 
 def test_a_folder_with_several_splits_is_refused(tmp_path):

@@ -57,3 +57,11 @@ def test_what_was_odd_is_told_again_from_the_stored_check(tmp_path, caplog, monk
 def test_ordinary_rows_are_checked_without_a_word(tmp_path, caplog):
     check_rows(SupervisedDataset(write_rows(tmp_path, [good(0), good(1)]), processing("v2_6")))
     assert not [record for record in caplog.records if record.name.endswith("row_check")]
+
+
+def test_rows_left_out_are_told_once(tmp_path, caplog):
+    rows = SupervisedDataset(
+        write_rows(tmp_path, BAD_ROWS), processing("v2_6", model_max_length=512, on_bad_row="skip")
+    )
+    check_rows(rows)
+    assert caplog.text.count("5 of 6 rows are left out, 0 of them as over-long") == 1

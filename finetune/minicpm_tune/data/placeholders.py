@@ -11,7 +11,7 @@ a newline only BETWEEN rows of slices:
 A video is its frames' placeholders: joined by newlines up to 4.5, where a pack of frames has one placeholder;
 joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7.
 
-Source: the released processors; held token by token by ``tests/test_goldens_data.py``.
+Source: the released processors; held token by token by ``tests/goldens/test_goldens_data.py``.
 """
 
 from __future__ import annotations

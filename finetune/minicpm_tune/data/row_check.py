@@ -169,6 +169,7 @@ def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
         _leave_out_or_raise(rows, bad | found.bad)
     lengths[rest] = found.lengths
     if processes.joined()[0] == 0:
+        _log_left_out(bad | found.bad, rows.mixture.row_count)
         new = _by_file(rows, rest, lengths, found)
         for number, check in new.items():
             check.save(check_path(rows, number, decoded=decodes))
@@ -256,6 +257,12 @@ def _by_file(
     return checks
 
 
+def _log_left_out(bad: dict[int, Finding], total: int) -> None:
+    dropped = sum(finding.dropped for finding in bad.values())
+    if bad:
+        logger.warning("%d of %d rows are left out, %d of them as over-long", len(bad), total, dropped)
+
+
 def _log_notes(checks: Iterable[FileCheck]) -> None:
     """Log what is odd about the rows, once and with counts."""
     notes: Counter[str] = Counter()
@@ -291,10 +298,6 @@ def _leave_out_or_raise(rows: TrainingRows, bad: dict[int, Finding]) -> None:
         raise DataError(
             f"{problems_text(problems, rows.mixture.row_count)}\n{dropped} were dropped as over-long. No row is left "
             "to train on."
-        )
-    if bad and first:
-        logger.warning(
-            "%d of %d rows are left out, %d of them as over-long", len(bad), rows.mixture.row_count, dropped
         )
 
 

@@ -46,7 +46,7 @@ class DataArguments(RowLimits):
         default=None,
         metadata={
             "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder, with #count or :weight "
-            "behind it; several, separated by commas; or a .txt list of them (README, 'Your data')."
+            "behind it; several, separated by commas; or a .txt list of them (docs/data.md)."
         },
     )
     eval_data_path: str | None = field(

@@ -22,7 +22,7 @@ class SliceRules:
     """The slicing rules of MiniCPM-V 2.0 to 4.5.
 
     Source: "MiniCPM-V: A GPT-4V Level MLLM on Your Phone" (arXiv:2408.01800), adaptive visual encoding.
-    Held against the released code's sizes and pixels by ``tests/test_slicing.py``.
+    Held against the released code's sizes and pixels by ``tests/data/test_slicing.py``.
 
     Attributes:
         max_slice_nums: Most slices an image is cut into, the overview not counted; 1 means never cut.

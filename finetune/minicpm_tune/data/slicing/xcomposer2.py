@@ -4,7 +4,7 @@
 cover it with little white beside it; the tiles' number is limited by ``hd_num``.
 
 Source: the released preprocessing of 7b and vl-7b; for 4khd ports and documentation of it, which is weaker
-evidence. Held against its sizes and pixels by ``tests/test_xcomposer2_data.py``.
+evidence. Held against its sizes and pixels by ``tests/data/test_xcomposer2.py``.
 """
 
 from __future__ import annotations
