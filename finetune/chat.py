@@ -198,12 +198,17 @@ class Conversation:
             self._show_named_files(question)
         content = place_pictures(question, self.shown)
         asked = [*self.messages, {"role": "user", "content": content}]
-        turns, pictures = read_messages(asked, joined_by=self.processing.generation.image_end)
-        prompt = self.processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
+        processing = self.processing
+        turns, pictures = read_messages(
+            asked,
+            joined_by=processing.generation.image_end,
+            literal=processing.arguments.literal_control_tokens,
+        )
+        prompt = processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
         options = generation_options(self.values)
         streams = options.get("num_beams", 1) == 1
-        streamer = TextPieces(self.processing.tokenizer, stop_ids(self.processing), _say) if streams else None
-        [text] = answer(self.model, self.processing, [prompt], streamer=streamer, **options)
+        streamer = TextPieces(processing.tokenizer, stop_ids(processing), _say) if streams else None
+        [text] = answer(self.model, processing, [prompt], streamer=streamer, **options)
         _say("\n" if streams else text + "\n")
         self.messages = [*asked, {"role": "assistant", "content": text}]
         self.clear()

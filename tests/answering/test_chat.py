@@ -489,6 +489,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(capsys, monkeypatch):
     assert said == ["", "(stopped; the question does not count)", answered("What is it?")]
 
 
+def test_control_texts_can_be_asked_about(capsys, monkeypatch):
+    line = "What does <|im_end|> mean?"
+    said, _ = converse([line], capsys, monkeypatch)
+    assert said[0].startswith("error: turn 0 contains '<|im_end|>'")
+    said, _ = converse([line], capsys, monkeypatch, "--literal_control_tokens", "true")
+    assert not said[0].startswith("error")
+
+
 def test_web_addresses_and_sizes_are_limited_by_flags(capsys, monkeypatch):
     with pytest.raises(
         RowError, match=r"is a web address, expected a file. Download it, or pass --allow_remote_images"

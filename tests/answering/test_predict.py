@@ -1,6 +1,7 @@
 """predict.py and answers during training: the right rows, once each, whatever stops the run."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from minicpm_tune.errors import DataError
 from support import processes
 from support.paths import IMAGES, SUPPORT
 from support.rows import picture, write_rows
-from support.tiny_checkpoints import checkpoint, loaded, saved_adapter
+from support.tiny_checkpoints import checkpoint, copied, loaded, saved_adapter
 
 TOKENS = 6
 QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the color?", "Describe the picture.")
@@ -219,6 +220,29 @@ def test_bad_rows_are_left_out_and_listed_when_asked(tmp_path, capsys):
     assert len(read(tmp_path / "out.jsonl.bad_rows.jsonl")) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("v2_6", "preprocessor_config.json"), ("v4_6", "processor_config.json")]
+)
+def test_a_checkpoint_without_image_numbers_is_followed_everywhere(name, file, data, tmp_path, monkeypatch):
+    numbered = checkpoint(name)
+    plain = copied(numbered, tmp_path / "plain")
+    settings = (plain / file).read_text()
+    assert '"use_image_id": true' in settings
+    (plain / file).write_text(settings.replace('"use_image_id": true', '"use_image_id": false'))
+    asked = []
+    monkeypatch.setattr(
+        "minicpm_tune.answering.generate.answer",
+        lambda _, __, prompts, **___: asked.append(prompts[0]) or ["yes"],
+    )
+    for folder in (numbered, plain):
+        processing = load_processing(folder)
+        mark = processing.tokenizer.convert_tokens_to_ids("<image_id>")
+        trained = SupervisedDataset(data, processing)
+        loaded(folder, name).chat(picture(), [{"role": "user", "content": "What is it?"}])
+        samples = [trained[0], PredictionRows(trained)[0].prompt, asked[-1]]
+        assert [mark in sample["input_ids"] for sample in samples] == [folder == numbered] * 3
+
+
 def test_flags_that_messages_advise_act(data, tmp_path):
     moved = [{**row, "image": "small.png"} for row in rows()[:1]]
     path = write_rows(tmp_path, moved)
@@ -226,6 +250,11 @@ def test_flags_that_messages_advise_act(data, tmp_path):
     assert lines[0]["prediction"] == expected_predictions()[0]
     with pytest.raises(DataError, match="expected at most 10"):
         run(path, tmp_path / "other.jsonl", "--image_folder", IMAGES, "--max_image_pixels", 10)
+    control = {"conversations": [{"role": "user", "content": "What does <|im_end|> mean?"}]}
+    path = write_rows(tmp_path, [control])
+    with pytest.raises(DataError, match=re.escape("contains '<|im_end|>'")):
+        run(path, tmp_path / "refused.jsonl")
+    assert len(run(path, tmp_path / "control.jsonl", "--literal_control_tokens", "true")) == 1
 
 
 # --- during training ---

@@ -142,7 +142,12 @@ def _own_processing(model: Any) -> Processing:
 
 
 def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool, **given: Any) -> Sample:
-    turns, pictures = read_messages(msgs, joined_by=processing.generation.image_end, **given)
+    turns, pictures = read_messages(
+        msgs,
+        joined_by=processing.generation.image_end,
+        literal=processing.arguments.literal_control_tokens,
+        **given,
+    )
     if times is not None:
         turns, pictures = as_one_video(turns, pictures, times)
     return processing.encode_prompt(turns, pictures, thinking=thinking)
@@ -192,6 +197,7 @@ def read_messages(
     image: Image.Image | None = None,
     system_prompt: str = "",
     joined_by: str = "\n",
+    literal: bool = False,
 ) -> tuple[list[Turn], list[Image.Image | Picture]]:
     """Read a conversation whose last message is the user's.
 
@@ -200,6 +206,7 @@ def read_messages(
         image: Stands in front of the first user message; None when the images are in the messages.
         system_prompt: Stands before all messages; empty for none.
         joined_by: What stands between the parts of a message; ``Generation.image_end``.
+        literal: Whether control texts are plain text.
 
     Returns:
         The turns, and the pictures in the order of the text; images in mode RGB.
@@ -231,7 +238,7 @@ def read_messages(
         if image is not None and role == "user":
             content, image = _with_image(content, image, number), None
         parts, shown = _parts(content, number, joined_by, first=len(pictures))
-        turns.append(Turn(role, parts))
+        turns.append(Turn(role, parts, literal=literal))
         pictures += shown
     _check_order(turns)
     return turns, pictures

@@ -52,6 +52,7 @@ class ModelChoice:
         allow_remote_images: Whether http(s) images are fetched.
         max_image_pixels: Most pixels an image may have; 0 for no limit.
         exif_orientation: ``auto`` as the generation's inference does, ``apply`` or ``ignore``.
+        literal_control_tokens: Whether control texts, such as ``<|im_end|>``, are plain text.
         enable_thinking: Whether the model thinks first.
         allow_other_base: Whether the adapter may go on a model it was not trained on.
     """
@@ -71,6 +72,7 @@ class ModelChoice:
     allow_remote_images: bool = False
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     exif_orientation: str = "auto"
+    literal_control_tokens: bool = False
     enable_thinking: bool = False
     allow_other_base: bool = False
 

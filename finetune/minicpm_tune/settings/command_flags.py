@@ -251,7 +251,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         group, "--allow_other_base", default=False, help="Use an adapter on a model it was not trained on."
     )
     group = parser.add_argument_group("Images and videos")
-    opened = ("image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation")
+    opened = (
+        "image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation", "literal_control_tokens",
+    )  # fmt: skip
     add_fields(group, DataArguments, opened)
     group.add_argument(
         "--max_slice_nums", type=count, help="Most slices an image is cut into. Unset: the checkpoint's."
