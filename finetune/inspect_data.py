@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from minicpm_tune.errors import DataError, RowError
+from minicpm_tune.settings.argument_groups import ModelArguments
 from minicpm_tune.settings.command_flags import CommandParser, add_fields
 from minicpm_tune.settings.command_line import flag_names
 from minicpm_tune.settings.data_arguments import DataArguments
@@ -47,6 +48,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cache_dir", help="Where checkpoints from the Hub are kept.")
     names = {one.name for one in fields(DataArguments)} - {"data_path", "eval_data_path"}
     add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
+    add_fields(parser, ModelArguments, {"new_tokens"})
     output = parser.add_argument_group("Output")
     output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
     output.add_argument(
@@ -90,12 +92,14 @@ def open_rows(values: argparse.Namespace) -> SupervisedDataset:
     # Imported here, as in the functions below: torch and transformers take seconds that --help need not wait for.
     from dataset import SupervisedDataset
     from minicpm_tune.checkpoints.model_folder import resolve_model_folder
+    from minicpm_tune.checkpoints.vocabulary import read_new_tokens
     from minicpm_tune.data.samples import load_processing
 
     given = {one.name: getattr(values, one.name) for one in fields(DataArguments) if one.name in values}
     arguments = DataArguments(**{**given, "model_max_length": values.model_max_length or None})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
-    return SupervisedDataset(values.data_path, load_processing(folder, arguments))
+    tokens = () if values.new_tokens is None else read_new_tokens(values.new_tokens)
+    return SupervisedDataset(values.data_path, load_processing(folder, arguments, new_tokens=tokens))
 
 
 def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistics:

@@ -70,6 +70,16 @@ def test_lengths_by_limit_are_those_of_samples_made_with_it(tmp_path):
             assert found.lengths[:, limit - 1].tolist() == expected, (name, limit)
 
 
+def test_new_tokens_count_as_one_token_each(tmp_path):
+    path = write_rows(tmp_path, [row(0, answer="<cat_a>")])
+    (tmp_path / "tokens.txt").write_text("<cat_a>\n")
+    _, before, _ = survey(path)
+    rows, found, _ = survey(path, "--new_tokens", str(tmp_path / "tokens.txt"))
+    written = rows.processing.tokenizer.tokenize("<cat_a>")
+    assert written == ["<cat_a>"]
+    assert found.column("length")[0] < before.column("length")[0]
+
+
 def test_bad_rows_are_listed_by_kind_and_make_the_exit_code(tmp_path, capsys):
     path = write_rows(tmp_path, GOOD + BAD)
     page_file = tmp_path / "report.html"
