@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from minicpm_tune import processes
+
 ROOT = "minicpm_tune"  # the one logger that the project's own loggers stand below
 LOG_ONLY = f"{ROOT}.log_only"  # a logger that writes to the process's log and not to the screen
 
@@ -39,9 +41,9 @@ def silence_libraries() -> None:
             logger.addFilter(_is_wanted)
     for text in _WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    # Read by tqdm when it is imported: no bar for work of less than a second, and none in a file.
+    # Read by tqdm when it is imported: no bar for work of less than a second, none in a file, and one of all processes.
     os.environ.setdefault("TQDM_DELAY", "1")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or processes.rank() > 0:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 

@@ -62,8 +62,9 @@ def log_plan(plan: RunPlan, training: TrainingArguments) -> None:
     """Log the plan, and warn of a length or of intervals that can hardly be meant."""
     for line in plan_lines(plan, training):
         logger.info("%s", line)
+    level = logging.WARNING if training.process_index == 0 else logging.INFO  # all know, one says it
     for text in warnings(plan, training):
-        logger.warning("%s", text)
+        logger.log(level, "%s", text)
 
 
 def plan_lines(plan: RunPlan, training: TrainingArguments) -> list[str]:
