@@ -73,7 +73,7 @@ def answer(
         processing: The checkpoint's ``Processing``.
         samples: The prompts, from ``Processing.encode_prompt``.
         streamer: Gets the tokens as they come; needs a single prompt and no beams.
-        synced: Whether other processes hold parts of the weights (ZeRO-3), so that all must run equally many steps.
+        synced: Whether other processes hold parts of the weights (ZeRO-3, FSDP): all must run equally many steps.
         **options: transformers' generation options: ``max_new_tokens``, ``do_sample``, ``top_p``, ...
 
     Returns:

@@ -72,7 +72,7 @@ class PredictionCallback(TrainerCallback):
         """Answer the rows on all processes; each gets all lines, in the order of the rows."""
         world, rank = self.trainer.args.world_size, self.trainer.args.process_index
         mine = self.indices[rank::world]
-        synced = is_deepspeed_zero3_enabled()
+        synced = is_deepspeed_zero3_enabled() or self.trainer.is_fsdp_enabled
         if synced and self.indices:
             # Ranks with fewer rows answer some of theirs again; those answers are dropped below.
             most = len(self.indices[::world])

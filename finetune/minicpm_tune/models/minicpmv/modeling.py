@@ -59,14 +59,8 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: ClassVar = [  # type: ignore[misc]
-        "LlamaDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen3DecoderLayer",
-        "GraniteDecoderLayer",
-        "AudioEncoderLayer",
-    ]
-    _no_split_modules: ClassVar = ["SiglipEncoderLayer", "TimmBlock"]  # type: ignore[misc]  # and the LLM's own
+    # The towers' blocks; transformers adds the LLM's.
+    _no_split_modules: ClassVar = ["SiglipEncoderLayer", "TimmBlock", "AudioEncoderLayer"]  # type: ignore[misc]
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
