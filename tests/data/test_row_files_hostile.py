@@ -22,7 +22,7 @@ from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError, RowError
 from support.golden_checkpoints import processing
 from support.hostile import ODD, Bomb
-from support.rows import good, write_rows
+from support.rows import chat, good, write_rows
 
 
 def bombed_table(mark, *, schema_too):
@@ -151,6 +151,34 @@ def test_an_endless_line_is_one_short_message(tmp_path, content, message):
     assert time.monotonic() - start < SECONDS
     assert len(str(caught.value)) < 10_000
     caught.match(message)
+
+
+@pytest.mark.parametrize("key", ["id", "license", "image_path", "system", "objects"])
+def test_deep_values_under_any_key_are_read_or_named(tmp_path, key):
+    deep = "[" * 900 + "]" * 900
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(
+        f'{{"{key}": {deep}, "messages": {json.dumps(chat("Hi", "Yes"))}}}\n{{"{key}": {deep}}}\n{json.dumps(good())}\n'
+    )
+    data = SupervisedDataset(lines, processing("v2_6", on_bad_row="skip"))
+    check_rows(data)
+    assert {1} <= data.left_out <= {0, 1}
+
+
+@pytest.mark.parametrize("key", ["role", "content", "weight", "thinking", "index", "image", "fps"])
+def test_deep_values_in_a_message_or_part_are_named(tmp_path, key):
+    deep = "[" * 900 + "]" * 900
+    part = f'{{"type": "video", "{key}": {deep}}}'
+    message = (
+        f'{{"role": "user", "content": [{part}]}}'
+        if key in ("index", "image", "fps")
+        else f'{{"{key}": {deep}}}'
+    )
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(f'{{"video": "a.mp4", "messages": [{message}, {message}]}}\n{json.dumps(good())}\n')
+    data = SupervisedDataset(lines, processing("v2_6", on_bad_row="skip"))
+    check_rows(data)
+    assert data.left_out == {0}
 
 
 def test_a_list_without_end_is_refused(tmp_path):

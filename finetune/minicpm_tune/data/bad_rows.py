@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.row_keys import type_name
 from minicpm_tune.errors import RowError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class BadRow:
         except RowError:
             value = None
         row_id = value.get("id") if isinstance(value, dict) else None
+        if not isinstance(row_id, (str, int, float, type(None))):
+            row_id = type_name(row_id)
         return cls(mixture.names[source], row, row_id, error.kind, str(error))
 
     def __str__(self) -> str:

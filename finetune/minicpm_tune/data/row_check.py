@@ -125,7 +125,7 @@ def row_notes(row: ParsedRow) -> list[str]:
 
 
 def _hash(row_id: Any) -> int:
-    if row_id is None:
+    if not isinstance(row_id, (str, int, float)):
         return 0
     return (
         int.from_bytes(hashlib.blake2b(repr(row_id).encode("utf-8", "replace"), digest_size=7).digest()) + 1

@@ -183,14 +183,16 @@ def _has_media(row: Mapping[str, Any]) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from _leaves(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value
+    """What a value holds at the ends of its lists and objects, however deep they are."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            left += each.values()
+        elif isinstance(each, (list, tuple)):
+            left += each
+        else:
+            yield each
 
 
 def type_name(value: Any) -> str:

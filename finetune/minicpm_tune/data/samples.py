@@ -143,12 +143,17 @@ class Processing:
             RowError: When it is in no accepted form.
         """
         title = self.generation.title
-        return parse_row(
-            row,
-            image_end=self.generation.image_end,
-            literal_control_tokens=self.arguments.literal_control_tokens,
-            model=title if self.generation.hearing is None else f"the training of {title}",
-        )
+        try:
+            return parse_row(
+                row,
+                image_end=self.generation.image_end,
+                literal_control_tokens=self.arguments.literal_control_tokens,
+                model=title if self.generation.hearing is None else f"the training of {title}",
+            )
+        except RecursionError as error:  # a value that no message can show
+            raise RowError(
+                "form", "a value in the row is nested too deeply, expected a text. Remove it."
+            ) from error
 
     # --- training samples ---
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def check_source(value: Any, folder: Path, *, allow_remote: bool = False) -> Non
         return
     if not isinstance(value, str) or not value.strip():
         raise RowError(
-            "media", f"an image is {value!r:.80}, expected a path, data URI or bytes. Fix the row."
+            "media",
+            f"an image is {reprlib.repr(value):.80}, expected a path, data URI or bytes. Fix the row.",
         )
     if is_remote(value):
         if not allow_remote:

@@ -12,6 +12,7 @@ A folder or list of frame images is taken as a video that was already sampled at
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,7 +167,8 @@ def _as_packs(packs: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | No
 def _path(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RowError(
-            "media", f"a video is {value!r:.80}, expected a path or a list of frames. Fix the row."
+            "media",
+            f"a video is {reprlib.repr(value):.80}, expected a path or a list of frames. Fix the row.",
         )
     return value
 
