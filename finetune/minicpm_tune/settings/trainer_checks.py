@@ -283,4 +283,4 @@ def _fsdp(training: Namespace) -> Iterator[str]:
             yield "--fsdp_config acts only together with --fsdp: add --fsdp true."
         return
     if training.deepspeed:
-        yield "--fsdp and --deepspeed both divide the model among the processes. Keep one."
+        yield "--fsdp and --deepspeed both divide the model among the processes. Keep one; the launchers take FSDP=..."

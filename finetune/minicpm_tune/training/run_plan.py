@@ -84,9 +84,9 @@ def warnings(plan: RunPlan, training: TrainingArguments) -> list[str]:
     found = []
     if plan.epochs > MANY_EPOCHS:
         found.append(
-            f"{plan.steps:,} steps see each of the {plan.samples:,} samples {plan.epochs:.0f} times. For a small data "
-            "set set EPOCHS=3 (or --num_train_epochs 3), and with so few steps a higher LEARNING_RATE, such as 1e-5 "
-            "(full) or 1e-4 (LoRA)."
+            f"{plan.steps:,} steps see each of the {plan.samples:,} samples {plan.epochs:.0f} times. With a small data "
+            "set use EPOCHS=3 (or --num_train_epochs 3) and, as the steps are few, a higher LEARNING_RATE, such as "
+            "1e-5 (full) or 1e-4 (LoRA)."
         )
     if (first := _first_step(training, plan, "save")) is not None and first > plan.steps:
         found.append(
@@ -117,4 +117,4 @@ def _first(training: TrainingArguments, plan: RunPlan, what: str, noun: str) -> 
         return f"first {noun} after step {first:,}"
     if getattr(training, f"{what}_strategy") == "best":
         return f"first {noun} after the first evaluation"
-    return f"no {noun} before the end"
+    return f"no {noun} before the end" if what == "save" or training.do_eval else f"no {noun}"
