@@ -143,6 +143,14 @@ class DataArguments(RowLimits):
             "180 packs of up to 3 frames for V-4.5."
         },
     )
+    stack_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "MiniCPM-V 4.6 and 4.7: frames that are shown per second of a film. Those after the first of each "
+            "second share one composite picture, so that every number above 1 doubles the pictures. Default: the "
+            "checkpoint's, which is 1."
+        },
+    )
     given_num: bool = field(
         default=True,
         metadata={
@@ -173,6 +181,8 @@ class DataArguments(RowLimits):
     )
 
     def __post_init__(self) -> None:
+        if self.stack_frames is not None and self.stack_frames < 1:
+            raise DataError(f"--stack_frames: found {self.stack_frames}, expected at least 1. Raise it.")
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices and value is not None and value not in choices:

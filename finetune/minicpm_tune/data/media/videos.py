@@ -4,7 +4,8 @@ Each generation samples frames as its released inference does:
 
 - 2.6, o-2.6, 4: one frame per second; more than 64 are thinned out evenly.
 - 4.5: three frames per second; above 180 frames, up to three neighbors are packed into one placeholder.
-- 4.6, 4.7: one frame per second; a video longer than 128 s gives 128 frames, evenly.
+- 4.6, 4.7: one frame per second; a video longer than 128 s gives 128 frames, evenly. ``--stack_frames`` adds those
+  within each second.
 
 A folder or list of frame images is taken as a video that was already sampled at ``fps``.
 """
@@ -23,6 +24,7 @@ from PIL import Image
 
 from minicpm_tune.data.media.images import ImageFile, ImageOptions, Picture
 from minicpm_tune.data.media.sources import check_file, find_file
+from minicpm_tune.data.media.stacked_frames import composite_size, pictures_of, visual_units
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments
 
@@ -40,6 +42,7 @@ class VideoRules:
         max_num_frames: Most frames; for ``packs``, most packs.
         max_slice_nums: Most slices a frame is cut into.
         max_frames_per_pack: Most frames in a pack, for ``packs``.
+        stack_frames: Frames per second of a film that are shown, for ``seconds``; see ``stacked_frames``.
     """
 
     method: str
@@ -47,6 +50,7 @@ class VideoRules:
     max_num_frames: int
     max_slice_nums: int
     max_frames_per_pack: int = 1
+    stack_frames: int = 1
 
     def for_one(self, fps: float | None, max_frames: int | None) -> VideoRules:
         """The rules for a video whose row sets its own frame rate or most frames."""
@@ -157,7 +161,30 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
     path = check_file(_path(value), options.folder, "video")
     count, fps, size = _probe(path)
     chosen, packs = choose_frames(count, fps, rules)
+    if rules.stack_frames > 1:
+        return _stacked(path, visual_units_of(chosen, count, fps, rules), size)
     return Picture("video", (size,) * len(chosen), lambda: _decode(path, chosen), _as_packs(packs))
+
+
+def _stacked(path: Path, units: Sequence[tuple[int, ...]], size: tuple[int, int]) -> Picture:
+    chosen = sorted({frame for unit in units for frame in unit})
+    sizes = tuple(size if len(unit) == 1 else composite_size(len(unit), size) for unit in units)
+    return Picture("video", sizes, lambda: pictures_of(units, chosen, _decode(path, chosen)))
+
+
+def visual_units_of(main: Sequence[int], count: int, fps: float, rules: VideoRules) -> list[tuple[int, ...]]:
+    """See ``stacked_frames.visual_units``.
+
+    Raises:
+        RowError: When the frame rate is not one per second, which stacking counts by.
+    """
+    if rules.fps != 1:
+        raise RowError(
+            "video",
+            f"the video is sampled at {rules.fps:g} frames per second, expected 1, since --stack_frames counts by "
+            "seconds. Leave --video_fps (and fps in the row) out, or --stack_frames.",
+        )
+    return visual_units(main, count, fps, per_second=rules.stack_frames, max_num_frames=rules.max_num_frames)
 
 
 def _as_packs(packs: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:

@@ -35,6 +35,7 @@ _READERS: dict[str, Reader] = {
 # Flags that only some ways of slicing know: those ways, their models, and what the others should do.
 _SPECIAL_FLAGS = {
     "downsample_mode": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7", "Leave it out"),
+    "stack_frames": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7", "Leave it out"),
     "img_size": (("square", "tiles"), "InternLM-XComposer2", "Leave it out"),
     "hd_num": (("square", "tiles"), "InternLM-XComposer2", "Use --max_slice_nums"),
 }

@@ -120,4 +120,5 @@ def _video_rules(settings: dict[str, Any], arguments: DataArguments) -> VideoRul
         fps=1.0,
         max_num_frames=settings.get("max_num_frames", 128),
         max_slice_nums=settings.get("max_slice_nums", 9) if settings.get("slice_mode", True) else 1,
+        stack_frames=arguments.stack_frames or settings.get("stack_frames", 1),
     )
