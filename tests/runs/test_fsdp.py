@@ -110,3 +110,13 @@ def test_evaluations_and_predictions_between_the_steps(small, tmp_path):
     finish(small, tmp_path / "out", *flags)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in history if "eval_loss" in line] == [2, 4]
+
+
+@pytest.mark.slow
+def test_an_adapter_on_4_bit_weights(place):
+    """accelerate leaves the quantized weights whole, which is said in the docs; the losses are those without FSDP."""
+    qlora = (*KINDS["lora"], "--q_lora", "true")
+    one, _ = place.run("q-alone", {"v2_6": qlora}, processes=1, batch=2, steps=2)
+    two, reports = place.run("q-fsdp", {"v2_6": (*qlora, *FSDP)}, processes=2, batch=1, steps=2)
+    assert_same(two["v2_6"], one["v2_6"])
+    assert all(0 < batch["whole"] for report in reports for batch in report)

@@ -166,6 +166,10 @@ PROBLEMS = [
     ("--tune_llm false --tune_vision false --tune_resampler false", "Nothing would be trained"),
     ("--q_lora true", "--q_lora true needs --use_lora true"),
     (
+        "--use_lora true --tune_llm false --q_lora true --quant_bits 8 --fsdp true",
+        "--quant_bits 8 can't be divided by --fsdp",
+    ),
+    (
         "--use_lora true --tune_llm false --lora_layers_pattern layers",
         "--lora_layers_pattern acts only together with --lora_layers_to_transform",
     ),

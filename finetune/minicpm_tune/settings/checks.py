@@ -91,6 +91,8 @@ def _what_trains(training: Namespace, lora: LoraArguments) -> Iterator[str]:
         )
     if lora.q_lora and not training.use_lora:
         yield "--q_lora true needs --use_lora true: quantized weights can only be trained through adapters."
+    if lora.q_lora and lora.quant_bits == 8 and training.fsdp not in (None, "", "false", False):
+        yield "--quant_bits 8 can't be divided by --fsdp. Use --quant_bits 4, or leave --fsdp out."
     if lora.lora_weight_path:
         yield from _lora_weight_path(training, lora)
     if lora.lora_layers_pattern and lora.lora_layers_to_transform is None:
