@@ -17,6 +17,7 @@ from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.media.audio import Clip, open_audio
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import ParsedRow, Source
@@ -28,7 +29,7 @@ __all__ = ["SupervisedDataset", "data_collator"]
 logger = logging.getLogger("minicpm_tune.dataset")
 
 # Problems of files, which may arise after the check; all others can be seen before training.
-_FILE_PROBLEMS = ("image", "video", "missing image", "missing video")
+_FILE_PROBLEMS = ("image", "video", "audio", "missing image", "missing video")
 
 
 class SupervisedDataset(Dataset):
@@ -84,8 +85,8 @@ class SupervisedDataset(Dataset):
         """
         return self.processing.parse(self.mixture.read(index))
 
-    def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture]:
-        """Open a row's images and videos; they are decoded later.
+    def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture | Clip]:
+        """Open a row's images, videos and audio; they are decoded later.
 
         Raises:
             RowError: When one can't be opened.
@@ -93,9 +94,11 @@ class SupervisedDataset(Dataset):
         options = self.image_options(index)
         return [self._open(source, options) for source in sources]
 
-    def _open(self, source: Source, options: ImageOptions) -> Picture:
+    def _open(self, source: Source, options: ImageOptions) -> Picture | Clip:
         if source.kind == "image":
             return open_image(source.value, options)
+        if source.kind == "audio":
+            return open_audio(source.value, options.folder, allow_remote=options.allow_remote)
         video = self.processing.media.video
         if video is None:
             raise RowError("video", self.processing.no_video)

@@ -56,12 +56,17 @@ def data_collator(
         "attention_mask": _mask(placed, shape),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
         "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]).numpy(),
-        "image_bound": _image_bound(placed),
+        "image_bound": _bounds(placed, "image_bound"),
     }
     if "mm_token_type_ids" in samples[0]:
         batch["mm_token_type_ids"] = _filled(placed, "mm_token_type_ids", shape, 0)
     if any("temporal_ids" in sample for sample in samples):
         batch["temporal_ids"] = _temporal_ids(samples)
+    heard = [each for each in placed if "audio_values" in each.sample]
+    if heard:
+        batch["audio_values"] = torch.cat([each.sample["audio_values"] for each in heard], dim=1)
+        batch["audio_segments"] = torch.cat([each.sample["audio_segments"] for each in heard]).numpy()
+        batch["audio_bound"] = _bounds(heard, "audio_bound")
     if packing:
         batch["position_ids"] = _position_ids(placed, shape)
     if "labels" in samples[0]:
@@ -126,10 +131,10 @@ def _labels(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
     return labels
 
 
-def _image_bound(placed: Sequence[_Placed]) -> np.ndarray:
+def _bounds(placed: Sequence[_Placed], key: Any) -> np.ndarray:
+    """[runs, 3] (row, start, end) of one key of every sample."""
     bounds = [
-        torch.nn.functional.pad(each.sample["image_bound"] + each.start, (1, 0), value=each.row)
-        for each in placed
+        torch.nn.functional.pad(each.sample[key] + each.start, (1, 0), value=each.row) for each in placed
     ]
     return torch.cat(bounds).numpy()
 

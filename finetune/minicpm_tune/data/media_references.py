@@ -1,6 +1,7 @@
 """Which image or video every placeholder of a row stands for, and which texts only look like placeholders.
 
-A row names its media in ``image``, ``images``, ``video`` or ``videos``:
+A row names its media in ``image``, ``images``, ``video`` or ``videos``, and, where the model
+hears, in ``audio`` or ``audios``:
 
 - a single image is meant by every ``<image>`` in the row;
 - in a list, the first ``<image>`` (or ``<ImageHere>``) means the first image, and so on; ``<image_02>``, or a part
@@ -49,8 +50,9 @@ class Source:
     """Where an image or a video comes from.
 
     Attributes:
-        kind: ``image`` or ``video``.
-        value: A path, URL, data URI, bytes, or ``{"bytes":, "path":}``; a video may be a list of these.
+        kind: ``image``, ``video`` or ``audio``.
+        value: A path, URL, data URI, bytes, or ``{"bytes":, "path":}``; a video may be a list of these, and an audio
+            ``{"array":, "sampling_rate":}``.
         fps: Frames taken per second of this video; None: as for all.
         max_frames: Most frames of this video; None: as for all.
     """
@@ -67,16 +69,17 @@ class MediaReader:
     Args:
         row: The row.
         literal: Whether placeholders are plain text, but the first for each medium.
+        hears: Whether the model takes audio.
     """
 
-    def __init__(self, row: Mapping[str, Any], *, literal: bool = False) -> None:
-        self.literal = literal
+    def __init__(self, row: Mapping[str, Any], *, literal: bool = False, hears: bool = False) -> None:
+        self.literal, self.hears = literal, hears
         self.named: dict[str, Any] = {}
         self.single: Any = None
-        self.listed: dict[str, list[Any]] = {"image": [], "video": []}
-        self.taken: dict[str, int] = {"image": 0, "video": 0}
+        self.listed: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}
+        self.taken: dict[str, int] = dict.fromkeys(self.listed, 0)
         self.mentioned: set[str] = set()
-        for kind in ("image", "video"):
+        for kind in ("image", "video", "audio") if hears else ("image", "video"):
             one: Any = row.get(kind)
             several: Any = row.get(f"{kind}s")
             if one not in NOTHING and several not in NOTHING:
@@ -85,6 +88,10 @@ class MediaReader:
                 )
             if kind == "image":
                 self._add_images(several if one in NOTHING else one)
+            elif kind == "audio":
+                value = several if one in NOTHING else one
+                if value not in NOTHING:
+                    self.listed["audio"] = list(value) if isinstance(value, (list, tuple)) else [value]
             elif one not in NOTHING:
                 self.listed["video"] = list(one) if _are_films(one) else [one]
             elif several not in NOTHING:
@@ -110,7 +117,7 @@ class MediaReader:
 
     @property
     def _has_media(self) -> bool:
-        return bool(self.named or self.single is not None or self.listed["image"] or self.listed["video"])
+        return bool(self.named or self.single is not None or any(self.listed.values()))
 
     def split(self, text: str, number: int) -> Iterator[str | Source | Literal]:
         """The parts of a text in turn ``number``: its placeholders as the sources they stand for."""
@@ -131,7 +138,7 @@ class MediaReader:
         mark = found.group()
         if found["escaped"]:
             return Literal(mark[1:])
-        if found["mark"]:
+        if found["mark"] or (self.hears and mark == "<audio>"):
             if self.literal and not self._holds(mark):
                 return Literal(mark)
             return self.take(mark, number)
@@ -148,9 +155,10 @@ class MediaReader:
 
     def _holds(self, mark: str) -> bool:
         """Whether the row has a medium for a placeholder that no placeholder has taken yet."""
-        if mark == "<video>":
-            index = self.taken["video"]
-            return index < len(self.listed["video"]) and f"video#{index}" not in self.mentioned
+        if mark in ("<video>", "<audio>"):
+            kind = mark[1:-1]
+            index = self.taken[kind]
+            return index < len(self.listed[kind]) and f"{kind}#{index}" not in self.mentioned
         if self.named:
             return mark in self.named and mark not in self.mentioned
         if self.single is not None:
@@ -160,8 +168,8 @@ class MediaReader:
 
     def take(self, mark: str, number: int) -> Source:
         """The source that a placeholder in turn ``number`` stands for."""
-        if mark == "<video>":
-            return Source("video", self._next("video", mark, number))
+        if mark in ("<video>", "<audio>"):
+            return Source(mark[1:-1], self._next(mark[1:-1], mark, number))
         if self.named:
             if mark not in self.named:
                 raise RowError(

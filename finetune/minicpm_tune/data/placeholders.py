@@ -113,6 +113,22 @@ def video_placeholder(
     return writer.placeholder()
 
 
+def audio_placeholder(runs: Sequence[int], style: PlaceholderStyle) -> Placeholder:
+    """Write the placeholder of one audio of MiniCPM-o.
+
+    Args:
+        runs: Audio tokens of each run: of every second (o-2.6), or of the whole audio (o-4.5).
+        style: The generation's style; image and audio share the pad token.
+
+    Returns:
+        The text and the runs in it.
+    """
+    writer = _Writer(style.pad)
+    for count in runs:
+        writer.write_run("<|audio_start|>", count, "<|audio_end|>")
+    return writer.placeholder()
+
+
 def _write_image(writer: _Writer, layout: ImageLayout, style: PlaceholderStyle) -> None:
     overview, *slices = (style.token_count(size) for size in layout.tgt_sizes)
     if not style.slice_tag:

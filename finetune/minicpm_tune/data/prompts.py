@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.turns import Literal, Media, Part, Turn
+from minicpm_tune.data.turns import Literal, Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments
 
@@ -38,7 +38,8 @@ _CONTROL_TOKENS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<|begin_of_text|>", "<|end_of_text|>", "<s>", "</s>", "<unk>", "<image>", "</image>", "<slice>",
     "</slice>", "<image_id>", "</image_id>", "<|image_pad|>", "<|video_pad|>", "[UNUSED_TOKEN_145]",
-    "[UNUSED_TOKEN_146]",
+    "[UNUSED_TOKEN_146]", "<|audio_start|>", "<|audio_end|>", "<|audio|>", "<|spk_bos|>", "<|spk|>", "<|spk_eos|>",
+    "<|tts_bos|>", "<|tts_eos|>",
 )  # fmt: skip
 _MINICPM_MARKS = ("<用户>", "<AI>")
 
@@ -68,7 +69,7 @@ class PromptWriter:
     Args:
         tokenizer: The checkpoint's tokenizer, with its chat template.
         generation: The checkpoint's generation.
-        arguments: ``enable_thinking`` and ``train_on``.
+        arguments: ``enable_thinking``, ``train_on`` and ``audio_prompt``.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class PromptWriter:
             pieces = self._template_history(history, thinking=wish == "true" or bool(thoughts))
         if thoughts:
             thoughts = _fit_think_block(pieces, thoughts)
+        pieces += self._speech_header(history)
         parts = [*thoughts, *parts]
         if self.generation.prompt == "template" and self._trims:
             parts = _trimmed(parts)
@@ -146,7 +148,7 @@ class PromptWriter:
         """
         if self.generation.prompt == "minicpm":
             return self._minicpm_history(turns)
-        return self._template_history(turns, thinking=thinking)
+        return [*self._template_history(turns, thinking=thinking), *self._speech_header(turns)]
 
     # --- parts of a turn ---
 
@@ -224,7 +226,8 @@ class PromptWriter:
         end = self.generation.turn_end
         parts = [self._history_parts(turn, number) for number, turn in enumerate(turns)]
         messages = [self._message(turn.role, each) for turn, each in zip(turns, parts, strict=True)]
-        *bodies, tail = self._render(messages, thinking=thinking).split(end)
+        template = self._speech_template(turns)
+        *bodies, tail = self._render(messages, thinking=thinking, template=template).split(end)
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
             raise ModelFolderError(
@@ -247,6 +250,23 @@ class PromptWriter:
             ]
             pieces.append(Piece(end, learn))
         return [*pieces, Piece(tail)]
+
+    # --- audio: it switches the whole conversation to the form in which the released chat() speaks ---
+
+    def _speaks(self, turns: Sequence[Turn]) -> bool:
+        return (
+            self.generation.hearing is not None
+            and self.arguments.audio_prompt == "chat"
+            and any(media.kind == "audio" for media in media_of(turns))
+        )
+
+    def _speech_template(self, turns: Sequence[Turn]) -> str | None:
+        hearing = self.generation.hearing
+        return hearing.chat_template if hearing is not None and self._speaks(turns) else None
+
+    def _speech_header(self, turns: Sequence[Turn]) -> list[Piece]:
+        hearing = self.generation.hearing
+        return [Piece(hearing.prompt_end)] if hearing is not None and self._speaks(turns) else []
 
     def _history_parts(self, turn: Turn, number: int) -> list[Part]:
         """The parts of an earlier turn, with its thoughts as text: the template keeps them or leaves them out."""
@@ -294,8 +314,10 @@ class PromptWriter:
             return {"role": role, "content": content}
         return {"role": role, "content": "".join(p if isinstance(p, str) else _STAND_IN for p in parts)}
 
-    def _render(self, messages: list[dict[str, Any]], *, thinking: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, thinking: bool, template: str | None = None) -> str:
         options: dict[str, Any] = {"enable_thinking": thinking} if self.generation.thinking else {}
+        if template is not None:
+            options["chat_template"] = template
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **options

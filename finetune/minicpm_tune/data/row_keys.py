@@ -74,12 +74,13 @@ _ABOUT_MEDIA = re.compile(
 )
 
 
-def read_row_keys(row: Mapping[str, Any], *, model: str) -> list[str]:
+def read_row_keys(row: Mapping[str, Any], *, model: str, hears: bool = False) -> list[str]:
     """Check a row's keys.
 
     Args:
         row: The row.
         model: What messages call the model.
+        hears: Whether the model takes audio.
 
     Returns:
         The keys that nothing reads.
@@ -87,9 +88,9 @@ def read_row_keys(row: Mapping[str, Any], *, model: str) -> list[str]:
     Raises:
         RowError: For a key that would change what the row means.
     """
-    _refuse_audio(row, "the row", model)
+    _refuse_audio(row, "the row", model, known={"audio", "audios"} if hears else set())
     _refuse(row, _REFUSED_ROW_KEYS, "the row")
-    unknown = _unknown(row, _ROW_KEYS)
+    unknown = _unknown(row, _ROW_KEYS | {"audio", "audios"})
     has_media = _has_media(row)
     for key in unknown:
         facts = has_media and _ABOUT_MEDIA.fullmatch(key)
@@ -103,9 +104,17 @@ def read_row_keys(row: Mapping[str, Any], *, model: str) -> list[str]:
     return unknown
 
 
-def read_message_keys(message: Mapping[str, Any], number: int, *, model: str) -> list[str]:
+def read_message_keys(
+    message: Mapping[str, Any], number: int, *, model: str, hears: bool = False
+) -> list[str]:
     """The same for a message; ``number`` is that of its turn."""
     place = f"turn {number}"
+    if hears and any(message.get(key) not in NOTHING for key in _AUDIO_KEYS):
+        raise RowError(
+            "audio",
+            f"{place} has audio of its own, expected it in the row or in the content. Put it under the row's 'audios', "
+            "with an <audio> in the text for each, or make the content a list of parts.",
+        )
     _refuse_audio(message, place, model)
     _refuse(message, _REFUSED_MESSAGE_KEYS, place)
     unknown = _unknown(message, _MESSAGE_KEYS)
@@ -145,10 +154,17 @@ def _refuse(values: Mapping[str, Any], refused: Mapping[str, str], place: str) -
             raise RowError("key", f"{place} has {key!r}: {advice}.")
 
 
-def _refuse_audio(values: Mapping[str, Any], place: str, model: str) -> None:
+def _refuse_audio(values: Mapping[str, Any], place: str, model: str, known: set[str] | None = None) -> None:
     for key in values:
-        if key in _AUDIO_KEYS and values[key] not in NOTHING:
-            raise RowError("audio", f"{place} has {key!r}, but {model} takes no audio. Remove the row.")
+        if key in (known or ()) or key not in _AUDIO_KEYS or values[key] in NOTHING:
+            continue
+        if known:
+            raise RowError(
+                "audio",
+                f"{place} has {key!r}, expected its audio under 'audio' or 'audios', with an <audio> in the text for "
+                "each. Rename the key.",
+            )
+        raise RowError("audio", f"{place} has {key!r}, but {model} takes no audio. Remove the row.")
 
 
 def _is_media(key: str, value: Any) -> bool:

@@ -51,7 +51,12 @@ class ParsedRow:
 
 
 def parse_row(
-    row: Any, *, image_end: str = "\n", literal_control_tokens: bool = False, model: str = "the model"
+    row: Any,
+    *,
+    image_end: str = "\n",
+    literal_control_tokens: bool = False,
+    model: str = "the model",
+    hears: bool = False,
 ) -> ParsedRow:
     """Read one row.
 
@@ -60,6 +65,7 @@ def parse_row(
         image_end: What follows an image that no placeholder mentions.
         literal_control_tokens: Whether control texts in messages are plain text, unless the row says otherwise.
         model: What messages call the model.
+        hears: Whether the model takes audio.
 
     Returns:
         The conversation, its last turn the assistant's.
@@ -81,8 +87,10 @@ def parse_row(
     literal = (
         literal_control_tokens if literal is None else _switch(literal, "the row: 'literal_control_tokens'")
     )
-    reader = _RowReader(MediaReader(row, literal=literal), literal=literal, model=model)
-    reader.note("row", read_row_keys(row, model=model))
+    reader = _RowReader(
+        MediaReader(row, literal=literal, hears=hears), literal=literal, model=model, hears=hears
+    )
+    reader.note("row", read_row_keys(row, model=model, hears=hears))
     read = [reader.turn(message, number) for number, message in enumerate(_messages(row))]
     numbers = [number for number, turn in enumerate(read) if turn is not None]
     turns = [turn for turn in read if turn is not None]
@@ -136,8 +144,8 @@ def _with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
 class _RowReader:
     """Reads the messages of one row, and notes the keys that nothing reads."""
 
-    def __init__(self, media: MediaReader, *, literal: bool, model: str) -> None:
-        self.media, self.literal, self.model = media, literal, model
+    def __init__(self, media: MediaReader, *, literal: bool, model: str, hears: bool) -> None:
+        self.media, self.literal, self.model, self.hears = media, literal, model, hears
         self.unknown: dict[str, None] = {}
 
     def note(self, place: str, keys: Sequence[str]) -> None:
@@ -150,7 +158,7 @@ class _RowReader:
                 "form",
                 f"turn {number} is {type_name(message)}, expected an object with 'role' and 'content'. Fix it.",
             )
-        self.note("message", read_message_keys(message, number, model=self.model))
+        self.note("message", read_message_keys(message, number, model=self.model, hears=self.hears))
         role = _role(message, number)
         content = _one_of(message, ("content", "value"), number)
         if content is None and role == "system":
@@ -180,6 +188,8 @@ class _RowReader:
     def _part(self, part: Any, number: int) -> list[Part | Source]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         kind = kind.removesuffix("_url") if isinstance(kind, str) else None
+        if kind in ("audio", "input_audio") and self.hears:
+            return [self._audio(part, number)]
         if kind in ("audio", "input_audio"):
             raise RowError(
                 "audio",
@@ -197,6 +207,22 @@ class _RowReader:
             )
         self.note("part", read_part_keys(part, kind, number))
         return [self._medium(part, kind, number)]
+
+    def _audio(self, part: Mapping[str, Any], number: int) -> Source:
+        keys = ("audio", "input_audio", "audio_url", "path", "url", "data")
+        values = [part[key] for key in keys if part.get(key) is not None]
+        if len(values) > 1:
+            raise RowError(
+                "media", f"turn {number}: a part names its audio more than once, expected one name. Keep one."
+            )
+        if values:
+            return Source("audio", _inner_audio(values[0]))
+        if part.get("index") is not None:
+            index = part["index"]
+            return Source(
+                "audio", self.media.at("audio", index, f"asks for the audio with index {index!r}", number)
+            )
+        return self.media.take("<audio>", number)
 
     def _medium(self, part: Mapping[str, Any], kind: str, number: int) -> Source:
         given = [part[key] for key in PART_SOURCES[kind] if part.get(key) is not None]
@@ -229,6 +255,15 @@ class _RowReader:
                 "that much; split it, or look for a line break that is missing.",
             )
         return list(self.media.split(text, number))
+
+
+def _inner_audio(value: Any) -> Any:
+    """The audio of ``audio_url`` and ``input_audio`` parts, which wrap it once more."""
+    if isinstance(value, Mapping) and not {"bytes", "path", "array"} & set(value):
+        if isinstance(value.get("data"), str):  # base64 without the head of a data URI
+            return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"
+        return value.get("url", value)
+    return value
 
 
 def _one_of(message: Mapping[str, Any], keys: Sequence[str], number: int) -> Any:

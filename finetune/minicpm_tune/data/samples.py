@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +25,16 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.media.audio import Clip, log_mel, merged
 from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.media_references import Source
-from minicpm_tune.data.placeholders import Placeholder, PlaceholderStyle, image_placeholder, video_placeholder
+from minicpm_tune.data.placeholders import (
+    Placeholder,
+    PlaceholderStyle,
+    audio_placeholder,
+    image_placeholder,
+    video_placeholder,
+)
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.slicing.families import read_media_rules
@@ -48,13 +56,13 @@ class Plan:
     Attributes:
         pieces: The prompt.
         encoded: Its tokens and labels.
-        pictures: Its images and videos.
+        pictures: Its images, videos and audios.
         layouts: How every frame of each is cut.
     """
 
     pieces: Sequence[Piece]
     encoded: Encoded
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Picture | Clip, ...]
     layouts: Layouts
 
 
@@ -79,7 +87,7 @@ class TrainingRows(Protocol):
         """Read a row's turns, and where its media come from."""
         ...
 
-    def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture]:
+    def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture | Clip]:
         """Open a row's images and videos; they are decoded later."""
         ...
 
@@ -142,13 +150,13 @@ class Processing:
         Raises:
             RowError: When it is in no accepted form.
         """
-        title = self.generation.title
         try:
             return parse_row(
                 row,
                 image_end=self.generation.image_end,
                 literal_control_tokens=self.arguments.literal_control_tokens,
-                model=title if self.generation.hearing is None else f"the training of {title}",
+                model=self.generation.title,
+                hears=self.media.audio is not None,
             )
         except RecursionError as error:  # a value that no message can show
             raise RowError(
@@ -157,7 +165,7 @@ class Processing:
 
     # --- training samples ---
 
-    def encode(self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image]) -> Sample:
+    def encode(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Sample:
         """Turn a conversation with its last answer into a training sample.
 
         Args:
@@ -172,11 +180,11 @@ class Processing:
         """
         return self.finish(self.plan(turns, pictures))
 
-    def plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image]) -> Plan:
+    def plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Plan:
         """Decide everything of a training sample but its pixels; arguments and errors as of ``encode``."""
         return self.fit(self.whole_plan(turns, pictures))
 
-    def whole_plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image]) -> Plan:
+    def whole_plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Plan:
         """The plan before ``--model_max_length`` is applied."""
         self.check(turns)
         return self._tokenize(self.writer.training_pieces(turns), _opened(pictures), self.rules)
@@ -217,7 +225,11 @@ class Processing:
     # --- prompts for generation ---
 
     def encode_prompt(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture | Image.Image], *, thinking: bool = False
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture | Clip | Image.Image],
+        *,
+        thinking: bool = False,
     ) -> Sample:
         """Turn a conversation into what inference gives the model to answer.
 
@@ -251,8 +263,11 @@ class Processing:
         """
         for number, turn in enumerate(turns):
             self._check_text(turn, number)
-        if self.media.video is None and any(media.kind == "video" for media in media_of(turns)):
+        kinds = {media.kind for media in media_of(turns)}
+        if self.media.video is None and "video" in kinds:
             raise RowError("video", self.no_video)
+        if self.media.audio is None and "audio" in kinds:
+            raise RowError("audio", self.no_audio)
 
     def _check_text(self, turn: Turn, number: int) -> None:
         plain = "".join(part for part in turn.parts if isinstance(part, str)) + (turn.thoughts or "")
@@ -280,20 +295,29 @@ class Processing:
             "or give single frames as images."
         )
 
-    def _tokenize(self, pieces: Sequence[Piece], pictures: tuple[Picture, ...], rules: SlicingRules) -> Plan:
+    @property
+    def no_audio(self) -> str:
+        """What is said of a row with audio, for a model that does not hear."""
+        return f"the row has audio, but {self.generation.title} takes no audio here. Remove the row."
+
+    def _tokenize(
+        self, pieces: Sequence[Piece], pictures: tuple[Picture | Clip, ...], rules: SlicingRules
+    ) -> Plan:
         """Pieces of the prompt and opened pictures -> layouts -> placeholders -> tokens."""
         assert sum(piece.media is not None for piece in pieces) == len(pictures), (pieces, len(pictures))
         layouts = tuple(self._layout(picture, rules) for picture in pictures)
         placeholders = self._placeholders(pictures, layouts)
         return Plan(pieces, encode_pieces(pieces, placeholders, self.tokenizer), pictures, layouts)
 
-    def _layout(self, picture: Picture, rules: SlicingRules) -> tuple[ImageLayout, ...]:
+    def _layout(self, picture: Picture | Clip, rules: SlicingRules) -> tuple[ImageLayout, ...]:
+        if isinstance(picture, Clip):
+            return ()
         if picture.kind == "video":
             assert self.media.video is not None
             rules = rules.limited(min(rules.max_slice_nums, self.media.video.max_slice_nums))
         return tuple(rules.layout(width, height) for width, height in picture.sizes)
 
-    def _placeholders(self, pictures: Sequence[Picture], layouts: Layouts) -> list[Placeholder]:
+    def _placeholders(self, pictures: Sequence[Picture | Clip], layouts: Layouts) -> list[Placeholder]:
         style = self.style
         has_video = any(picture.kind == "video" for picture in pictures)
         numbered = {
@@ -303,6 +327,9 @@ class Processing:
         counts = {"image": 0, "video": 0}
         placeholders = []
         for picture, frames in zip(pictures, layouts, strict=True):
+            if isinstance(picture, Clip):
+                placeholders.append(audio_placeholder(self._audio_runs(picture), style))
+                continue
             number = counts[picture.kind] if numbered[picture.kind] else None
             counts[picture.kind] += 1
             if picture.kind == "image":
@@ -311,6 +338,18 @@ class Processing:
                 shown = [frames[index] for index in picture.pack_starts]
                 placeholders.append(video_placeholder(shown, style, number=number))
         return placeholders
+
+    def _audio_runs(self, clip: Clip) -> list[int]:
+        rules = self.media.audio
+        assert rules is not None, clip
+        runs = rules.runs(clip.samples)
+        if not runs:
+            raise RowError(
+                "audio",
+                f"audio {clip.name} has {clip.samples} samples of 16 kHz, expected at least {rules.fewest_samples}: "
+                "fewer make no audio token. Replace it, or remove the row.",
+            )
+        return runs
 
     def _shorten(self, plan: Plan) -> Plan:
         """Bring a plan over ``--model_max_length`` to it, in the way that ``--overlength`` says."""
@@ -334,10 +373,14 @@ class Processing:
     def _sample(self, plan: Plan, cache: VisionCache | None = None) -> Sample:
         """The tensors of a plan; what was cut off is not decoded."""
         encoded = plan.encoded
-        kept = len(encoded.media_spans)
-        pictures, layouts = plan.pictures[:kept], plan.layouts[:kept]
+        media = list(
+            zip(plan.pictures, plan.layouts, encoded.media_spans, strict=False)
+        )  # the rest was cut off
+        pictures = [picture for picture, *_ in media if isinstance(picture, Picture)]
+        layouts = [frames for picture, frames, _ in media if isinstance(picture, Picture)]
         known = [] if cache is None else cache.pictures(pictures, layouts)
-        unknown = [index for index in range(kept) if not known or known[index].features is None]
+        unknown = [index for index in range(len(pictures)) if not known or known[index].features is None]
+        image_bound, audio_bound = self._bounds(plan)
         input_ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
         sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
         sample: Sample = {
@@ -348,8 +391,11 @@ class Processing:
                 self.rules.patch_size,
             ),
             "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
-            "image_bound": torch.tensor(encoded.image_bound, dtype=torch.int64).reshape(-1, 2),
+            "image_bound": torch.tensor(image_bound, dtype=torch.int64).reshape(-1, 2),
         }
+        if audio_bound:
+            sample["audio_bound"] = torch.tensor(audio_bound)
+            sample["audio_values"], sample["audio_segments"] = self._audio(plan, audio_bound)
         if self.generation.token_types:
             sample["mm_token_type_ids"] = _token_types(input_ids, self.tokenizer, self.style)
         if cache is not None:
@@ -357,6 +403,55 @@ class Processing:
         if any(picture.packs for picture in pictures):
             sample["temporal_ids"] = _temporal_ids(pictures, layouts)
         return sample
+
+    @staticmethod
+    def _bounds(plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The runs of pad tokens that stand for slices, and those that stand for audio."""
+        images: list[tuple[int, int]] = []
+        audio: list[tuple[int, int]] = []
+        runs = iter(plan.encoded.image_bound)
+        for picture, count in zip(plan.pictures, plan.encoded.slices, strict=False):
+            (audio if isinstance(picture, Clip) else images).extend(islice(runs, count))
+        return images, audio
+
+    def _audio(self, plan: Plan, bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``audio_values`` and ``audio_segments`` of a sample, see ``batch.Sample``.
+
+        The audios of a message are heard as one waveform, as in the released ``chat``. Its tokens can then be more than
+        there are places, and the last ones are dropped; or fewer, which the released code can't do, and then each audio
+        is heard by itself.
+        """
+        rules, hearing = self.media.audio, self.generation.hearing
+        assert rules is not None
+        assert hearing is not None
+        places = sum(end - start for start, end in bounds)
+        heard = [
+            (picture, message)
+            for picture, message, _ in zip(
+                plan.pictures, self._messages(plan.pieces), plan.encoded.media_spans, strict=False
+            )
+            if isinstance(picture, Clip)
+        ]
+        clips, messages = [clip for clip, _ in heard], [message for _, message in heard]
+        waveforms = merged(clips, messages if hearing.merges else range(len(clips)))
+        if sum(rules.tokens(len(waveform)) for waveform in waveforms) < places:
+            waveforms = merged(clips, range(len(clips)))
+        mels = log_mel(waveforms)
+        longest, left, segments = max(mel.shape[1] for mel in mels), places, []
+        for mel in mels:
+            kept = min(rules.tokens_of_frames(mel.shape[1]), left)
+            left -= kept
+            segments.append((mel.shape[1], longest, kept))
+        return torch.from_numpy(np.concatenate(mels, axis=1)), torch.tensor(segments)
+
+    def _messages(self, pieces: Sequence[Piece]) -> list[int]:
+        """The number of the message that each medium stands in."""
+        messages, number = [], 0
+        for piece in pieces:
+            if piece.media is not None:
+                messages.append(number)
+            number += piece.text == self.generation.turn_end
+        return messages
 
 
 def load_processing(
@@ -390,8 +485,8 @@ def load_processing(
     )
 
 
-def _opened(pictures: Sequence[Picture | Image.Image]) -> tuple[Picture, ...]:
-    return tuple(picture if isinstance(picture, Picture) else Picture.of(picture) for picture in pictures)
+def _opened(pictures: Sequence[Picture | Clip | Image.Image]) -> tuple[Picture | Clip, ...]:
+    return tuple(Picture.of(picture) if isinstance(picture, Image.Image) else picture for picture in pictures)
 
 
 def _patches(

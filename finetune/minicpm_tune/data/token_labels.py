@@ -27,9 +27,9 @@ class Encoded:
     Attributes:
         input_ids: Token ids, ``[T]``.
         labels: The token's id where it is supervised, else -100; not shifted, ``[T]``.
-        image_bound: [start, end) in tokens of every slice's run of pad tokens, ``[P]``.
+        image_bound: [start, end) in tokens of every run of pad tokens, those of audio included, ``[P]``.
         media_spans: [start, end) in tokens of every medium's whole placeholder.
-        slices: Number of slices of every medium.
+        slices: Number of runs of every medium.
     """
 
     input_ids: list[int]

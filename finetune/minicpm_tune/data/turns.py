@@ -13,10 +13,10 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Media:
-    """The place of an image or a video in a text.
+    """The place of an image, a video or an audio in a text.
 
     Attributes:
-        kind: ``image`` or ``video``.
+        kind: ``image``, ``video`` or ``audio``.
         index: Its number among the conversation's media, counted in the order of the text.
     """
 

@@ -88,6 +88,14 @@ class DataArguments(RowLimits):
             "choices": ["auto", "true", "false"],
         },
     )
+    audio_prompt: str = field(
+        default="chat",
+        metadata={
+            "help": "MiniCPM-o: the prompt of a conversation with audio. chat: the speech form that the released "
+            "chat() writes. plain: the form without speech tokens, which vLLM and other trainers use.",
+            "choices": ["chat", "plain"],
+        },
+    )
     train_on: str = field(
         default="all_turns",
         metadata={

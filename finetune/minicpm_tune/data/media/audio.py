@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import io
 import wave
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ class AudioRules:
             >>> AudioRules(pool=2, per_second=True).tokens(16_000)
             25
         """
-        return -(-mel_frames(samples) // 2) // self.pool
+        return self.tokens_of_frames(mel_frames(samples))
+
+    def tokens_of_frames(self, frames: int) -> int:
+        """The same, of so many log-mel frames."""
+        return -(-frames // 2) // self.pool
 
     def runs(self, samples: int) -> list[int]:
         """Tokens of each placeholder of one audio.
@@ -73,19 +77,28 @@ class AudioRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded audio.
+    """One audio of a row; it is decoded when its waveform is asked for.
 
     Attributes:
         name: The source in a few words, for messages.
-        waveform: [samples] float32 in [-1, 1], one channel at 16 kHz.
+        samples: Its length, in samples of 16 kHz.
+        decode: Gives [samples] float32 in [-1, 1], one channel at 16 kHz.
+        kind: ``audio``, as ``Media.kind``.
     """
 
     name: str
-    waveform: np.ndarray
+    samples: int
+    decode: Callable[[], np.ndarray] = field(repr=False)
+    kind: str = "audio"
+
+    @classmethod
+    def of(cls, waveform: np.ndarray, name: str = "(samples)") -> Clip:
+        """A clip that is decoded already."""
+        return cls(name, len(waveform), lambda: waveform)
 
     @property
     def seconds(self) -> float:
-        return len(self.waveform) / RATE
+        return self.samples / RATE
 
 
 def mel_frames(samples: int) -> int:
@@ -109,12 +122,14 @@ def open_audio(value: Any, folder: Path, *, allow_remote: bool = False) -> Clip:
     """
     if isinstance(value, Mapping) and value.get("array") is not None:
         name = f"of {len(np.atleast_1d(value['array']))} samples"
-        return Clip(name, _checked(_from_array(value, name), name))
+        return Clip.of(_checked(_from_array(value, name), name), name)
     check_source(value, folder, allow_remote=allow_remote)
     name = describe(value)
     data = open_bytes(value, folder, name)
-    waveform = _plain_wave(data)
-    return Clip(name, _checked(_decoded(data, name) if waveform is None else waveform, name))
+    samples = _plain_samples(data)
+    if samples:  # the header says how long it is
+        return Clip(name, samples, lambda: _checked(_plain_wave(data, name), name))
+    return Clip.of(_checked(_decoded(data, name), name), name)
 
 
 def log_mel(waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -140,7 +155,7 @@ def merged(clips: Sequence[Clip], messages: Sequence[int]) -> list[np.ndarray]:
     """
     joined: dict[int, list[np.ndarray]] = {}
     for clip, message in zip(clips, messages, strict=True):
-        joined.setdefault(message, []).append(clip.waveform)
+        joined.setdefault(message, []).append(clip.decode())
     return [np.concatenate(parts) for parts in joined.values()]
 
 
@@ -157,19 +172,33 @@ def _features(segment: np.ndarray) -> np.ndarray:
     return found[:, : mel_frames(len(segment))]
 
 
-def _plain_wave(data: io.BytesIO | Path) -> np.ndarray | None:
-    """The samples of a PCM16 file at 16 kHz; None for anything else."""
+def _plain_samples(data: io.BytesIO | Path) -> int | None:
+    """Samples of a PCM16 file at 16 kHz by its header; None for anything else."""
     try:
-        with wave.open(str(data) if isinstance(data, Path) else data) as file:
-            if file.getsampwidth() != 2 or file.getframerate() != RATE:
-                return None
-            samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
-            return (samples.reshape(-1, file.getnchannels()).astype(np.float32) / 32768).mean(axis=1)
+        with wave.open(_readable(data)) as file:
+            plain = file.getsampwidth() == 2 and file.getframerate() == RATE
+            return file.getnframes() if plain else None
     except (wave.Error, EOFError, ValueError, OSError):
         return None
-    finally:
-        if isinstance(data, io.BytesIO):
-            data.seek(0)
+
+
+def _plain_wave(data: io.BytesIO | Path, name: str) -> np.ndarray:
+    with wave.open(_readable(data)) as file:
+        channels, expected = file.getnchannels(), file.getnframes()
+        samples = np.frombuffer(file.readframes(expected), dtype="<i2")
+    if len(samples) != expected * channels:
+        raise RowError(
+            "audio",
+            f"audio {name} holds {len(samples) // channels} samples, expected {expected} as its header says. The file "
+            "is cut off: replace it.",
+        )
+    return (samples.reshape(-1, channels).astype(np.float32) / 32768).mean(axis=1)
+
+
+def _readable(data: io.BytesIO | Path) -> Any:
+    if isinstance(data, Path):
+        return str(data)
+    return io.BytesIO(data.getvalue())  # reading moves it, and it may be read twice
 
 
 def _decoded(data: io.BytesIO | Path, name: str) -> np.ndarray:
@@ -183,7 +212,7 @@ def _decoded(data: io.BytesIO | Path, name: str) -> np.ndarray:
             "Install it: pip install av soxr",
         ) from error
     try:
-        with av.open(str(data) if isinstance(data, Path) else data, mode="r") as container:
+        with av.open(_readable(data), mode="r") as container:
             if not container.streams.audio:
                 raise RowError(
                     "audio", f"audio {name} holds no sound, expected a stream of audio. Replace it."
