@@ -35,6 +35,7 @@ from minicpm_tune.training.process_lifecycle import run_command
 HELP = """\
 /image FILE   show a picture with the next question; a line with nothing but its path does the same
 /video FILE   show a video, or a folder of its frames
+/audio FILE   play a sound with the next question (MiniCPM-o)
 /clear        show nothing with the next question after all
 /reset        forget the conversation
 /quit         leave
@@ -43,6 +44,7 @@ A line that starts with a space is a question, whatever it holds.
 _SUFFIXES = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     "video": (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"),
+    "audio": (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"),
 }
 
 
@@ -124,7 +126,7 @@ class Conversation:
         self.failed: str | None = None  # what could not be shown with the next question
         self.known: set[Path] = set()  # every file that was shown
         # Before the weights are loaded, which can take minutes.
-        for kind in ("image", "video"):
+        for kind in ("image", "video", "audio"):
             for path in getattr(values, kind):
                 self.show(kind, path)
         self.model, _ = load_for_inference(choice, found)
@@ -153,7 +155,7 @@ class Conversation:
         """Show a picture or a video with the next question.
 
         Args:
-            kind: ``image`` or ``video``.
+            kind: ``image``, ``video`` or ``audio``.
             path: Its file, or a folder of frames.
 
         Raises:
@@ -170,6 +172,8 @@ class Conversation:
         from minicpm_tune.data.media.images import open_image
         from minicpm_tune.data.media.videos import open_video
 
+        if kind == "audio":
+            return self._heard(path)
         if kind == "image":
             picture = open_image(path, self.options)
         elif self.processing.media.video is not None:
@@ -179,6 +183,14 @@ class Conversation:
             raise RowError("video", f"{title} was not trained on video, expected images. Show single frames.")
         frames = list(picture.frames())
         return replace(picture, frames=lambda: frames)
+
+    def _heard(self, path: str) -> Any:
+        from minicpm_tune.data.media.audio import Clip, open_audio
+
+        if self.processing.media.audio is None:
+            raise RowError("audio", f"{self.processing.generation.title} takes no audio. Ask without it.")
+        clip = open_audio(path, self.options.folder, allow_remote=self.options.allow_remote)
+        return Clip.of(clip.decode(), clip.name)
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated.
@@ -225,7 +237,7 @@ class Conversation:
 
 
 def _kind_of(path: str) -> str | None:
-    """image or video, by the ending of a file's name."""
+    """image, video or audio, by the ending of a file's name."""
     suffix = Path(path).suffix.lower()
     return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
 
@@ -268,6 +280,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(prog="chat.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--image", action="append", default=[], help="A picture; may be given several times.")
     parser.add_argument("--video", action="append", default=[], help="A video, or a folder of its frames.")
+    parser.add_argument("--audio", action="append", default=[], help="A sound file, for MiniCPM-o.")
     parser.add_argument(
         "--question", action="append", default=[],
         help="A question; several are the turns of one conversation. Unset: questions are read line by line.",
@@ -335,7 +348,7 @@ def _command(conversation: Conversation, line: str) -> bool:
     word, _, rest = line.partition(" ")
     path = _unquoted(line)
     kind = _kind_of(path)
-    if word in ("/image", "/video"):
+    if word in ("/image", "/video", "/audio"):
         if not rest.strip():
             raise MessageError(f"{word} needs a file. Enter {word} FILE.")
         conversation.show(word[1:], _unquoted(rest))
@@ -348,8 +361,8 @@ def _command(conversation: Conversation, line: str) -> bool:
         _note(f"{path} is shown with the next question.")
     elif kind and not re.search(r"\s", line):
         raise MessageError(
-            f"{path!r} is named like a picture or a video, but there is no such file. Fix the path, or start the line "
-            "with a space to ask it as a question."
+            f"{path!r} is named like a picture, a video or a sound, but there is no such file. Fix the path, or start "
+            "the line with a space to ask it as a question."
         )
     elif re.fullmatch(r"/\w+", word):
         raise MessageError(

@@ -15,11 +15,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from minicpm_tune.answering import generate
 from minicpm_tune.answering.generate import GREEDY, RELEASED_BEAMS, RELEASED_SAMPLING
 from minicpm_tune.batch import Sample
+from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.turns import ROLES, Media, Part, Turn
@@ -198,7 +200,7 @@ def read_messages(
     system_prompt: str = "",
     joined_by: str = "\n",
     literal: bool = False,
-) -> tuple[list[Turn], list[Image.Image | Picture]]:
+) -> tuple[list[Turn], list[Picture | Clip]]:
     """Read a conversation whose last message is the user's.
 
     Args:
@@ -227,7 +229,7 @@ def read_messages(
         raise MessageError(
             f"msgs: found {msgs!r:.80}, expected a list with at least one message. Add the question."
         )
-    pictures: list[Image.Image | Picture] = []
+    pictures: list[Picture | Clip] = []
     turns = [Turn("system", (system_prompt,))] if system_prompt else []
     for number, message in enumerate(msgs):
         role, content = _checked(message, number)
@@ -244,7 +246,7 @@ def read_messages(
     return turns, pictures
 
 
-def place_pictures(question: str, pictures: Sequence[Image.Image | Picture]) -> list[Any]:
+def place_pictures(question: str, pictures: Sequence[Image.Image | Picture | Clip]) -> list[Any]:
     """A message's content: the pictures where the question says ``<ImageHere>``, or all in front of it.
 
     Raises:
@@ -269,8 +271,8 @@ def place_pictures(question: str, pictures: Sequence[Image.Image | Picture]) -> 
 
 
 def as_one_video(
-    turns: Sequence[Turn], pictures: Sequence[Image.Image | Picture], times: Sequence[Sequence[int]]
-) -> tuple[list[Turn], list[Image.Image | Picture]]:
+    turns: Sequence[Turn], pictures: Sequence[Image.Image | Picture | Clip], times: Sequence[Sequence[int]]
+) -> tuple[list[Turn], list[Picture | Clip]]:
     """Take the images of a conversation as the frames of one video, as V-4.5's ``temporal_ids`` means them.
 
     Args:
@@ -332,23 +334,28 @@ def _with_image(content: Any, image: Image.Image, number: int) -> list[Any]:
 
 def _parts(
     content: Any, number: int, joined_by: str, *, first: int
-) -> tuple[tuple[Part, ...], list[Image.Image | Picture]]:
+) -> tuple[tuple[Part, ...], list[Picture | Clip]]:
     """The parts of a message, texts that touch joined, and its pictures, numbered from ``first``."""
     parts: list[str | Media] = []
-    pictures: list[Image.Image | Picture] = []
+    pictures: list[Picture | Clip] = []
     for item in content if isinstance(content, (list, tuple)) else [content]:
         if parts and joined_by:
             parts.append(joined_by)
         if isinstance(item, str):
             parts.append(item)
-        elif isinstance(item, (Image.Image, Picture)):
-            kind = "image" if isinstance(item, Image.Image) else item.kind
-            parts.append(Media(kind, first + len(pictures)))
-            pictures.append(item.convert("RGB") if isinstance(item, Image.Image) else item)
+        elif isinstance(item, (Image.Image, Picture, Clip, np.ndarray)):
+            if isinstance(item, Image.Image):
+                item = Picture.of(item.convert("RGB"))
+            elif isinstance(
+                item, np.ndarray
+            ):  # audio at 16 kHz, as librosa.load gives it to the released chat
+                item = Clip.of(item.astype(np.float32))
+            parts.append(Media(item.kind, first + len(pictures)))
+            pictures.append(item)
         else:
             raise MessageError(
-                f"msgs[{number}]: found {type(item).__name__} in the content, expected texts and PIL images. Open "
-                "files with PIL.Image.open first."
+                f"msgs[{number}]: found {type(item).__name__} in the content, expected texts, PIL images "
+                "and arrays of audio at 16 kHz. Open pictures with PIL.Image.open first."
             )
     runs = groupby(parts, key=lambda part: part if isinstance(part, Media) else str)
     return tuple(key if isinstance(key, Media) else "".join(map(str, run)) for key, run in runs), pictures

@@ -53,7 +53,10 @@ def stop_ids(processing: Processing) -> list[int]:
     """
     tokenizer = processing.tokenizer
     vocabulary = tokenizer.get_vocab()
-    texts = (processing.generation.turn_end, tokenizer.eos_token, *_TEXT_ENDS)
+    spoken = (
+        ("<|tts_eos|>",) if processing.generation.hearing else ()
+    )  # stands in front of it in a spoken answer
+    texts = (processing.generation.turn_end, tokenizer.eos_token, *_TEXT_ENDS, *spoken)
     return sorted({vocabulary[text] for text in texts if text in vocabulary})
 
 
@@ -85,8 +88,9 @@ def answer(
     batch: dict[str, Any] = {
         **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
     }
-    for name in ("input_ids", "attention_mask", "pixel_values"):
-        batch[name] = batch[name].to(model.device)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            batch[name] = value.to(model.device)
     if synced:
         options["synced_gpus"] = batch["dummy"] = True
     with torch.no_grad(), warnings.catch_warnings():

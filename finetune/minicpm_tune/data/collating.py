@@ -131,7 +131,7 @@ def _labels(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
     return labels
 
 
-def _bounds(placed: Sequence[_Placed], key: Any) -> np.ndarray:
+def _bounds(placed: Sequence[_Placed], key: Literal["image_bound", "audio_bound"]) -> np.ndarray:
     """[runs, 3] (row, start, end) of one key of every sample."""
     bounds = [
         torch.nn.functional.pad(each.sample[key] + each.start, (1, 0), value=each.row) for each in placed

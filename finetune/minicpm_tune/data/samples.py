@@ -377,7 +377,7 @@ class Processing:
             zip(plan.pictures, plan.layouts, encoded.media_spans, strict=False)
         )  # the rest was cut off
         pictures = [picture for picture, *_ in media if isinstance(picture, Picture)]
-        layouts = [frames for picture, frames, _ in media if isinstance(picture, Picture)]
+        layouts = tuple(frames for picture, frames, _ in media if isinstance(picture, Picture))
         known = [] if cache is None else cache.pictures(pictures, layouts)
         unknown = [index for index in range(len(pictures)) if not known or known[index].features is None]
         image_bound, audio_bound = self._bounds(plan)

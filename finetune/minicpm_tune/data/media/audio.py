@@ -100,6 +100,16 @@ class Clip:
     def seconds(self) -> float:
         return self.samples / RATE
 
+    @property
+    def sizes(self) -> tuple[()]:
+        """None: there is nothing to see."""
+        return ()
+
+    def frames(self) -> list[Any]:
+        """None; decodes the audio, so that whoever looks for damage finds it."""
+        self.decode()
+        return []
+
 
 def mel_frames(samples: int) -> int:
     """Log-mel frames of a waveform of so many samples."""
