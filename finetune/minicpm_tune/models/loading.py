@@ -85,7 +85,7 @@ def model_class(generation: Generation) -> Any:
     return import_module(f"minicpm_tune.models.{generation.family}").model_class(generation)
 
 
-def keep_present_blocks(model: PreTrainedModel) -> None:
+def keep_present_blocks(model: Any) -> None:
     """Let a model name only blocks that it has as its units (``_no_split_modules``).
 
     transformers' classes list those of all their variants. FSDP refuses a name without a module (accelerate 1.15).
