@@ -51,7 +51,8 @@ class TestQuantizeCommand:
         assert settings["load_in_4bit"] is True
         assert settings["bnb_4bit_quant_type"] == "nf4"
         assert settings["bnb_4bit_use_double_quant"] is True
-        assert settings["llm_int8_skip_modules"] == ["apm", "resampler", "vpm", "lm_head"]
+        exact = ["apm", "audio_projection_layer", "resampler", "vpm", "lm_head"]
+        assert settings["llm_int8_skip_modules"] == exact
         assert {path.name for path in source.iterdir()} <= {path.name for path in output.iterdir()}
 
     def test_exact_tensors_are_copied_and_the_others_shrink(self, written):
