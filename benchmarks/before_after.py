@@ -55,7 +55,10 @@ def main() -> None:
                 ratios[row].append(taken[ROOT][row] / before)
         print(" ".join(words))
         for row, found in ratios.items():
-            print(f"  {row:<36}{statistics.median(found):>6.2f}  ({min(found):.2f} to {max(found):.2f})", flush=True)
+            print(
+                f"  {row:<36}{statistics.median(found):>6.2f}  ({min(found):.2f} to {max(found):.2f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -64,14 +64,16 @@ def errors(found):
 )
 def test_a_step_runs_on_a_gpu_in_half_precision_without_a_wait(device, tmp_path, generation):
     found = steps(device, tmp_path, generation)
+    # Slices of CLIP, and windows of 4.6's merger.
+    equal = GENERATIONS[generation].family in ("minicpmv46", "xcomposer2")
     assert len(found) == 20
     assert not errors(found)
     for case in found:
         assert case["loss"] == "torch.float32", case
         assert case["without gradient"] == [], case
-        assert case["read back"] == [], case
-        # One kernel for all slices or samples of a batch, and never a mask.
-        assert set(case["attention"]) == {"varlen"}, case
+        assert case["waits"] == [], case
+        # One kernel for all slices or samples of a batch, and never a mask; what is all of one length needs none.
+        assert set(case["attention"]) == ({"varlen", "sdpa"} if equal else {"varlen"}), case
 
 
 def test_cards_before_ampere_get_attention_that_they_have(device, tmp_path):
@@ -88,5 +90,5 @@ def test_what_would_fail_on_a_gpu_fails_here(device, tmp_path):
         "a shape that depends on values": "DynamicOutputShapeException",
         "two devices": "FakeTensorDeviceMismatchError",
         "two dtypes": "TypeError",
-        "copying back": ["aten._to_copy.default"],
+        "copies": ["aten._to_copy.default"] * 2,  # back, and there with blocking
     }

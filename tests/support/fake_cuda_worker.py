@@ -62,6 +62,8 @@ ONE_DTYPE = {
                  "index_add_ scatter scatter_ scatter_add scatter_add_ masked_scatter masked_scatter_").split()
 }  # fmt: skip
 
+COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
+
 calls = Counter()  # of attention kernels
 
 
@@ -69,13 +71,22 @@ class FakeCuda(TorchDispatchMode):
     """Runs what touches the device in FakeTensorMode, and everything else for real.
 
     Attributes:
-        from_device: Copies from the device to the CPU; copies to it need no wait.
+        waits: Copies for which the program would wait: from the device, and to it where the copy blocks.
     """
 
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode()
-        self.from_device = []
+        self.waits = []
+
+    def __enter__(self):
+        # As FakeTensorMode does: torch.tensor(..., device=) copies where modes see it.
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*error)
 
     def without_values(self, value):
         """A tensor of the CPU as it arrives on the device."""
@@ -94,8 +105,10 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             made = function(*args, **kwargs)
         results = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
-        if any(value.is_cuda for value in given) and any(not value.is_cuda for value in results):
-            self.from_device.append(f"{function}{place()}")
+        there, back = any(value.is_cuda for value in given), any(not value.is_cuda for value in results)
+        copied = given and not there and not kwargs.get("non_blocking") and function.overloadpacket in COPIES
+        if (there and back) or copied:
+            self.waits.append(f"{function}{place()}")
         return made
 
 
@@ -230,7 +243,7 @@ def run(folder, generation, samples, *, packing, precision, method, checkpointin
     return {
         "loss": str(loss.dtype),
         "without gradient": [name for name, value in trained if value.grad is None],
-        "read back": device.from_device,
+        "waits": device.waits,
         "attention": dict(calls),
     }
 
@@ -253,7 +266,10 @@ def itself():
             "a shape that depends on values": outcome(there.nonzero),
             "two devices": outcome(lambda: there + here),
             "two dtypes": outcome(lambda: there @ there.half()),
-            "copying back": [there.cpu() is None, device.from_device][1],
+            "copies": [
+                (there.cpu(), here.to(DEVICE), here.to(DEVICE, non_blocking=True)) is None,
+                device.waits,
+            ][1],
         }
 
 

@@ -109,7 +109,9 @@ class VisionTower(nn.Module):
 def normalized(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [S, 3, ...] -> CLIP's values, in ``dtype``; computed in fp32."""
     shape = (1, 3, *[1] * (pixels.dim() - 2))
-    mean, deviation = (torch.tensor(values, device=pixels.device).view(shape) for values in (MEAN, DEVIATION))
+    mean, deviation = (
+        torch.tensor(values).view(shape).to(pixels.device, non_blocking=True) for values in (MEAN, DEVIATION)
+    )
     return ((pixels.to(torch.float32) / 255 - mean) / deviation).to(dtype)
 
 
