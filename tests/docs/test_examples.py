@@ -24,9 +24,9 @@ EXAMPLES = [(name_of(page), text) for page in PAGES for text in fenced(page, "js
 )
 def test_rows_are_used_as_they_stand(page, text):
     for row in json.loads(text):
-        conversation = parse_row(row)
+        conversation = parse_row(row, hears="audios" in row)
         assert conversation.turns[-1].role == "assistant"
-        paths = re.findall(r'"([\w/]+\.(?:jpg|png))"', json.dumps(row))
+        paths = re.findall(r'"([\w/]+\.(?:jpg|png|wav))"', json.dumps(row))
         assert [source.value for source in conversation.sources] == paths
 
 
