@@ -111,7 +111,9 @@ def test_processes_that_are_started_again_find_each_other_and_not_those_that_end
         shutil.copy(FINETUNE / name, tmp_path)
     (tmp_path / "minicpm_tune").symlink_to(FINETUNE / "minicpm_tune")
     (tmp_path / "finetune.py").write_text(JOINS)
-    variables = {"GPUS_PER_NODE": "2", "MAX_RESTARTS": "2", "MODEL": "m", "DATA": "d"}
+    (tmp_path / "config.json").write_text("{}")  # what the launcher's check of the command line looks for
+    given = {"MODEL": str(tmp_path), "DATA": str(tmp_path / "config.json"), "DEEPSPEED": ""}
+    variables = {"GPUS_PER_NODE": "2", "MAX_RESTARTS": "2", "OUTPUT_DIR": str(tmp_path / "out"), **given}
     variables["PATH"] = f"{sys.prefix}/bin:{processes.environment()['PATH']}"
     done = processes.run(
         ["sh", tmp_path / "finetune_lora.sh"], env={**processes.environment(), **variables}, limit=150
