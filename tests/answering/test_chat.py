@@ -115,7 +115,7 @@ def test_the_stop_tokens_are_the_turn_end_and_the_ends_of_a_text():
         "v2": ["</s>"],
         "v2_5": ["<|end_of_text|>", "<|eot_id|>"],
         "v2_6": ["<|endoftext|>", "<|im_end|>"],
-        "o2_6": ["<|endoftext|>", "<|im_end|>"],
+        "o2_6": ["<|endoftext|>", "<|im_end|>", "<|tts_eos|>"],
         "v4": ["</s>", "<|im_end|>"],
         "v4_5": ["<|endoftext|>", "<|im_end|>"],
         "v4_6": ["<|endoftext|>", "<|im_end|>"],

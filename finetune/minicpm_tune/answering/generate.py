@@ -53,9 +53,8 @@ def stop_ids(processing: Processing) -> list[int]:
     """
     tokenizer = processing.tokenizer
     vocabulary = tokenizer.get_vocab()
-    spoken = (
-        ("<|tts_eos|>",) if processing.generation.hearing else ()
-    )  # stands in front of it in a spoken answer
+    # Stands before the turn end in a spoken answer.
+    spoken = ("<|tts_eos|>",) if processing.generation.hearing else ()
     texts = (processing.generation.turn_end, tokenizer.eos_token, *_TEXT_ENDS, *spoken)
     return sorted({vocabulary[text] for text in texts if text in vocabulary})
 
