@@ -300,7 +300,7 @@ def test_a_changed_chat_template_is_used(monkeypatch):
         ({"msgs": [*QUESTION, {"role": "system", "content": "x"}]}, "expected at most one, in front"),
         (
             {"msgs": [{"role": "user", "content": [3]}]},
-            "found int in the content, expected texts and PIL images",
+            "found int in the content, expected texts, PIL images and arrays of audio",
         ),
         (
             {"msgs": [{"role": "user", "content": [picture(), "x"]}], "image": picture()},
@@ -329,7 +329,7 @@ def test_messages_keep_the_order_of_their_parts():
     first, second = picture(), picture("wide")
     turns, images = read_messages([{"role": "user", "content": ["a", first, "b", "c", second]}])
     assert turns == [Turn("user", ("a\n", Media("image", 0), "\nb\nc\n", Media("image", 1)))]
-    assert [image.size for image in images] == [first.size, second.size]
+    assert [image.sizes for image in images] == [(first.size,), (second.size,)]
 
 
 # --- chat.py ---
@@ -444,7 +444,9 @@ def test_paths_are_taken_as_they_are_typed(tmp_path, capsys, monkeypatch):
         assert said == [answered("small", "What is it?")], line
         assert ("is shown with the next question" in notes) == ("/image" not in line)
     said, _ = converse(["no.png", " no.png", "/image"], capsys, monkeypatch)
-    assert said[0].startswith("error: 'no.png' is named like a picture or a video, but there is no such file")
+    assert said[0].startswith(
+        "error: 'no.png' is named like a picture, a video or a sound, but there is no such file"
+    )
     assert said[1] == answered("no.png")
     assert said[2] == "error: /image needs a file. Enter /image FILE."
 

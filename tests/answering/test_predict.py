@@ -324,6 +324,7 @@ def test_rows_are_spread_over_the_file_and_shared_out(tmp_path, monkeypatch):
     for rank in range(2):
         trainer = SimpleNamespace(
             args=SimpleNamespace(world_size=2, process_index=rank),
+            is_fsdp_enabled=False,
             model=torch.nn.Linear(1, 1),
             compute_loss_context_manager=torch.no_grad,
         )

@@ -44,6 +44,7 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
     trainer = SimpleNamespace(
         args=SimpleNamespace(world_size=2, process_index=dist.get_rank()),
+        is_fsdp_enabled=False,
         model=engine.module,
         compute_loss_context_manager=nullcontext,
     )
