@@ -271,7 +271,7 @@ def place_pictures(question: str, pictures: Sequence[Image.Image | Picture | Cli
 
 
 def as_one_video(
-    turns: Sequence[Turn], pictures: Sequence[Image.Image | Picture | Clip], times: Sequence[Sequence[int]]
+    turns: Sequence[Turn], pictures: Sequence[Picture | Clip], times: Sequence[Sequence[int]]
 ) -> tuple[list[Turn], list[Picture | Clip]]:
     """Take the images of a conversation as the frames of one video, as V-4.5's ``temporal_ids`` means them.
 
@@ -286,15 +286,18 @@ def as_one_video(
     Raises:
         MessageError: When there are more or fewer frames than times.
     """
-    frames = [picture for picture in pictures if isinstance(picture, Image.Image)]
+    images = [picture for picture in pictures if isinstance(picture, Picture) and picture.kind == "image"]
     count = sum(len(pack) for pack in times)
-    if count != len(frames) or len(frames) != len(pictures):
+    if count != len(images) or len(images) != len(pictures):
         raise MessageError(
-            f"temporal_ids: found {count} time indices for {len(frames)} images, expected one for each. List the "
+            f"temporal_ids: found {count} time indices for {len(images)} images, expected one for each. List the "
             "time index of every frame, in order, and pass no other pictures."
         )
     video = Picture(
-        "video", tuple(frame.size for frame in frames), lambda: frames, tuple(tuple(pack) for pack in times)
+        "video",
+        tuple(image.sizes[0] for image in images),
+        lambda: (frame for image in images for frame in image.frames()),
+        tuple(tuple(pack) for pack in times),
     )
     changed, seen = [], False
     for turn in turns:
@@ -305,7 +308,7 @@ def as_one_video(
                 seen = True
             elif part != "\n" or not (parts and isinstance(parts[-1], Media)):
                 parts.append(part)
-        changed.append(Turn(turn.role, tuple(parts)))
+        changed.append(replace(turn, parts=tuple(parts)))
     return changed, [video]
 
 
