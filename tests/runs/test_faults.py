@@ -123,7 +123,7 @@ def test_memory_that_runs_out_is_told_with_the_batch_and_what_would_help(small, 
     assert "Traceback" not in printed
     message = printed[printed.index("error: Out of memory") :]
     assert "you tried to allocate 4000000000000000 bytes" in message
-    assert "Peak so far: 0." in message
+    assert re.search(r"Peak so far: [01]\.", message)  # GiB, of a process that has the libraries loaded
     assert "The batch has 2 x " in message
     assert "image slices of" in message
     assert "1. --activation_checkpointing true" in message

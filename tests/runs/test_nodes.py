@@ -89,7 +89,7 @@ def test_two_runs_at_once_take_two_ports_and_never_one_folder(small, tmp_path):
     )
     code, printed = second.end()
     assert code == 0, printed
-    assert f"Port {port} is taken on this machine; using" in printed
+    assert f"Port {port} is in use on this machine; using" in printed
     code, printed = into_the_same.end()
     assert code == 1
     assert f"'{tmp_path / 'first'}' is in use by another run (process " in printed
