@@ -16,7 +16,9 @@ from minicpm_tune.settings.argument_groups import LoraArguments
 from support.tiny_checkpoints import checkpoint, loaded
 
 TOKENS = ("<cat_a>", "☃snow")
-LOGIT_TOLERANCE = 1e-4
+LOGIT_TOLERANCE = (
+    2e-6  # 3.3e-7 of the largest logit (v4_6, whose logits grow to 300 in these steps), at least of 50
+)
 FAMILIES = ["v2", "v2_6", "v4_6", "xc2_7b"]
 
 
@@ -25,6 +27,10 @@ def grown(name):
     model = loaded(checkpoint(name), name)
     add_token_rows(model, processing.new_tokens)
     return model, processing
+
+
+def error_of(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=50)).item()
 
 
 def ids_of(processing):
@@ -84,12 +90,12 @@ def test_an_adapter_brings_its_new_tokens_along(name, tmp_path):
     found, theirs = load_for_inference(ModelChoice(adapter=str(tmp_path / "adapter"), device="cpu"))
     assert theirs.new_tokens == processing.new_tokens
     assert torch.equal(ids_of(theirs), ids)
-    assert (logits(found, ids) - expected).abs().max() < LOGIT_TOLERANCE
+    assert error_of(logits(found, ids), expected) < LOGIT_TOLERANCE
 
     words = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     merge_lora.run(merge_lora.parse_flags([str(word) for word in words]))
     assert torch.equal(ids_of(load_processing(tmp_path / "merged")), ids)
-    assert (logits(loaded(tmp_path / "merged", name), ids) - expected).abs().max() < LOGIT_TOLERANCE
+    assert error_of(logits(loaded(tmp_path / "merged", name), ids), expected) < LOGIT_TOLERANCE
 
     with pytest.raises(AdapterError, match=r"was trained with 2 new tokens, the model here has 0"):
         load_adapter(loaded(base, name), read_adapter_folder(tmp_path / "adapter"))
