@@ -125,7 +125,7 @@ def _quantize(model: MiniCPMV, bits: int, dtype: torch.dtype) -> None:
 
 
 def _shape_unquantized(folder: Path) -> Any:
-    from minicpm_tune.planning.weightless_model import build_on_meta
+    from minicpm_tune.planning.step_memory import build_on_meta
 
     return shape_of(build_on_meta(folder, GENERATIONS[folder.name]))
 

@@ -30,9 +30,9 @@ from minicpm_tune.batch import PictureFeatures
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.media.images import Picture
-from minicpm_tune.data.packing import best_fit
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.data.sampling import best_fit
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.settings.data_arguments import DataArguments

@@ -29,7 +29,7 @@ def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
     """Let a model answer every row of a file; last question -> share of exact answers."""
     from dataset import SupervisedDataset
     from minicpm_tune.answering.generate import GREEDY
-    from minicpm_tune.answering.prediction_rows import PredictionRows, predict
+    from minicpm_tune.answering.prediction import PredictionRows, predict
 
     rows = PredictionRows(SupervisedDataset(data, processing))
     right, asked = Counter(), Counter()

@@ -15,7 +15,7 @@ from typing import Any
 
 from minicpm_tune.logs import silence_libraries
 from minicpm_tune.settings.command_line import answer_or_check
-from minicpm_tune.training.stop_signals import end_at_interrupt
+from minicpm_tune.training.process_lifecycle import end_at_interrupt
 
 if __name__ == "__main__":
     # Before the imports below: torch and transformers take seconds, which --help and a mistake need not wait for and
@@ -27,8 +27,8 @@ if __name__ == "__main__":
 from transformers import PreTrainedModel, set_seed
 
 from dataset import SupervisedDataset, data_collator
+from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.answering.prediction_callback import PredictionCallback
-from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation, check_llm_type
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
@@ -36,10 +36,9 @@ from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
-from minicpm_tune.lora.continuing import check_adapter, new_or_continued_adapter, new_tokens_of_run
+from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
-from minicpm_tune.models.loading import load_model
-from minicpm_tune.models.new_tokens import add_token_rows
+from minicpm_tune.models.loading import add_token_rows, load_model
 from minicpm_tune.models.parameter_parts import (
     check_parts,
     count_parts,
@@ -49,16 +48,16 @@ from minicpm_tune.models.parameter_parts import (
 )
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
-from minicpm_tune.settings.next_commands import log_how_to_continue, log_what_comes_next
+from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.checkpointing import check_continues, write_failures_as_messages
-from minicpm_tune.training.early_stopping import EarlyStopping
 from minicpm_tune.training.learning_rates import check_rates
-from minicpm_tune.training.loss_curve import LossCurve
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.run_folder import RunFolder
 from minicpm_tune.training.run_plan import log_plan, plan_run
 from minicpm_tune.training.run_record import start_record
+from minicpm_tune.training.step_metrics import LossCurve
+from minicpm_tune.training.trainer_corrections import EarlyStopping
 from trainer import CPMTrainer
 
 logger = logging.getLogger("minicpm_tune.finetune")

@@ -174,7 +174,7 @@ if [ "$device" = cpu ]; then
     export OMP_NUM_THREADS OMP_WAIT_POLICY DS_ACCELERATOR
 fi
 
-# For the command that continues a stopped run, see minicpm_tune/settings/next_commands.py.
+# For the command that continues a stopped run, see minicpm_tune/settings/command_line.py.
 LAUNCHER=$HERE/$(basename -- "$0")
 export LAUNCHER LAUNCHER_FLAGS
 

@@ -105,7 +105,7 @@ def run(values: argparse.Namespace) -> None:
 def _export(base: Path, adapter: AdapterFolder, output: Path) -> None:
     from minicpm_tune.checkpoints.model_folder import read_generation
     from minicpm_tune.files import whole_folder
-    from minicpm_tune.lora.llama_cpp import check_convertible, write_gguf_names
+    from minicpm_tune.lora.saving import check_convertible, write_gguf_names
 
     generation = read_generation(base)
     check_convertible(adapter, generation)
@@ -126,7 +126,7 @@ def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, outpu
     from minicpm_tune.lora.adapter_folders import check_base
     from minicpm_tune.lora.loading import load_adapter
     from minicpm_tune.lora.merging import check_saved, merge, to_bin_files
-    from minicpm_tune.models.new_tokens import add_token_rows
+    from minicpm_tune.models.loading import add_token_rows
     from minicpm_tune.settings.data_arguments import DataArguments
 
     size = checked_size(values.max_shard_size)

@@ -30,8 +30,7 @@ from minicpm_tune.settings.command_flags import (
 from minicpm_tune.training.process_lifecycle import run_command
 
 if TYPE_CHECKING:
-    from minicpm_tune.answering.prediction_file import PredictionFile
-    from minicpm_tune.answering.prediction_rows import PredictionRows
+    from minicpm_tune.answering.prediction import PredictionFile, PredictionRows
     from minicpm_tune.data.samples import Processing
 
 logger = logging.getLogger("minicpm_tune.predict")
@@ -77,8 +76,7 @@ def run(values: argparse.Namespace) -> None:
 
     from minicpm_tune.answering.generate import generation_options
     from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
-    from minicpm_tune.answering.prediction_file import PredictionFile
-    from minicpm_tune.answering.prediction_rows import predict
+    from minicpm_tune.answering.prediction import PredictionFile, predict
 
     rank, world = processes.rank(), processes.world_size()
     options = generation_options(values)
@@ -105,7 +103,7 @@ def run(values: argparse.Namespace) -> None:
 
 def _open_rows(values: argparse.Namespace, processing: Processing, file: PredictionFile) -> PredictionRows:
     from dataset import SupervisedDataset
-    from minicpm_tune.answering.prediction_rows import PredictionRows
+    from minicpm_tune.answering.prediction import PredictionRows
 
     arguments = replace(processing.arguments, on_bad_row=values.on_bad_row)
     rows = SupervisedDataset(values.data_path, replace(processing, arguments=arguments))

@@ -19,7 +19,7 @@ from argparse import Namespace
 from itertools import pairwise
 from types import FrameType
 
-from minicpm_tune.training.stop_signals import LAUNCHED, SIGNALS, handle, say
+from minicpm_tune.training.process_lifecycle import LAUNCHED, SIGNALS, handle, say
 
 # What is left for torchrun's own handler, which ends the processes at once.
 _SIGNALS_TO_HANDLE = "--signals_to_handle=SIGQUIT"

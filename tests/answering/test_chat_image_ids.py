@@ -8,7 +8,7 @@ from PIL import Image
 from dataset import SupervisedDataset
 from minicpm_tune.answering import generate
 from minicpm_tune.answering.chat import chat
-from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.data.samples import load_processing
 from support.rows import write_rows
 from support.tiny_checkpoints import checkpoint, edit_json, loaded

@@ -12,12 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import predict
 from dataset import SupervisedDataset, data_collator
-from minicpm_tune.answering import prediction_rows
+from minicpm_tune.answering import prediction
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import score
+from minicpm_tune.answering.prediction import PredictionFile, PredictionFileError, PredictionRows
 from minicpm_tune.answering.prediction_callback import PredictionCallback
-from minicpm_tune.answering.prediction_file import PredictionFile, PredictionFileError
-from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
 from support import processes
@@ -133,10 +132,8 @@ def test_a_stopped_run_goes_on_and_no_row_is_answered_twice(data, tmp_path, monk
         run(data, output)
     monkeypatch.setattr(PredictionFile, "append", append)
     answered = []
-    original = prediction_rows.predict
-    monkeypatch.setattr(
-        prediction_rows, "predict", lambda *a, **k: answered.extend(a[2]) or original(*a, **k)
-    )
+    original = prediction.predict
+    monkeypatch.setattr(prediction, "predict", lambda *a, **k: answered.extend(a[2]) or original(*a, **k))
     assert run(data, output) == expected
     assert answered == [2, 3, 4]
     assert run(data, output) == expected

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dataset import SupervisedDataset
-from minicpm_tune.answering.prediction_rows import PredictionRows
+from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.errors import DataError
 from support.golden_checkpoints import processing
 from support.rows import SMALL, chat

@@ -10,8 +10,7 @@ from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.data.slicing.xcomposer2 import TileRules
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import DataError, RowError
-from minicpm_tune.models.xcomposer2.clip_tower import normalized
-from minicpm_tune.models.xcomposer2.vision import as_image
+from minicpm_tune.models.xcomposer2.vision import as_image, normalized
 from support.golden_checkpoints import limited, processing
 from support.rows import chat
 from support.rows import turns_of as read_turns

@@ -12,7 +12,7 @@ from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import apply_liger
-from minicpm_tune.planning.weightless_model import build_on_meta
+from minicpm_tune.planning.step_memory import build_on_meta
 from support.golden_models import SIX, full_batch, golden_model
 from support.training_samples import draw
 

@@ -10,9 +10,8 @@ import torch
 
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.data.turns import Media, Turn
-from minicpm_tune.models.slices import VisionInput
-from minicpm_tune.models.xcomposer2.clip_tower import resized_positions
-from minicpm_tune.models.xcomposer2.vision import encode_images
+from minicpm_tune.models.batch_layout import VisionInput
+from minicpm_tune.models.xcomposer2.vision import encode_images, resized_positions
 from support.xcomposer2_cases import (
     GOLDENS,
     THREE,

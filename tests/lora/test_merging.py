@@ -15,8 +15,14 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.files import OutputError
-from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, check_base, read_adapter_folder
-from minicpm_tune.lora.base_fingerprint import fingerprint_of, read_fingerprint
+from minicpm_tune.lora.adapter_folders import (
+    LEGACY_FILE,
+    AdapterError,
+    check_base,
+    fingerprint_of,
+    read_adapter_folder,
+    read_fingerprint,
+)
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.merging import MergeError, check_saved, merge
 from support import processes

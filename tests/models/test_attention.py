@@ -13,7 +13,7 @@ from minicpm_tune.models.attention import (
     keep_samples_apart,
     sample_arguments,
 )
-from minicpm_tune.models.samples import SampleLayout
+from minicpm_tune.models.batch_layout import SampleLayout
 
 LENGTHS = [3, 1, 70, 8]
 TOLERANCE = 2e-6  # 4.8e-7, fp32

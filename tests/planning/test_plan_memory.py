@@ -14,7 +14,7 @@ from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.models.quantization import bytes_by_part
 from minicpm_tune.planning import memory_plan
 from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, PlanError, Training, host_bytes, plan
-from minicpm_tune.planning.weightless_model import build_on_meta, largest_batch
+from minicpm_tune.planning.step_memory import build_on_meta, largest_batch
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support import processes
 from support.official_step import official_attention, official_loss

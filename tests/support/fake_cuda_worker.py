@@ -39,7 +39,7 @@ from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.models.parameter_parts import freeze, raise_precision_of_trained
 from minicpm_tune.models.speed_options import set_checkpointing
-from minicpm_tune.planning.weightless_model import build_on_meta
+from minicpm_tune.planning.step_memory import build_on_meta
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.training_samples import draw
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str((Path(__file__).parent / "../../finetune").resolve()))
 from transformers.integrations import HfDeepSpeedConfig
 
 from dataset import SupervisedDataset
+from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.answering.prediction_callback import PredictionCallback
-from minicpm_tune.answering.prediction_rows import PredictionRows
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.deepspeed_setup import start_on_cpu

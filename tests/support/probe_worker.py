@@ -33,9 +33,8 @@ from torch.distributed.tensor import DTensor
 import finetune
 from minicpm_tune.data import row_check
 from minicpm_tune.errors import UserError
-from minicpm_tune.training.process_lifecycle import ProcessLifecycle
+from minicpm_tune.training.process_lifecycle import ProcessLifecycle, end_at_interrupt
 from minicpm_tune.training.resilient_trainer import MicroBatch
-from minicpm_tune.training.stop_signals import end_at_interrupt
 from trainer import CPMTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))

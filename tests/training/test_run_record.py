@@ -13,8 +13,8 @@ from transformers import TrainerState, TrainingArguments
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.training import run_record
-from minicpm_tune.training.loss_curve import CURVE_FILE, LossCurve, draw_losses
 from minicpm_tune.training.run_record import RunRecord
+from minicpm_tune.training.step_metrics import CURVE_FILE, LossCurve, draw_losses
 from support import finetune_runs, live_runs
 from support.live_runs import LORA
 
@@ -111,7 +111,7 @@ def test_the_curve_is_drawn_of_what_is_finite_and_kept_current(tmp_path, monkeyp
     draw_losses([{"step": 1, "loss": math.nan}], tmp_path / CURVE_FILE)  # nothing to draw is no error
     drawn = []
     monkeypatch.setattr(
-        "minicpm_tune.training.loss_curve.draw_losses", lambda history, path: drawn.append(len(history))
+        "minicpm_tune.training.step_metrics.draw_losses", lambda history, path: drawn.append(len(history))
     )
     curve, training = LossCurve(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     state = TrainerState(is_world_process_zero=True)

@@ -14,8 +14,7 @@ from minicpm_tune.checkpoints.model_folder import resolve_model_folder, stored_d
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.adapter_folders import AdapterFolder, check_base, read_adapter_folder
-from minicpm_tune.models.loading import load_model
-from minicpm_tune.models.new_tokens import add_token_rows
+from minicpm_tune.models.loading import add_token_rows, load_model
 from minicpm_tune.processes import local_rank
 from minicpm_tune.settings.data_arguments import DEFAULT_MAX_PIXELS, DataArguments
 from minicpm_tune.settings.hardware import best_precision

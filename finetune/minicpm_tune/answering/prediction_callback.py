@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import mean_scores
-from minicpm_tune.answering.prediction_rows import PredictionRows, predict
+from minicpm_tune.answering.prediction import PredictionRows, predict
 from minicpm_tune.processes import gather
 
 logger = logging.getLogger(__name__)

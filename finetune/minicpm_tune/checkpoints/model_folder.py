@@ -3,7 +3,7 @@
 Nothing here runs code from the folder. Tokenizers are loaded as plain fast tokenizers from
 ``tokenizer.json``, because on transformers 5 the released classes lose their pre-tokenizer (2.6 and later)
 or rebuild their normalizer (Llama-based ones). MiniCPM-V 2.0 and InternLM-XComposer2 have no
-``tokenizer.json``; ``checkpoints/sentencepiece_tokenizer.py`` builds their tokenizers from
+``tokenizer.json``; ``checkpoints/vocabulary.py`` builds their tokenizers from
 ``tokenizer.model``.
 """
 
@@ -20,8 +20,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_generations import XCOMPOSER2_TYPES, Generation, detect_generation
-from minicpm_tune.checkpoints.sentencepiece_tokenizer import build_tokenizer
-from minicpm_tune.checkpoints.vocabulary import add_tokens
+from minicpm_tune.checkpoints.vocabulary import add_tokens, build_tokenizer
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.errors import UserError
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minicpm_tune.data.media_references import MediaReader, Source
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,
@@ -22,7 +21,7 @@ from minicpm_tune.data.row_keys import (
     read_row_keys,
     type_name,
 )
-from minicpm_tune.data.turns import Literal, Media, Part, Turn
+from minicpm_tune.data.turns import Literal, Media, MediaReader, Part, Source, Turn
 from minicpm_tune.errors import RowError
 
 _ROLE_NAMES = {

@@ -27,7 +27,6 @@ from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.media.audio import Clip, log_mel, merged
 from minicpm_tune.data.media.images import ImageOptions, Picture
-from minicpm_tune.data.media_references import Source
 from minicpm_tune.data.placeholders import (
     Placeholder,
     PlaceholderStyle,
@@ -41,7 +40,7 @@ from minicpm_tune.data.slicing.families import read_media_rules
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
 from minicpm_tune.data.slicing.media_rules import MediaRules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
-from minicpm_tune.data.turns import Turn, media_of
+from minicpm_tune.data.turns import Source, Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache
 from minicpm_tune.errors import OVER_LONG, DroppedRowError, RowError, check_unicode
 from minicpm_tune.settings.data_arguments import DataArguments

@@ -1,4 +1,4 @@
-"""Putting a saved adapter on its base model, so that every tensor of its files finds its place.
+"""A saved adapter on its base model: every tensor of its files finds its place, and a run can continue it.
 
 The early official scripts kept the modules trained in full beside the adapter, in
 ``vpm_resampler_embedtokens.pt``: tensors of ``vpm``, ``resampler`` and ``embed_tokens`` under the names of
@@ -6,24 +6,46 @@ the wrapped model, such as ``base_model.model.resampler.query``.
 
 Source of that format: the official finetune/readme.md of May 2024. No such file was available, so all
 wrapper prefixes are stripped, and a tensor without a place in the model is an error.
+
+A continued adapter must have been trained on this model. Its rank, targets and other properties are fixed;
+a flag that asks for different ones is refused.
 """
 
 from __future__ import annotations
 
 import logging
 import pickle
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpm_tune.checkpoints.model_generations import plain_name
+from minicpm_tune.checkpoints.model_generations import Generation, plain_name
+from minicpm_tune.checkpoints.vocabulary import read_new_tokens
 from minicpm_tune.checkpoints.weight_files import tensors_in_file
-from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, AdapterFolder
-from minicpm_tune.lora.build import layers_reachable, restore_output_layer
+from minicpm_tune.lora.adapter_folders import (
+    LEGACY_FILE,
+    AdapterError,
+    AdapterFolder,
+    check_base,
+    read_adapter_folder,
+)
+from minicpm_tune.lora.build import (
+    add_adapter,
+    default_modules_to_save,
+    layers_reachable,
+    log_adapted_modules,
+    modules_of_new_tokens,
+    restore_output_layer,
+    translated_pattern,
+)
 from minicpm_tune.safe_loading import unreadable_files_as_messages
+from minicpm_tune.settings.argument_groups import LoraArguments
 
 logger = logging.getLogger(__name__)
 
@@ -120,3 +142,170 @@ def _read_legacy_file(path: Path) -> dict[str, Tensor]:
             "Copy it again."
         )
     return content
+
+
+# Flag -> its name in adapter_config.json.
+_PROPERTIES = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_bias": "bias",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_target_modules": "target_modules",
+    "lora_layer_replication": "layer_replication",
+    "lora_layers_to_transform": "layers_to_transform",
+    "lora_layers_pattern": "layers_pattern",
+}
+
+
+def new_or_continued_adapter(
+    model: PreTrainedModel,
+    generation: Generation,
+    lora: LoraArguments,
+    *,
+    vision: bool,
+    resampler: bool,
+    audio: bool = False,
+) -> PeftModel:
+    """Put the run's adapter on its base model.
+
+    Args:
+        model: The base model.
+        generation: Its generation.
+        lora: The adapter's arguments; ``lora_weight_path`` names one to continue.
+        vision: ``--tune_vision``.
+        resampler: ``--tune_resampler``.
+        audio: ``--tune_audio``.
+
+    Raises:
+        AdapterError: As ``build.add_adapter`` and ``loading.load_adapter``.
+    """
+    if lora.lora_weight_path:
+        return load_adapter(
+            model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
+        )
+    wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
+    log_adapted_modules(wrapped)
+    return wrapped
+
+
+def new_tokens_of_run(file: str | None, lora: LoraArguments | None) -> tuple[str, ...]:
+    """The tokens that a run adds: those of its file, or of the adapter that it continues.
+
+    Args:
+        file: ``--new_tokens``.
+        lora: The adapter's arguments; None without an adapter.
+
+    Raises:
+        VocabularyError: When the file can't be used.
+        AdapterError: When the adapter has other tokens than the file.
+    """
+    tokens = () if file is None else read_new_tokens(file)
+    if lora is None or not lora.lora_weight_path:
+        return tokens
+    adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
+    known = tuple(sorted(adapter.new_tokens, key=adapter.new_tokens.__getitem__))
+    if file is not None and tokens != known:
+        raise AdapterError(
+            f"--new_tokens {file}: found {len(tokens)} tokens, expected the {len(known)} that the adapter "
+            f"{adapter.path} was trained with, in their order. Leave --new_tokens out; the adapter brings its tokens."
+        )
+    return known
+
+
+def check_adapter(
+    lora: LoraArguments,
+    base: Path,
+    generation: Generation,
+    *,
+    vision: bool,
+    resampler: bool,
+    audio: bool = False,
+    adds_tokens: bool = False,
+) -> None:
+    """Check what an adapter run asks for, as far as possible before weights are loaded.
+
+    Warns of an adapter that the released code can't load. Refuses to continue one that does not belong to this
+    model, or has other properties than these flags ask for.
+
+    Args:
+        lora: The adapter's arguments; ``lora_weight_path`` names an adapter to continue.
+        base: The base model's folder.
+        generation: Its generation.
+        vision: ``--tune_vision``.
+        resampler: ``--tune_resampler``.
+        audio: ``--tune_audio``.
+        adds_tokens: Whether the run adds tokens.
+
+    Raises:
+        AdapterError: With every contradiction.
+    """
+    saved = lora.modules_to_save
+    if saved is None:
+        saved = default_modules_to_save(
+            generation, vision=vision, resampler=resampler, audio=audio, adds_tokens=adds_tokens
+        )
+    lacks = [name for name in modules_of_new_tokens(generation) if adds_tokens and name not in saved]
+    if lacks:
+        raise AdapterError(
+            f"--lora_modules_to_save {','.join(saved) or 'none'}: the list lacks {' and '.join(lacks)}, "
+            "in which new tokens are learned. Add them, or leave the flag out."
+        )
+    if generation.reads_inside_tower and not set(saved).isdisjoint(generation.modules["vision"]):
+        logger.warning(
+            "The adapter of this run will hold the vision tower (%s). The released code of %s can't load such an "
+            "adapter, because it reads attributes inside the tower, which PEFT wraps. chat.py, predict.py and "
+            "merge_lora.py load it: merge it before using it elsewhere, or give --tune_vision false.",
+            ", ".join(generation.modules["vision"]), generation.title,
+        )  # fmt: skip
+    if not lora.lora_weight_path:
+        return
+    adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
+    if adapter.is_legacy:
+        raise AdapterError(
+            f"--lora_weight_path {adapter.path}: found an adapter of the early official scripts, which keep vision "
+            "tower, resampler and embeddings in a separate file. Merge it with merge_lora.py, and train a new adapter "
+            "on the result."
+        )
+    check_base(adapter, base, generation, allow_other_base=lora.allow_other_base)
+    problems = [*_other_properties(adapter, lora, generation), *_other_saved_modules(adapter, saved)]
+    if problems:
+        raise AdapterError(f"--lora_weight_path {adapter.path}: " + " ".join(problems))
+    logger.info(
+        "Continuing the adapter %s: rank %s, alpha %s, trained in full: %s.",
+        adapter.path, adapter.config.get("r"), adapter.config.get("lora_alpha"),
+        ", ".join(_saved(adapter)) or "nothing",
+    )  # fmt: skip
+
+
+def _other_properties(adapter: AdapterFolder, lora: LoraArguments, generation: Generation) -> Iterator[str]:
+    """Compare each flag that was changed from its default with what the adapter has."""
+    defaults = {one.name: one.default for one in fields(LoraArguments)}
+    for flag, name in _PROPERTIES.items():
+        wanted: Any = getattr(lora, flag)
+        if wanted == defaults[flag]:
+            continue
+        if flag == "lora_target_modules":
+            wanted = translated_pattern(wanted, generation)
+        if flag == "lora_layer_replication":
+            wanted = [list(pair) for pair in lora.layer_replication or []]
+        found = adapter.config.get(name)
+        if found != wanted:
+            yield f"--{flag} is {getattr(lora, flag)}, but the adapter has {found}: leave the flag out."
+
+
+def _other_saved_modules(adapter: AdapterFolder, wanted: list[str]) -> Iterator[str]:
+    found = _saved(adapter)
+    if set(wanted) != set(found):
+        yield (
+            f"it trains {', '.join(found) or 'no module'} in full, these flags ask for "
+            f"{', '.join(wanted) or 'none'}. Give --lora_modules_to_save {','.join(found) or 'none'}, or the "
+            "--tune_vision and --tune_resampler that it was trained with."
+        )
+
+
+def _saved(adapter: AdapterFolder) -> list[str]:
+    """Names of the modules it trains in full; PEFT lists those of tied weights twice, also by their whole name."""
+    names = adapter.config.get("modules_to_save") or []
+    return [name for name in names if not any(name.endswith(f".{other}") for other in names)]

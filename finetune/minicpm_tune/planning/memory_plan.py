@@ -27,14 +27,12 @@ from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.planning.step_memory import (
     LABELS,
     Attention,
-    checkpointing_options,
-    fused_attention,
-    measure_step,
-)
-from minicpm_tune.planning.weightless_model import (
     QuantizedShape,
     build_on_meta,
+    checkpointing_options,
+    fused_attention,
     largest_batch,
+    measure_step,
     quantize_shapes,
 )
 from minicpm_tune.settings.argument_groups import LoraArguments

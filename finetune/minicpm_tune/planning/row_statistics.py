@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
-from minicpm_tune.data.packing import pack_in_windows
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.samples import Plan, TrainingRows
+from minicpm_tune.data.sampling import pack_in_windows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
 

@@ -38,7 +38,7 @@ from minicpm_tune.training.nonfinite_and_memory import (
     memory_advice,
 )
 from minicpm_tune.training.peer_monitor import PeerMonitor
-from minicpm_tune.training.stop_signals import StopSignals
+from minicpm_tune.training.process_lifecycle import StopSignals
 
 
 @dataclass(frozen=True)

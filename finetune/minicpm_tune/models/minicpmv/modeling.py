@@ -18,6 +18,16 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from minicpm_tune.batch import NewFeatures, SliceSources
 from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
+from minicpm_tune.models.batch_layout import (
+    FULL_SLICE,
+    PATCH,
+    Grid,
+    SampleLayout,
+    SliceLayout,
+    VisionInput,
+    to_autocast_dtype,
+    tower_features,
+)
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
@@ -25,16 +35,6 @@ from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioPr
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
 from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
-from minicpm_tune.models.samples import SampleLayout
-from minicpm_tune.models.slices import (
-    FULL_SLICE,
-    PATCH,
-    Grid,
-    SliceLayout,
-    VisionInput,
-    to_autocast_dtype,
-    tower_features,
-)
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 

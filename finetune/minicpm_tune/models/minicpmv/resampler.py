@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minicpm_tune.models.attention import attend_within_slices
-from minicpm_tune.models.slices import SliceLayout
+from minicpm_tune.models.batch_layout import SliceLayout
 
 HEAD_WIDTH = 128
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from minicpm_tune.models.attention import attend_within_slices
-from minicpm_tune.models.slices import PATCH, PatchEmbedding, SliceLayout
+from minicpm_tune.models.batch_layout import PATCH, PatchEmbedding, SliceLayout
 
 TABLE_SIDE = 70  # 980 pixels / 14: the position table of the NaViT tower is 70 x 70.
 TIMM_TABLE_SIDE = 27

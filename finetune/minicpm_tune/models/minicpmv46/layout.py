@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
-from minicpm_tune.models.samples import SampleLayout, placed
+from minicpm_tune.models.batch_layout import SampleLayout, placed
 
 # The chunk length of the chunked delta rule (transformers' default): samples start at multiples of it.
 CHUNK = 64

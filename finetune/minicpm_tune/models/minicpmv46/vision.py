@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minicpm_tune.batch import NewFeatures
 from minicpm_tune.models.attention import attend_within_slices
-from minicpm_tune.models.slices import PATCH, Grid, SliceLayout, VisionInput, tower_features
+from minicpm_tune.models.batch_layout import PATCH, Grid, SliceLayout, VisionInput, tower_features
 
 
 class SliceAttention(nn.Module):

@@ -21,20 +21,21 @@ from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
+from minicpm_tune.models.batch_layout import Grid, SampleLayout, VisionInput
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
-from minicpm_tune.models.samples import SampleLayout
-from minicpm_tune.models.slices import Grid, VisionInput
-from minicpm_tune.models.xcomposer2.clip_tower import (
-    CLIPEmbeddings,
-    VisionTower,
-    clip_config,
-    resized_positions,
-)
 from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
 from minicpm_tune.models.xcomposer2.internlm2 import ImageTokens, InternLM2Model, keep_partial
-from minicpm_tune.models.xcomposer2.vision import check_bounds, encode_dummy, encode_images
+from minicpm_tune.models.xcomposer2.vision import (
+    CLIPEmbeddings,
+    VisionTower,
+    check_bounds,
+    clip_config,
+    encode_dummy,
+    encode_images,
+    resized_positions,
+)
 
 # A released checkpoint may lack the tower's last norm, which nothing uses.
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."

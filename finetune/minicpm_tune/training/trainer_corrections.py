@@ -1,9 +1,11 @@
-"""``--early_stopping_patience``: end a run whose evaluations no longer improve."""
+"""Where transformers' Trainer falls short of its own flags: early stopping of a continued run, FSDP on CPUs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import TrainerState
 
@@ -23,3 +25,20 @@ class EarlyStopping(EarlyStoppingCallback):
             self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         if args.load_best_model_at_end:  # its warning that the last model is kept is what the help text says
             super().on_train_begin(args, state, control, **kwargs)
+
+
+def shard_on_cpus(trainer: Any) -> None:
+    """Let FSDP act on CPUs too; accelerate (1.15) runs plain data parallelism there, without a word.
+
+    Args:
+        trainer: A Trainer whose accelerator was just made.
+    """
+    state = trainer.accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(trainer.accelerator.mixed_precision)
+    state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # what every further accelerator state is made of
+    trainer.is_fsdp_enabled = True

@@ -8,8 +8,15 @@ from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPM
 from transformers.video_utils import VideoMetadata
 
 from minicpm_tune.data.media.images import ImageOptions
-from minicpm_tune.data.media.stacked_frames import composite, composite_size, pictures_of, visual_units
-from minicpm_tune.data.media.videos import VideoRules, choose_frames, open_video
+from minicpm_tune.data.media.videos import (
+    VideoRules,
+    choose_frames,
+    composite,
+    composite_size,
+    open_video,
+    pictures_of,
+    visual_units,
+)
 from minicpm_tune.errors import DataError, RowError
 from support.golden_checkpoints import processing
 

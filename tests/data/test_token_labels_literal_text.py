@@ -2,8 +2,8 @@
 
 import pytest
 
-from minicpm_tune.data.literal_text import literal_tokenizer
 from minicpm_tune.data.row_parsing import parse_row
+from minicpm_tune.data.token_labels import literal_tokenizer
 from minicpm_tune.errors import RowError
 from support.golden_checkpoints import ALL, processing
 from support.rows import chat, picture

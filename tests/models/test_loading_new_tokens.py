@@ -11,7 +11,7 @@ from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.lora.saving import complete_adapter_folder
-from minicpm_tune.models.new_tokens import add_token_rows
+from minicpm_tune.models.loading import add_token_rows
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.tiny_checkpoints import checkpoint, loaded
 
