@@ -4,7 +4,7 @@ Ranks take their batches from one common order. So that every rank runs the same
 filled steps without any row counting twice, the order is filled up with ``PADDING``, which the
 dataset turns into samples that contribute nothing.
 
-Samples are put together by their lengths, longest first, each into the fullest row it still fits
+Packed samples are put together by their lengths, longest first, each into the fullest row it still fits
 (best fit), within a window of the shuffled order. Attention, recurrent state and positions stay
 within a sample; the model tells samples apart by ``position_ids`` that restart at 0.
 """

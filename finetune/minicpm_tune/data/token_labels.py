@@ -4,8 +4,8 @@ The whole text is encoded once; labels and image bounds follow from character po
 segment by segment would change the tokens at every seam. Shapes: T is the length in tokens, P the number of
 slices that have a placeholder.
 
-The tokens of the prompt's own structure and those of a literal text must be told apart in one text, which is encoded
-once. So the structure's tokens are replaced by characters that no text holds and that stand for the same ids, and the
+The tokens of the prompt's own structure and those of a literal text must be told apart in that one text. So the
+structure's tokens are replaced by characters that no text holds and that stand for the same ids, and the
 tokens' own names are switched off.
 """
 

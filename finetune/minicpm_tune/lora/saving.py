@@ -12,13 +12,12 @@ with B A = B0 A0 at first. Loaded on the original W the trained A, B alone would
 is B A - B0 A0, which is itself an adapter of twice the rank. PEFT's own conversion (0.21) drops
 modules_to_save.
 
-Source: "PiSSA: Principal Singular Values and Singular Vectors Adaptation" (arXiv:2404.02948), appendix.
-
-It converts adapters of the LLM as a model by itself: ``base_model.model.model.layers...``, where an adapter of
+llama.cpp converts adapters of the LLM as a model by itself: ``base_model.model.model.layers...``, where an adapter of
 MiniCPM-V has ``base_model.model.llm.model.layers...``. It scales them by alpha / r, whatever the adapter's
 settings say.
 
-Source: convert_lora_to_gguf.py of llama.cpp (2026), ``get_base_tensor_name`` and ``LoraModel``.
+Sources: "PiSSA: Principal Singular Values and Singular Vectors Adaptation" (arXiv:2404.02948), appendix;
+convert_lora_to_gguf.py of llama.cpp (2026), ``get_base_tensor_name`` and ``LoraModel``.
 """
 
 from __future__ import annotations

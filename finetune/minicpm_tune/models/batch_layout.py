@@ -1,9 +1,8 @@
 """How a batch lies in memory: the slices of its images side by side, and its samples as one row without padding.
 
 With ``--cache_vision_features`` a sample brings the tower's features of the images that were seen before, and the
-pixels of the others alone. Letters: N patches or feature tokens of all slices, S slices, C width of the tower.
-
-Letters: B rows of T tokens, N real tokens of the batch.
+pixels of the others alone. Letters: S slices with N patches or feature tokens together, C width of the tower;
+B rows of T tokens, of which N are real.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Imports neither torch nor transformers at its top, so that a process is prepared before these seconds of imports
 begin, and ``--help`` needs none of them.
 
-Before training there is nothing to save, and they end the process. While it trains, the first one lets the step be
-finished and a checkpoint be written; the second ends the run at once.
+SIGINT, SIGTERM, and SIGHUP end a process that does not train yet: there is nothing to save. While it trains, the first
+one lets the step finish and a checkpoint be written; the second ends the run at once.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Each generation samples frames as its released inference does:
 
 A folder or list of frame images is taken as a video that was already sampled at ``fps``.
 
-With N frames per second, the first of each second is a picture of its own, and the other N - 1 follow it as one
-composite picture.
+``--stack_frames N``: of N frames per second, the first of each second is a picture of its own, and the other N - 1
+follow it as one composite picture.
 
 Source: ``sample_frames``, ``concat_frames_as_image`` and ``_preprocess`` of transformers' MiniCPMV4_6VideoProcessor
 (5.23), which pairs the i-th picture with the i-th second, also in films that are too long for one picture a second.
