@@ -5,6 +5,8 @@
 Pictures stand in front of the question, or where it says ``<ImageHere>``. Without ``--question`` the questions are read
 line by line, and ``/help`` lists the commands. The module also offers ``MiniCPMVChat`` and ``img2base64`` of the
 official chat.py.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 Reads every row, in parallel, and reports problems by kind with row numbers, lengths, slices, what --model_max_length
 and --max_slice_nums should be, and how much of a batch is padding. The exit code is 1 when a row can't be used.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

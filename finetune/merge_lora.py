@@ -8,6 +8,8 @@ probe prompt.
 
 With ``--export_lora gguf-names`` nothing is merged: the new folder holds the adapter under the tensor names that
 llama.cpp's convert_lora_to_gguf.py understands.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 
 Only the checkpoint's config.json is read. The training step runs on torch's meta device, where tensors have no
 contents: a plan of an 8B model takes about ten seconds and a gigabyte of RAM, on the CPU.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 4 predict.py ...    (the processes share the rows)
 
 The last answer of each row is held back and predicted. To continue a stopped run, repeat its command.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

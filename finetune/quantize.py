@@ -6,6 +6,8 @@ The copy loads wherever the released int4 models do, takes a quarter of the disk
 trains with ``finetune.py --use_lora true --q_lora true``. Only the LLM's linear layers are quantized;
 everything else is copied exactly, so that vision can be tuned on it, which the released int4 models do not
 allow.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ torchrun kills its processes half a minute after a signal and then reports a fai
 is asked to stop finishes its step and writes a checkpoint, which may take longer, and that is no failure:
 here a signal is passed on to the processes, and their end is waited for; a second signal kills them. And where
 two runs on one machine take the same port at the same moment, the second takes another.
+
+Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
 
 from __future__ import annotations

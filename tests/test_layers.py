@@ -1,5 +1,6 @@
 """The house's rules: a room imports only from rooms below it, and no folder grows past what a reader can hold."""
 
+import ast
 import re
 import sys
 from collections import Counter
@@ -49,3 +50,34 @@ def test_a_rooms_test_file_is_named_after_what_it_tests():
 def test_no_test_imports_another_test_file():
     importing = re.compile(r"^(from|import) +[\w.]*\btest_\w+", re.MULTILINE)
     assert [str(path) for path in TESTS.rglob("*.py") if importing.search(path.read_text())] == []
+
+
+def unexplained_imports(text):
+    """The lines of imports in functions that neither a comment nor the message for a missing package explains."""
+    tree, lines = ast.parse(text), text.splitlines()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    optional = {each for block in ast.walk(tree) if isinstance(block, ast.Try) for each in block.body}
+    group = set()  # lines of imports that follow one with a reason
+    for node in sorted(
+        {each for function in functions for each in ast.walk(function)} - optional,
+        key=lambda each: getattr(each, "lineno", 0),
+    ):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            first = node.lineno - 1
+            if "#" in lines[first] or lines[first - 1].lstrip().startswith("#") or first in group:
+                group.add(node.end_lineno)
+            else:
+                yield node.lineno
+
+
+def test_an_import_inside_a_function_says_why():
+    """A comment does, or the module's docstring."""
+    silent = [
+        f"{path.relative_to(FINETUNE)}:{number}"
+        for path in FINETUNE.rglob("*.py")
+        if not re.search(
+            r"where (it is|they are) used|at its top", ast.get_docstring(ast.parse(path.read_text())) or ""
+        )
+        for number in unexplained_imports(path.read_text())
+    ]
+    assert silent == []

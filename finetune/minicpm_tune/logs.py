@@ -51,7 +51,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     if record.name in _MESSAGES:
         return not message.startswith(_MESSAGES[record.name])
-    import torch
+    import torch  # only for these lines; the logs are there before torch
 
     return _FOR_GPUS[record.name] not in message or torch.cuda.is_available()
 
@@ -74,7 +74,7 @@ def log_to_screen(*, first: bool) -> None:
 
 def log_to_file(path: Path) -> IO[str]:
     """Write log lines to a file too, those of transformers included; give the open file."""
-    import transformers
+    import transformers  # takes seconds, and is loaded by now where there is a run
 
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -89,7 +89,7 @@ class _Screen(logging.StreamHandler):
     """Writes lines above a progress bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
+        from tqdm import tqdm  # only where a bar may be on the screen
 
         tqdm.write(self.format(record), file=self.stream)
 

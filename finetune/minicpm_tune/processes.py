@@ -53,8 +53,7 @@ def check_restart() -> None:
 
 def joined() -> tuple[int, int]:
     """Rank and number of the processes that have joined; (0, 1) where each works alone."""
-    # Imported here, and in ``gather``: commands without torch ask for ranks too.
-    from torch import distributed
+    from torch import distributed  # commands without torch ask for ranks too
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -63,7 +62,7 @@ def joined() -> tuple[int, int]:
 
 def gather(value: T) -> list[T]:
     """The values of all processes that have joined, in the order of their ranks. All of them must call it."""
-    from torch import distributed
+    from torch import distributed  # as in ``joined``
 
     count = joined()[1]
     values = [value] * count

@@ -156,7 +156,7 @@ def _whole(weight: nn.Parameter) -> Iterator[Tensor]:
     if not is_deepspeed_zero3_enabled():
         yield weight.detach()
         return
-    import deepspeed
+    import deepspeed  # takes seconds, and only ZeRO-3 needs it
 
     with deepspeed.zero.GatheredParameters([weight]):
         yield weight.detach()

@@ -208,7 +208,7 @@ def _deserializes(conversion: Any) -> bool:
 
 
 def _values(module: Any) -> Tensor:
-    import bitsandbytes
+    import bitsandbytes  # takes seconds, and only quantized models need it
 
     weight = module.weight
     if hasattr(weight, "quant_state"):

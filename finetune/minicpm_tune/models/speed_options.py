@@ -61,6 +61,7 @@ def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
             "--use_liger_kernel true: needs a GPU and the liger-kernel package. Run pip install liger-kernel, or leave "
             "the flag out."
         )
+    # Not installed everywhere, and it takes seconds.
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

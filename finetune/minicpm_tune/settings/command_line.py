@@ -184,7 +184,7 @@ def render_help(width: int = 100, *, everything: bool = False) -> str:
         items = [item for item in fields(group) if group is DataArguments or item.name not in limits]
         pages.append(_page(group._argument_group_name, items, width))
     if everything:
-        from transformers import TrainingArguments
+        from transformers import TrainingArguments  # takes seconds, and only --help-all asks
 
         own = {item.name for group in OWN_GROUPS for item in fields(group)}
         inherited = [item for item in fields(TrainingArguments) if item.name not in {*own, *_HIDDEN}]
