@@ -37,7 +37,8 @@ class CPMTrainer(ResilientTrainer):
 
     - Every process runs the same number of steps on an order without repeated rows.
     - The loss is the sum over supervised tokens divided by their number in the whole optimizer step, over all
-      micro-batches and processes; the model's forward divides, see ``models/loss.py``.
+      micro-batches and processes; the model's forward divides, see ``models/loss.py``. Where messages have weights,
+      both are weighted.
     - Evaluation adds up counts; logits are never kept.
 
     Args:
@@ -127,7 +128,9 @@ class CPMTrainer(ResilientTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._throughput.add(inputs, samples=sum(row is not None for row in provenance.rows))
         if len(self._source_losses.names) > 1:
-            self._source_losses.add(outputs["token_losses"], provenance.supervised_sources)
+            self._source_losses.add(
+                outputs["token_losses"], provenance.supervised_sources, inputs.get("loss_weights")
+            )
         self._keep_features(outputs)
         return (loss, outputs) if return_outputs else loss
 

@@ -82,6 +82,8 @@ class Sample(TypedDict):
         input_ids: [T] int64.
         labels: [T] int64, the token's id where it is supervised, else ``IGNORE_INDEX``; not shifted. Prompts
             for generation have none.
+        loss_weights: [T] float32, how much each supervised token counts in the loss. Only where a message has a
+            weight other than 0 and 1.
         pixel_values: [3, 14, 14 * sum(L)] uint8, the patches of all slices side by side. Slices whose features
             are in ``pictures`` are left out.
         tgt_sizes: [S, 2] int32, (rows, columns) of every slice, in patches.
@@ -98,6 +100,7 @@ class Sample(TypedDict):
 
     input_ids: Tensor
     labels: NotRequired[Tensor]
+    loss_weights: NotRequired[Tensor]
     pixel_values: Tensor
     tgt_sizes: Tensor
     image_bound: Tensor
@@ -130,6 +133,8 @@ class Batch(TypedDict):
         audio_segments: [A, 3] int64 array, see ``Sample``.
         audio_bound: [runs, 3] int64 array, (row, start, end) of all samples.
         supervised: [N] int64 array, the places in the flattened [B * T] batch whose next token is supervised.
+        loss_weights: [N] float32 array, how much each of them counts in the loss. Only where some sample has weights;
+            an array, since DeepSpeed would round a tensor to its precision.
         on_cpu: [2 or 3, B, T] int64 array, ``input_ids``, ``attention_mask`` and, with packing,
             ``position_ids``. Only with labels.
         slice_sources: Which slices' features are known. Only with ``--cache_vision_features``.
@@ -150,6 +155,7 @@ class Batch(TypedDict):
     audio_segments: NotRequired[np.ndarray]
     audio_bound: NotRequired[np.ndarray]
     supervised: NotRequired[np.ndarray]
+    loss_weights: NotRequired[np.ndarray]
     on_cpu: NotRequired[np.ndarray]
     slice_sources: NotRequired[SliceSources]
     known_features: NotRequired[Tensor]

@@ -145,7 +145,7 @@ def test_loss_marks_and_system_turns_are_read():
     messages[2]["loss"] = False
     turns = parse_row({"conversations": messages}).turns
     assert [turn.role for turn in turns] == ["system", "user", "assistant"]
-    assert [turn.learn for turn in turns] == [True, True, False]
+    assert [turn.weight for turn in turns] == [1, 1, 0]
 
 
 def bad(messages, **row):

@@ -137,7 +137,7 @@ def check_sample(prepared, conversation, sample):
     assert (labels[labels != -100] == ids[labels != -100]).all()
     learned = "".join(prepared.tokenizer.decode(labels[labels != -100]).split())
     end = prepared.generation.turn_end
-    answers = [turn.text for turn in conversation.turns if turn.role == "assistant" and turn.learn]
+    answers = [turn.text for turn in conversation.turns if turn.role == "assistant" and turn.weight]
     for text in (learned, *answers):
         assert "<image" not in text
     whole = "".join(

@@ -64,7 +64,8 @@ def run(model, batch):
     gradients = {
         name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
     }
-    without_labels = {name: value for name, value in batch.items() if name not in ("labels", "supervised")}
+    of_labels = ("labels", "supervised", "loss_weights")
+    without_labels = {name: value for name, value in batch.items() if name not in of_labels}
     with torch.no_grad():
         return model(**without_labels).logits, output.loss_sum.item(), gradients
 
@@ -88,6 +89,27 @@ def test_a_packed_row_equals_its_samples_alone(generation, attention):
         if not name.endswith("k_proj.bias"):
             scale = added[name].abs().max().clamp(min=1e-3)
             assert (gradient - added[name]).abs().max() / scale < GRADIENT_TOLERANCE, name
+
+
+def test_weights_of_samples_act_packed_padded_and_in_the_sum_of_a_step():
+    model, _ = golden_model("v2_6", attention="sdpa")
+    samples = samples_of("v2_6")
+    alone = [run(model, data_collator([sample])) for sample in samples]
+    shares = (0.25, 1.0, 2.0)
+    for sample, share in zip(samples, shares, strict=True):
+        if share != 1:
+            sample["loss_weights"] = torch.full((len(sample["input_ids"]),), share)
+    expected = sum(share * loss for share, (_, loss, _) in zip(shares, alone, strict=True))
+    for batch in (data_collator([samples], packing=True), data_collator(samples)):
+        _, loss, gradients = run(model, batch)
+        counts = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
+        assert batch["loss_weights"].tolist() == list(np.repeat(shares, counts))
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for name, gradient in gradients.items():
+            if not name.endswith("k_proj.bias"):
+                added = sum(share * found[name] for share, (*_, found) in zip(shares, alone, strict=True))
+                scale = added.abs().max().clamp(min=1e-3)
+                assert (gradient - added).abs().max() / scale < GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.parametrize("generation", SIX)

@@ -38,6 +38,23 @@ def test_supervised_tokens_are_the_answers_and_their_ends(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_the_weight_of_a_message_is_on_its_tokens_alone(name):
+    messages = chat("How many?", "Two cats.", "And here?", "One dog.", "Sure?", "Yes.")
+    messages[1]["weight"], messages[3]["weight"] = 0.25, 0
+    sample, tokenizer = encoded(name, messages)
+    end = turn_end(name)
+    by_weight = {
+        weight: tokenizer.decode(
+            sample["labels"][(sample["labels"] != IGNORE_INDEX) & (sample["loss_weights"] == weight)]
+        )
+        for weight in sample["loss_weights"].unique().tolist()
+    }
+    assert by_weight == {0.25: "Two cats." + ("" if name == "v2" else end), 1.0: f"Yes.{end}"}
+    del messages[1]["weight"]
+    assert "loss_weights" not in encoded(name, messages)[0]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_text_only_rows_work(name):
     sample, tokenizer = encoded(name, chat("How many?", "Two cats."))
     assert supervised_text(sample, tokenizer) == f"Two cats.{turn_end(name)}"

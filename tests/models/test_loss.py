@@ -1,11 +1,12 @@
 """The chunked loss: equal to the plain one, in values and gradients, whatever the chunk."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minicpm_tune.batch import IGNORE_INDEX
-from minicpm_tune.models.loss import LMHead, as_lm_head, supervised_loss
+from minicpm_tune.models.loss import LMHead, MiniCPMVOutput, as_lm_head, supervised_loss
 
 WIDTH, VOCABULARY = 16, 50
 LOSS_TOLERANCE = 1e-5  # 1.9e-6 measured, loss sums near 40
@@ -41,6 +42,38 @@ def test_chunks_give_the_loss_and_the_gradients_of_full_logits(chunk):
     assert abs(token_losses.sum() - expected) < LOSS_TOLERANCE
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert (gradient - wanted).abs().max() < GRADIENT_TOLERANCE * wanted.abs().max().clamp(min=1)
+
+
+WEIGHTS = np.array([0.5, 0.5, 0.25, 0.25, 2, 1, 1, 0.125, 0.125], dtype=np.float32)  # of 5 + 4 tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_weighted_chunks_give_the_loss_and_the_gradients_of_full_logits(chunk):
+    head, hidden, labels = head_hidden_labels()
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    chosen, weights = hidden[:, :-1][supervised], torch.from_numpy(WEIGHTS)
+    logits = F.linear(chosen, head.weight, head.bias)
+    expected = (F.cross_entropy(logits, targets[supervised], reduction="none") * weights).sum()
+    expected_gradients = torch.autograd.grad(expected, (hidden, head.weight, head.bias))
+    chosen = hidden[:, :-1][supervised]
+    found, _, _ = head(chosen, labels=targets[supervised], chunk=chunk, token_weights=weights)
+    gradients = torch.autograd.grad(found, (hidden, head.weight, head.bias))
+    assert abs(found - expected) < LOSS_TOLERANCE
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - wanted).abs().max() < GRADIENT_TOLERANCE * wanted.abs().max().clamp(min=1)
+
+
+def test_the_mean_is_the_weighted_sum_over_the_sum_of_weights():
+    head, hidden, labels = head_hidden_labels()
+    found = supervised_loss(head, hidden, labels, weights=WEIGHTS * 0.01)
+    mean = MiniCPMVOutput.of(found, None)
+    plain = supervised_loss(head, hidden, labels).token_losses
+    expected = (plain * torch.from_numpy(WEIGHTS)).sum() / WEIGHTS.sum()
+    assert found.weight_sum == pytest.approx(0.01 * WEIGHTS.sum())  # below 1, and not raised to it
+    assert found.token_count == 9
+    torch.testing.assert_close(mean.loss, expected)
+    torch.testing.assert_close(MiniCPMVOutput.of(found, 4).loss, found.loss_sum / 4)
 
 
 def test_counts_are_of_supervised_positions_only():

@@ -113,6 +113,15 @@ def test_loss_is_the_sum_over_the_given_number_of_items(name):
     torch.testing.assert_close(model(**batch).loss * 9, output.loss_sum)
 
 
+def test_the_loss_counts_tokens_by_the_weights_of_their_messages(name):
+    model, batch = our_model(name), batch_of([[made_sample(3)]])
+    losses = model(**batch).token_losses
+    weights = torch.linspace(0.1, 1, 9)
+    found = model(**batch, loss_weights=weights.numpy())
+    torch.testing.assert_close(found.loss, (losses * weights).sum() / weights.sum())
+    assert found.weight_sum == pytest.approx(float(weights.sum()))
+
+
 def logits_by_sample(model, rows):
     """Logits of every sample of a batch, cut out of the rows."""
     logits = model(**without_labels(batch_of(rows))).logits

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,6 +80,16 @@ def run(model, batch):
             **{key: value for key, value in batch.items() if key not in ("labels", "supervised")}
         ).logits
     return logits, output.loss_sum.item(), gradients
+
+
+def test_the_loss_counts_tokens_by_the_weights_of_their_messages(loaded):
+    model, rules = loaded["xc2_7b"]
+    batch = data_collator(samples_of(rules))
+    losses = model(**{key: value for key, value in batch.items() if key != "provenance"}).token_losses
+    batch["loss_weights"] = np.linspace(0.1, 1, len(losses), dtype=np.float32)
+    weights = torch.from_numpy(batch["loss_weights"])
+    del batch["provenance"]
+    torch.testing.assert_close(model(**batch).loss, (losses * weights).sum() / weights.sum())
 
 
 @pytest.mark.parametrize("packing", [True, False])

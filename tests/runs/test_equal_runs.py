@@ -112,3 +112,34 @@ def test_every_row_counts_once_when_the_last_step_is_uneven(small, tmp_path):
         tmp_path / "two", model=small["model"], data=data, batch=2, steps=2, processes=2
     )
     assert_same(two, one)
+
+
+@pytest.mark.slow
+def test_weights_of_messages_give_one_run_however_it_is_divided(small, reference, tmp_path):
+    rows = json.loads(small["data"].read_text())
+    for number, row in enumerate(rows):
+        if number % 3:  # a third of the rows has none
+            row["conversations"][1]["weight"] = (0.05, 0.5, 2, 0.3)[number % 4]
+    data = small["data"].parent / "weighted.json"
+    data.write_text(json.dumps(rows))
+    one = finetune_runs.train(tmp_path / "one", model=small["model"], data=data, launcher=False)
+    assert [line["loss"] for line in one] != [line["loss"] for line in reference["full"][0]]
+    halves = finetune_runs.train(
+        tmp_path / "halves", model=small["model"], data=data, batch=2, accumulation=2, launcher=False
+    )
+    assert_same(halves, one)
+    two = finetune_runs.train(
+        tmp_path / "two", model=small["model"], data=data, batch=1, accumulation=2, processes=2
+    )
+    assert_same(two, one)
+
+
+@pytest.mark.slow
+def test_one_weight_for_all_messages_changes_nothing(small, reference, tmp_path):
+    rows = json.loads(small["data"].read_text())
+    for row in rows:
+        row["conversations"][1]["weight"] = 0.01
+    data = small["data"].parent / "alike.json"
+    data.write_text(json.dumps(rows))
+    found = finetune_runs.train(tmp_path, model=small["model"], data=data, launcher=False)
+    assert_same(found, reference["full"][0])

@@ -218,7 +218,7 @@ def read_messages(
 
     Example:
         >>> read_messages([{"role": "user", "content": "Who are you?"}])
-        ([Turn(role='user', parts=('Who are you?',), learn=True)], [])
+        ([Turn(role='user', parts=('Who are you?',), weight=1.0)], [])
     """
     if isinstance(msgs, str):
         try:

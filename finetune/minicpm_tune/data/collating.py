@@ -75,6 +75,8 @@ def data_collator(
         batch["labels"] = _labels(placed, shape)
         batch["supervised"] = supervised_places(batch["labels"])
         batch["provenance"] = _provenance(placed, shape, batch["supervised"])
+        if any("loss_weights" in sample for sample in samples):
+            batch["loss_weights"] = _loss_weights(placed, shape, batch["supervised"])
     if any("pictures" in sample for sample in samples):
         pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
         batch["slice_sources"] = _slice_sources(pictures)
@@ -157,6 +159,15 @@ def _provenance(placed: Sequence[_Placed], shape: tuple[int, int], supervised: n
         if origin is not None:
             sources[each.span] = origin[0]
     return Provenance(origins, sources.ravel()[supervised])
+
+
+def _loss_weights(placed: Sequence[_Placed], shape: tuple[int, int], supervised: np.ndarray) -> np.ndarray:
+    """[N] how much each supervised token counts; 1 in samples that do not say."""
+    weights = np.ones(shape, dtype=np.float32)
+    for each in placed:
+        if "loss_weights" in each.sample:
+            weights[each.span] = each.sample["loss_weights"]
+    return weights.ravel()[supervised + 1]
 
 
 def _temporal_ids(samples: Sequence[Sample]) -> np.ndarray:

@@ -50,14 +50,14 @@ class Piece:
 
     Attributes:
         text: The text; empty for media, whose placeholder is put in later.
-        learn: Whether its tokens are supervised.
+        weight: How much its tokens count in the loss; 0: they are not supervised.
         literal: Whether control texts in it are plain text.
         media: The image or video that stands here.
         answer_start: Whether an answer that inference would generate starts here.
     """
 
     text: str = ""
-    learn: bool = False
+    weight: float = 0.0
     literal: bool = False
     media: Media | None = None
     answer_start: bool = False
@@ -110,7 +110,7 @@ class PromptWriter:
             turns: The conversation; alternating, the last one of the assistant.
 
         Returns:
-            The pieces; those with ``learn`` are each answer and the token that ends it.
+            The pieces; those with a ``weight`` are each answer and the token that ends it.
 
         Raises:
             RowError: When thoughts stand where the template has none.
@@ -132,8 +132,8 @@ class PromptWriter:
         if self.generation.prompt == "template" and self._trims:
             parts = _trimmed(parts)
         end = self.generation.turn_end
-        pieces += _answer_pieces(parts, learn=answer.learn)
-        pieces.append(Piece(end, learn=answer.learn))
+        pieces += _answer_pieces(parts, answer.weight)
+        pieces.append(Piece(end, answer.weight))
         return [*pieces, Piece(_AFTER_TURN_END[end])]
 
     def generation_pieces(self, turns: Sequence[Turn], *, thinking: bool = False) -> list[Piece]:
@@ -212,7 +212,7 @@ class PromptWriter:
                 pieces += [_piece(part) for part in self._parts(turn)]
                 pieces.append(Piece(assistant))
             else:
-                pieces += _answer_pieces(self._parts(turn), learn=self._learns_history(turn))
+                pieces += _answer_pieces(self._parts(turn), self._history_weight(turn))
         return pieces
 
     # --- chat templates ---
@@ -242,13 +242,13 @@ class PromptWriter:
                 pieces += [*self._split_parts(body, order), Piece(end)]
                 continue
             header, text = self._split_header(body)
-            learn = self._learns_history(turn)
+            weight = self._history_weight(turn)
             pieces.append(Piece(header))
             pieces += [
-                piece if piece.media else replace(piece, learn=learn)
+                piece if piece.media else replace(piece, weight=weight)
                 for piece in self._split_parts(text, order)
             ]
-            pieces.append(Piece(end, learn))
+            pieces.append(Piece(end, weight))
         return [*pieces, Piece(tail)]
 
     # --- audio: it switches the whole conversation to the form in which the released chat() speaks ---
@@ -280,8 +280,8 @@ class PromptWriter:
             )
         return [*thoughts, *parts]
 
-    def _learns_history(self, turn: Turn) -> bool:
-        return turn.learn and self.arguments.train_on == "all_turns"
+    def _history_weight(self, turn: Turn) -> float:
+        return turn.weight if self.arguments.train_on == "all_turns" else 0.0
 
     def _split_header(self, body: str) -> tuple[str, str]:
         if not body.startswith(self._answer_header):
@@ -368,8 +368,8 @@ def _fit_think_block(before: list[Piece], thoughts: list[Part]) -> list[Part]:
     return thoughts
 
 
-def _answer_pieces(parts: Sequence[Part], *, learn: bool) -> list[Piece]:
-    pieces = [replace(_piece(part), learn=learn and not isinstance(part, Media)) for part in parts]
+def _answer_pieces(parts: Sequence[Part], weight: float) -> list[Piece]:
+    pieces = [part if part.media else replace(part, weight=weight) for part in map(_piece, parts)]
     if pieces and pieces[0].text:
         pieces[0] = replace(pieces[0], answer_start=True)
     return pieces

@@ -118,7 +118,7 @@ def row_notes(row: ParsedRow) -> list[str]:
         ["unknown key: row 'license'", 'empty answer']
     """
     notes = [f"{UNKNOWN_KEY}{key}" for key in row.unknown_keys]
-    answers = [turn for turn in row.turns if turn.role == "assistant" and turn.learn]
+    answers = [turn for turn in row.turns if turn.role == "assistant" and turn.weight]
     if any(not turn.text.strip() and not media_of([turn]) for turn in answers):
         notes.append(EMPTY_ANSWER)
     return notes

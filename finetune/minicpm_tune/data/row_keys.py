@@ -19,7 +19,8 @@ _ROW_KEYS = {
     "literal_control_tokens",
 }  # fmt: skip
 _MESSAGE_KEYS = {
-    "role", "from", "content", "value", "loss", "train", "weight", "reasoning_content", "reasoning", "thinking",
+    "role", "from", "content", "value", "loss", "train", "weight", "loss_scale", "reasoning_content", "reasoning",
+    "thinking",
 }  # fmt: skip
 PART_SOURCES = {
     "image": ("image", "path", "url", "image_url", "data", "base64"),
@@ -40,17 +41,16 @@ _REFUSED_ROW_KEYS = {
     "rejected": _PAIRS,
     "rejected_response": _PAIRS,
     "chosen": _PAIRS,
-    "weight": 'a row can\'t be weighted. Put "weight": 0 on the answers not to learn',
+    "weight": 'a row can\'t be weighted. Put the "weight" on its answers (0: not learned)',
     "loss": "a row has no 'loss'. Put \"loss\": false on the answers not to learn",
-    "loss_scale": 'a row can\'t be weighted. Put "weight": 0 on the answers not to learn',
+    "loss_scale": 'a row can\'t be weighted. Put the "weight" on its answers (0: not learned)',
     "enable_thinking": "thinking can't be set row by row. Use --enable_thinking for all rows",
     "chat_template_kwargs": "the chat template takes no options from a row. Use --enable_thinking for all rows",
 }
 _REFUSED_MESSAGE_KEYS = {
     "tool_calls": _TOOLS,
     "function_call": _TOOLS,
-    "loss_scale": 'answers are learned or not. Use "weight": 0 or 1',
-    "train_detail": 'a message is learned whole or not at all. Use "loss": true or false',
+    "train_detail": 'all of a message counts alike. Use "loss": true or false, or a "weight"',
 }
 _REFUSED_PART_KEYS = dict.fromkeys(
     ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "max_slice_nums"), _PIXELS

@@ -29,6 +29,8 @@ _ROLE_NAMES = {
 }  # fmt: skip
 _TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SWITCHES, _WEIGHTS = ("loss", "train"), ("weight", "loss_scale")
+_LARGEST_WEIGHT = 1000  # a larger one is a mistake, and in a batch it leaves nothing of the others
 _LONGEST_TEXT = 10**7  # characters; a million tokens have fewer
 
 
@@ -167,9 +169,9 @@ class _RowReader:
             raise RowError(
                 "form", f"turn {number} has thoughts and no content, expected an answer. Add the answer."
             )
-        learn = _learns(message, number)
+        weight = _weight(message, role, number)
         parts: list[Any] = self._content(content, number)  # sources become media in _numbered
-        return Turn(role, tuple(parts), learn, thoughts, self.literal)
+        return Turn(role, tuple(parts), weight, thoughts, self.literal)
 
     def _content(self, content: Any, number: int) -> list[Part | Source]:
         if isinstance(content, str):
@@ -294,13 +296,30 @@ def _role(message: Mapping[str, Any], number: int) -> str:
     return _ROLE_NAMES[name]
 
 
-def _learns(message: Mapping[str, Any], number: int) -> bool:
-    """Whether an answer is learned: ``loss`` or ``train`` true or false, ``weight`` 1 or 0."""
-    values = {key: message[key] for key in ("loss", "train", "weight") if message.get(key) is not None}
-    learns = {_switch(value, f"turn {number}: {key!r}") for key, value in values.items()}
-    if len(learns) > 1:
+def _weight(message: Mapping[str, Any], role: str, number: int) -> float:
+    """How much an answer counts: ``loss`` or ``train`` true or false, ``weight`` or ``loss_scale`` a number."""
+    values = {key: message[key] for key in (*_SWITCHES, *_WEIGHTS) if message.get(key) is not None}
+    switches = {_switch(values[key], f"turn {number}: {key!r}") for key in _SWITCHES if key in values}
+    weights = {_number(values[key], f"turn {number}: {key!r}") for key in _WEIGHTS if key in values}
+    if len(weights) > 1 or len(switches | set(map(bool, weights))) > 1:
         raise RowError("form", f"turn {number}: {name_list(values)} contradict each other. Keep one of them.")
-    return learns != {False}
+    weight = weights.pop() if weights else 1.0
+    if role != "assistant" and weight not in (0, 1):
+        raise RowError(
+            "form",
+            f"turn {number} has a weight of {weight:g} and the role {role!r}, expected a weight on an answer: only "
+            "answers are learned. Remove it.",
+        )
+    return 0.0 if False in switches else weight
+
+
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= _LARGEST_WEIGHT:
+        raise RowError(
+            "form",
+            f"{name} is {value!r:.80}, expected a number from 0 (not learned) to {_LARGEST_WEIGHT:,}. Fix it.",
+        )
+    return float(value)
 
 
 def _switch(value: Any, name: str) -> bool:

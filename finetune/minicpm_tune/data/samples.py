@@ -211,8 +211,11 @@ class Processing:
         With a ``vision_cache`` only those pictures are decoded whose features are not stored yet; see
         ``batch.PictureFeatures``.
         """
-        labels = torch.tensor(plan.encoded.labels, dtype=torch.int64)
-        return {**self._sample(plan, self.vision_cache), "labels": labels}
+        sample = self._sample(plan, self.vision_cache)
+        sample["labels"] = torch.tensor(plan.encoded.labels, dtype=torch.int64)
+        if plan.encoded.weights is not None:
+            sample["loss_weights"] = torch.tensor(plan.encoded.weights, dtype=torch.float32)
+        return sample
 
     def padding_sample(self) -> Sample:
         """A sample that contributes nothing: one token, not supervised, no image."""

@@ -37,6 +37,7 @@ class Encoded:
         image_bound: [start, end) in tokens of every run of pad tokens, those of audio included, ``[P]``.
         media_spans: [start, end) in tokens of every medium's whole placeholder.
         slices: Number of runs of every medium.
+        weights: How much each token counts in the loss, ``[T]``; None: all supervised ones count alike.
     """
 
     input_ids: list[int]
@@ -44,6 +45,7 @@ class Encoded:
     image_bound: list[tuple[int, int]] = field(default_factory=list)
     media_spans: list[tuple[int, int]] = field(default_factory=list)
     slices: list[int] = field(default_factory=list)
+    weights: list[float] | None = None
 
     @property
     def supervised(self) -> int:
@@ -75,10 +77,13 @@ def encode_pieces(
     ids, spans = _encode_text(encoder, text, cut)
     starts = [start for start, _ in spans]
     labels = [IGNORE_INDEX] * len(ids)
-    for begin, stop in learned:
+    weights = [1.0] * len(ids) if any(weight != 1 for *_, weight in learned) else None
+    for begin, stop, weight in learned:
         index = bisect_left(starts, begin)
         while index < len(ids) and spans[index][0] < stop:
             labels[index] = ids[index]
+            if weights is not None:
+                weights[index] = weight
             index += 1
     bounds = []
     for begin, stop, pad_length in runs:
@@ -87,13 +92,13 @@ def encode_pieces(
         assert len(set(ids[first:last])) == 1, (begin, stop, ids[first:last])
         bounds.append((first, last))
     media_spans = [(bisect_left(starts, begin), bisect_left(starts, stop)) for begin, stop, _ in media]
-    return Encoded(ids, labels, bounds, media_spans, [count for _, _, count in media])
+    return Encoded(ids, labels, bounds, media_spans, [count for _, _, count in media], weights)
 
 
 def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
-    """Join the pieces: the text, and in its characters what is learned, the runs, the media and the cut."""
+    """Join the pieces: the text, and in its characters what is learned, with its weight, the runs, media and cut."""
     parts: list[str] = []
-    learned: list[tuple[int, int]] = []
+    learned: list[tuple[int, int, float]] = []
     runs: list[tuple[int, int, int]] = []
     media: list[tuple[int, int, int]] = []
     cut = None
@@ -107,8 +112,8 @@ def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
             text = placeholder.text
             runs += [(length + a, length + b, placeholder.pad_length) for a, b in placeholder.runs]
             media.append((length, length + len(text), len(placeholder.runs)))
-        elif piece.learn:
-            learned.append((length, length + len(text)))
+        elif piece.weight:
+            learned.append((length, length + len(text), piece.weight))
         parts.append(text)
         length += len(text)
     return "".join(parts), learned, runs, media, cut
@@ -162,6 +167,7 @@ def truncate(encoded: Encoded, limit: int) -> Encoded:
         encoded.image_bound[:bounds],
         encoded.media_spans[:kept],
         encoded.slices[:kept],
+        None if encoded.weights is None else encoded.weights[:limit],
     )
 
 

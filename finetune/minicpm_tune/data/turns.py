@@ -59,14 +59,14 @@ class Turn:
     Attributes:
         role: ``system``, ``user`` or ``assistant``.
         parts: Its content in order.
-        learn: Whether an assistant turn may be supervised.
+        weight: How much the tokens of an assistant turn count in the loss; 0: they are not supervised.
         thoughts: What the assistant thinks before its answer, where the row gives it apart from the answer.
         literal: Whether every control text in it is plain text (``literal_control_tokens``).
     """
 
     role: str
     parts: tuple[Part, ...]
-    learn: bool = True
+    weight: float = 1.0
     thoughts: str | None = field(default=None, repr=False)
     literal: bool = field(default=False, repr=False)
 

@@ -24,13 +24,15 @@ class SupervisedLoss:
     """Sums over one batch's supervised tokens.
 
     Attributes:
-        loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats.
+        loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats, each times the token's weight.
+        weight_sum: fp32 scalar, the sum of the weights; without weights the number of tokens.
         token_count: int64 scalar, how many tokens were supervised.
         correct_count: int64 scalar, how many of them the most likely token got right.
         token_losses: [N] fp32, each token's cross entropy, without a gradient; for reports.
     """
 
     loss_sum: Tensor
+    weight_sum: Tensor
     token_count: Tensor
     correct_count: Tensor
     token_losses: Tensor
@@ -41,9 +43,10 @@ class MiniCPMVOutput(ModelOutput):
     """What a forward gives.
 
     Attributes:
-        loss: Mean over the supervised tokens, or their sum / ``num_items_in_batch``. With labels.
+        loss: ``loss_sum / weight_sum``, or ``loss_sum / num_items_in_batch``. With labels.
         logits: [B, T, V]. Without labels only.
-        loss_sum: fp32 scalar, summed cross entropy in nats. With labels.
+        loss_sum: fp32 scalar, summed cross entropy in nats, weighted. With labels.
+        weight_sum: fp32 scalar, see ``SupervisedLoss``. With labels.
         token_count: int64 scalar, supervised tokens. With labels.
         correct_count: int64 scalar, those predicted right. With labels.
         token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
@@ -54,6 +57,7 @@ class MiniCPMVOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     loss_sum: Tensor | None = None
+    weight_sum: Tensor | None = None
     token_count: Tensor | None = None
     correct_count: Tensor | None = None
     token_losses: Tensor | None = None
@@ -67,10 +71,12 @@ class MiniCPMVOutput(ModelOutput):
         new_features: NewFeatures | None = None,
     ) -> MiniCPMVOutput:
         """Make the output of a forward with labels. Without ``num_items_in_batch`` the loss is the batch's mean."""
-        count = found.token_count if num_items_in_batch is None else num_items_in_batch
+        whole = found.weight_sum if num_items_in_batch is None else num_items_in_batch
+        whole = torch.as_tensor(whole, device=found.loss_sum.device)
         return cls(
-            loss=found.loss_sum / torch.as_tensor(count, device=found.loss_sum.device).clamp(min=1),
+            loss=found.loss_sum / torch.where(whole > 0, whole, 1),  # a sum of weights may be below 1
             loss_sum=found.loss_sum,
+            weight_sum=found.weight_sum,
             token_count=found.token_count,
             correct_count=found.correct_count,
             token_losses=found.token_losses,
@@ -86,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk):
+    def forward(ctx, hidden, weight, bias, labels, chunk, token_weights):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         hidden_grad: Any = torch.zeros_like(hidden) if need_hidden else None
         weight_grad: Any = (
@@ -108,6 +114,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # d loss_sum / d logits = softmax - one-hot, written over the logits themselves.
             logits.sub_(log_sum[:, None]).exp_()
             logits.scatter_add_(-1, target[:, None], logits.new_full((target.numel(), 1), -1.0))
+            if token_weights is not None:
+                logits.mul_(token_weights[start : start + chunk, None])
             slope = logits.to(part.dtype)
             if need_hidden:
                 hidden_grad[start : start + chunk] = (slope @ weight).to(hidden.dtype)
@@ -121,14 +129,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             bias_grad.to(bias.dtype) if need_bias else None,
         )
         ctx.mark_non_differentiable(correct, token_losses)
-        return token_losses.sum(), correct, token_losses
+        weighted = token_losses if token_weights is None else token_losses * token_weights
+        return weighted.sum(), correct, token_losses
 
     @staticmethod
     def backward(ctx, loss_slope, *_):
         # In place: the gradient of an 8B model's output layer is a gibibyte.
         grads = [None if grad is None else grad.mul_(loss_slope) for grad in ctx.grads]
         ctx.grads = (None, None, None)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 class LMHead(nn.Linear):
@@ -139,7 +148,11 @@ class LMHead(nn.Linear):
     """
 
     def forward(  # type: ignore[override]  # more than a Linear's
-        self, hidden: Tensor, labels: Tensor | None = None, chunk: int | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        chunk: int | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Compute logits, or the loss of the tokens in ``labels``.
 
@@ -150,9 +163,10 @@ class LMHead(nn.Linear):
             hidden: [N, D] (with labels) or [..., D], float.
             labels: [N] int64 token ids, every one supervised; or None for logits.
             chunk: Tokens per chunk; by default as many as fill ``CHUNK_ELEMENTS`` logits.
+            token_weights: [N] fp32, what each token's cross entropy is multiplied by in the sum; None: 1.
 
         Returns:
-            [..., V] logits in the dtype of ``hidden``; or the fp32 sum of the tokens' cross entropies in
+            [..., V] logits in the dtype of ``hidden``; or the fp32 weighted sum of the tokens' cross entropies in
             nats, the int64 number of tokens predicted right, and [N] fp32 each token's cross entropy.
         """
         # The meta device, where plan_memory.py runs a step, has no autocast.
@@ -162,10 +176,12 @@ class LMHead(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         if chunk is None:
             chunk = max(1, CHUNK_ELEMENTS // self.out_features)
-        return _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk)
+        return _ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, chunk, token_weights)
 
 
-def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any = None) -> SupervisedLoss:
+def supervised_loss(
+    head: nn.Module, hidden: Tensor, labels: Tensor, places: Any = None, weights: Any = None
+) -> SupervisedLoss:
     """Compute the loss of the positions that predict a supervised token.
 
     Args:
@@ -175,6 +191,7 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
         places: [N] numpy int64, the flattened positions whose next token is supervised, as
             ``supervised`` in ``batch.Batch`` holds them. Without it they are searched for, and on a GPU the
             program waits for the result.
+        weights: [N] numpy float32, ``loss_weights`` in ``batch.Batch``; None: all tokens count alike.
 
     Returns:
         The sums over the batch.
@@ -185,8 +202,15 @@ def supervised_loss(head: nn.Module, hidden: Tensor, labels: Tensor, places: Any
     else:
         index = torch.from_numpy(places).to(hidden.device, non_blocking=True)
         chosen, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]
-    loss_sum, correct, token_losses = head(chosen, labels=targets)
-    return SupervisedLoss(loss_sum, torch.full_like(correct, targets.numel()), correct, token_losses)
+    if weights is None:
+        loss_sum, correct, token_losses = head(chosen, labels=targets)
+        weight_sum = torch.full_like(loss_sum, targets.numel())
+    else:
+        on_device = torch.from_numpy(weights).to(hidden.device, non_blocking=True)
+        loss_sum, correct, token_losses = head(chosen, labels=targets, token_weights=on_device)
+        weight_sum = on_device.sum()
+    count = torch.full_like(correct, targets.numel())
+    return SupervisedLoss(loss_sum, weight_sum, count, correct, token_losses)
 
 
 def as_lm_head(linear: Any) -> LMHead:

@@ -151,7 +151,9 @@ def _details(rows: TrainingRows, index: int, sample: Sample) -> str:
     source, row = rows.mixture.origin(index)
     value = rows.mixture.read(index)
     tensors: dict[str, Any] = dict(sample)
-    keys = ("input_ids", "labels", "image_bound", "tgt_sizes", "temporal_ids", "mm_token_type_ids")
+    keys = (
+        "input_ids", "labels", "loss_weights", "image_bound", "tgt_sizes", "temporal_ids", "mm_token_type_ids"
+    )  # fmt: skip
     entry = {
         "file": rows.mixture.names[source],
         "row": row,

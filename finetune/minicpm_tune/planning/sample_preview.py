@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerFast
 
@@ -20,18 +21,22 @@ _SHEET_WIDTH = 1600  # pixels
 def prompt_text(sample: Sample, tokenizer: PreTrainedTokenizerFast, style: PlaceholderStyle) -> str:
     """The prompt with runs of pad tokens folded (``<unk>x64``) and supervised text in ``[[ ]]``.
 
+    Supervised text with a weight starts with it: ``[[0.3x Two.]]``.
+
     Args:
         sample: The sample.
         tokenizer: The checkpoint's tokenizer.
         style: How the checkpoint writes images.
     """
     ids, labels = sample["input_ids"], sample["labels"]
-    learned = labels != IGNORE_INDEX
-    changes = [0, *(int(place) + 1 for place in (learned[1:] != learned[:-1]).nonzero()[:, 0]), len(ids)]
+    counts = (labels != IGNORE_INDEX) * sample.get("loss_weights", torch.ones(len(ids)))
+    changes = [0, *(int(place) + 1 for place in (counts[1:] != counts[:-1]).nonzero()[:, 0]), len(ids)]
     parts = []
     for start, end in pairwise(changes):
         text = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
-        parts.append(f"{SUPERVISED[0]}{text}{SUPERVISED[1]}" if learned[start] else text)
+        weight = float(counts[start])
+        start_mark = SUPERVISED[0] if weight == 1 else f"{SUPERVISED[0]}{weight:.3g}x "
+        parts.append(f"{start_mark}{text}{SUPERVISED[1]}" if weight else text)
     text = "".join(parts)
     for pad in {style.pad, style.video_pad}:
         text = _folded(text, pad)

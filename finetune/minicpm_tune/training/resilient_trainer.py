@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
@@ -139,14 +140,14 @@ class ResilientTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Count the step's supervised tokens over all processes and, in the same reduction, who was asked to stop.
 
+        Where messages have weights, the tokens count by them. The sum is fp32 on every process, whatever its rows have.
         Nothing is read back here: the first goes to the model, the second is read at the end of the step.
         """
         self.peers.mark(f"waiting for the others to have the rows of step {self.state.global_step + 1}")
         self._batches.clear()
         self._loss_before = self._tr_loss.clone()
-        count = sum(len(batch["supervised"]) for batch in batch_samples)
-        values = (count, int(self.stop_signals.signal is not None))
-        found = torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+        values = (sum(map(_loss_weight, batch_samples)), int(self.stop_signals.signal is not None))
+        found = torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
         tokens, self._asked_to_stop = self.accelerator.reduce(found, reduction="sum").unbind()
         self.peers.mark(f"step {self.state.global_step + 1}: all have their rows")
         return tokens
@@ -255,6 +256,12 @@ class ResilientTrainer(Trainer):
                 f"the checkpoint lacks {len(missing)} of the weights that are trained, such as {missing[0]}. Give the "
                 "model that the run was started with."
             )
+
+
+def _loss_weight(batch: dict[str, Any]) -> float:
+    """A batch's supervised tokens, each counted by its weight."""
+    weights = batch.get("loss_weights")
+    return len(batch["supervised"]) if weights is None else weights.sum(dtype=np.float64)
 
 
 class _StopBetweenSteps(TrainerCallback):

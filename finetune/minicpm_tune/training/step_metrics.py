@@ -19,6 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from minicpm_tune.batch import IGNORE_INDEX
 
 _KIB = 1024
+_SUMMED = ("loss_sum", "weight_sum", "token_count", "correct_count")  # of a model's output
 
 
 class ThroughputMeter:
@@ -80,17 +81,20 @@ class SourceLosses:
         self.names = _short(names)
         self._sums: torch.Tensor | None = None
 
-    def add(self, token_losses: torch.Tensor, sources: np.ndarray) -> None:
+    def add(self, token_losses: torch.Tensor, sources: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Count one batch.
 
         Args:
             token_losses: [N] fp32 cross entropies, in nats.
             sources: [N] int64, the source each supervised token comes from.
+            weights: [N] float32, how much each counts; None: all alike.
         """
         if self._sums is None:
             self._sums = torch.zeros(len(self.names), 2, device=token_losses.device)
         index = torch.from_numpy(sources).to(token_losses.device, non_blocking=True)
         counted = torch.stack([token_losses, torch.ones_like(token_losses)], dim=1)
+        if weights is not None:
+            counted *= torch.from_numpy(weights).to(token_losses.device, non_blocking=True)[:, None]
         self._sums.index_add_(0, index, counted)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
@@ -116,22 +120,26 @@ class EvaluationSums:
         self._sums: torch.Tensor | None = None
 
     def add(self, output: Mapping[str, torch.Tensor]) -> None:
-        """Count one batch: ``loss_sum`` (nats), ``token_count`` and ``correct_count`` of a model's output."""
-        found = torch.stack([output[name].double() for name in ("loss_sum", "token_count", "correct_count")])
+        """Count one batch by the sums in a model's output, see ``models/loss.py``."""
+        found = torch.stack([output[name].double() for name in _SUMMED])
         self._sums = found if self._sums is None else self._sums + found
 
     def read(self, accelerator: Accelerator, prefix: str) -> dict[str, float]:
         """The metrics over all processes, and start anew.
 
         Returns:
-            ``<prefix>_loss`` (mean over supervised tokens, nats), ``<prefix>_token_accuracy`` and
+            ``<prefix>_loss`` (mean over supervised tokens by their weights, nats), ``<prefix>_token_accuracy`` and
             ``<prefix>_supervised_tokens``.
         """
-        sums = torch.zeros(3, device=accelerator.device).double() if self._sums is None else self._sums
-        loss_sum, tokens, correct = accelerator.reduce(sums, reduction="sum").tolist()
+        sums = (
+            torch.zeros(len(_SUMMED), device=accelerator.device).double()
+            if self._sums is None
+            else self._sums
+        )
+        loss_sum, weights, tokens, correct = accelerator.reduce(sums, reduction="sum").tolist()
         self._sums = None
         return {
-            f"{prefix}_loss": loss_sum / max(tokens, 1),
+            f"{prefix}_loss": loss_sum / weights if weights else 0.0,
             f"{prefix}_token_accuracy": correct / max(tokens, 1),
             f"{prefix}_supervised_tokens": int(tokens),
         }

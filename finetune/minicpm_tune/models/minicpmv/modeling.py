@@ -262,6 +262,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         supervised: Any = None,
+        loss_weights: Any = None,
         on_cpu: Any = None,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
@@ -283,8 +284,10 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
             image_bound: See ``embed``.
             temporal_ids: See ``embed``.
             labels: [B, T] int64, token id or -100; not shifted.
-            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            num_items_in_batch: What the summed loss is divided by: the supervised tokens of the whole optimizer step,
+                or the sum of their weights; by default this batch's.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            loss_weights: See ``weights`` of ``loss.supervised_loss``.
             on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
             slice_sources: See ``embed``, as the next.
             known_features: See ``embed``.
@@ -312,7 +315,7 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         hidden = self._run_llm(embeddings, samples) * self.output_scale
         if labels is None:
             return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
-        found = supervised_loss(self.llm.lm_head, hidden, labels, supervised)
+        found = supervised_loss(self.llm.lm_head, hidden, labels, supervised, loss_weights)
         return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
     def _run_llm(self, embeddings: Tensor, samples: SampleLayout) -> Tensor:

@@ -79,6 +79,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         num_items_in_batch: Tensor | int | None = None,
         mm_token_type_ids: Tensor | None = None,
         supervised: Any = None,
+        loss_weights: Any = None,
         on_cpu: Any = None,
         slice_sources: SliceSources | None = None,
         known_features: Tensor | None = None,
@@ -97,9 +98,11 @@ class _TrainingForward(ReleasedModel, ChatMixin):
             image_bound: Not needed: the placeholder tokens themselves say where they are.
             temporal_ids: Must be None; these generations have one placeholder per frame.
             labels: [B, T] int64, token id or -100; not shifted.
-            num_items_in_batch: Supervised tokens of the whole optimizer step; by default this batch's.
+            num_items_in_batch: What the summed loss is divided by: the supervised tokens of the whole optimizer step,
+                or the sum of their weights; by default this batch's.
             mm_token_type_ids: Not needed here: the token ids tell text, image and video.
             supervised: See ``places`` of ``loss.supervised_loss``.
+            loss_weights: See ``weights`` of ``loss.supervised_loss``.
             on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
                 ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
             slice_sources: Which slices' features are cached.
@@ -126,7 +129,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         if position_ids is not None and supervised is None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
-        found = supervised_loss(self.lm_head, hidden, labels, supervised)
+        found = supervised_loss(self.lm_head, hidden, labels, supervised, loss_weights)
         return MiniCPMVOutput.of(found, num_items_in_batch, new)
 
     def _last_hidden(
