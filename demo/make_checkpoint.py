@@ -22,7 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "finetune")]
 
 import torch
 
-from draw_pictures import sentences
+import draw_pictures
+import sing_vowels
 from minicpm_tune.checkpoints.model_generations import GENERATIONS, Generation
 from minicpm_tune.models.loading import model_class
 from small_tokenizers import PLAIN_TOKENS, SPECIAL_TOKENS, byte_fallback, byte_level, sentencepiece_model
@@ -107,7 +108,9 @@ def make_checkpoint(
 def _write_tokenizer(folder: Path, layout: Path, row: Generation) -> dict[str, int]:
     """Train and write the tokenizer; give the ids of its tokens, ``<pad>`` being the one it pads with."""
     special = SPECIAL_TOKENS[row.name]
-    text = [*sentences(), *_PROMPT_WORDS]
+    text = [*draw_pictures.sentences(), *_PROMPT_WORDS]
+    if row.hearing is not None:
+        text += sing_vowels.sentences()
     settings = _read(layout / "tokenizer_config.json")
     if row.tokenizer == "sentencepiece":
         content = sentencepiece_model(text, special, dummy_prefix=row.prompt == "minicpm")

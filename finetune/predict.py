@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_tune import processes
+from minicpm_tune.answering.metrics import ERROR_RATES, METRICS
 from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
@@ -56,6 +57,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--on_bad_row", choices=["error", "skip"], default="error",
         help="Rows that can't be answered. error: the run ends before the model is loaded. skip: they are left out and "
         "listed in OUTPUT.bad_rows.jsonl.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics", nargs="+", choices=[*METRICS, *ERROR_RATES],
+        help="What the answers are compared by. Unset: exact_match, anls and rouge_l, and for rows with audio also wer "
+        "and cer, the errors in words and in characters.",
     )  # fmt: skip
     add_switch(parser, "--overwrite", default=False, help="Start over when the output file exists.")
     add_model_flags(parser)
@@ -110,7 +116,9 @@ def _open_rows(values: argparse.Namespace, processing: Processing, file: Predict
     arguments = replace(processing.arguments, on_bad_row=values.on_bad_row)
     rows = SupervisedDataset(values.data_path, replace(processing, arguments=arguments))
     rows.bad_rows.path = file.bad_rows_path
-    return PredictionRows(rows, thinking=values.enable_thinking, system_prompt=values.system_prompt)
+    return PredictionRows(
+        rows, thinking=values.enable_thinking, system_prompt=values.system_prompt, metrics=values.metrics
+    )
 
 
 def _not_answered(rows: PredictionRows, file: PredictionFile, limit: int | None) -> list[int]:

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from minicpm_tune.answering.metrics import (
     anls,
+    corpus_scores,
+    count_edits,
     edit_distance,
     exact_match,
-    mean_scores,
     rouge_l,
     score,
     without_thoughts,
@@ -54,10 +55,38 @@ def test_thoughts_do_not_count():
     assert without_thoughts("two") == "two"
 
 
-def test_means_are_over_rows_and_nothing_of_nothing():
-    rows = [{"exact_match": 1, "anls": 1, "rouge_l": 0.5}, {"exact_match": 0, "anls": 0.5, "rouge_l": 0.5}]
-    assert mean_scores(rows) == {"exact_match": 0.5, "anls": 0.75, "rouge_l": 0.5}
-    assert mean_scores([]) == {}
+# Words and rates as jiwer 4.0.0 counts them on texts that are normalized by hand.
+@pytest.mark.parametrize(
+    ("prediction", "answer", "words", "characters"),
+    [
+        ("Two cats and a dog.", "two cats and one dog", (1, 5), (3, 16)),
+        ("two cats", "two cats and one dog", (3, 5), (9, 16)),
+        ("well two fat cats", "two cats", (2, 2), (7, 7)),
+        ("", "two cats", (2, 2), (7, 7)),
+        ("It\u2019s 5 o'clock", "it's five o'clock!", (1, 3), (4, 15)),
+        ("两只狗。", "三只狗", (1, 3), (1, 3)),  # Chinese: both count characters
+        ("我有 iPhone", "我有 iPad", (1, 3), (4, 6)),
+        ("हिन्दी", "हिंदी", (1, 1), (2, 5)),  # vowel signs belong to their word
+        ("<think>two?</think> three", "three", (0, 1), (0, 5)),
+    ],
+)
+def test_error_rates_count_edits_of_words_and_of_characters(prediction, answer, words, characters):
+    assert count_edits(prediction, answer) == {"wer": words, "cer": characters}
+
+
+def test_means_are_over_rows_and_error_rates_over_all_words():
+    rows = [
+        {"scores": {"exact_match": 1, "anls": 1, "rouge_l": 0.5}, "edits": {"wer": (1, 1), "cer": [0, 4]}},
+        {"scores": {"exact_match": 0, "anls": 0.5, "rouge_l": 0.5}, "edits": {"wer": (0, 9), "cer": [3, 8]}},
+        {"scores": None},
+        {"scores": {"exact_match": 1, "anls": 1, "rouge_l": 1}},  # a row without audio
+    ]
+    expected = {"exact_match": 2 / 3, "anls": 2.5 / 3, "rouge_l": 2 / 3, "wer": 0.1, "cer": 0.25}
+    assert corpus_scores(rows) == pytest.approx(expected)
+    assert corpus_scores([]) == {}
+    assert (
+        corpus_scores([{"scores": {}, "edits": {"wer": (0, 0)}}]) == {}
+    )  # an answer without a word has no rate
 
 
 @given(st.text("ab", max_size=6), st.text("ab", max_size=6))

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
-from minicpm_tune.answering.metrics import METRICS
+from minicpm_tune.answering.metrics import ERROR_RATES, METRICS
 from minicpm_tune.settings.arguments import TrainingArguments, parse_arguments
 from minicpm_tune.settings.checks import UsageError
 from minicpm_tune.settings.command_line import read_command_line
@@ -63,7 +63,7 @@ def test_the_table_has_their_choices():
     assert set(OPTIMIZERS) == {each.value for each in OptimizerNames}
     assert set(LOG_LEVELS) == set(trainer_log_levels)
     assert set(REPORTERS) == set(INTEGRATION_TO_CALLBACK)
-    assert set(ANSWER_METRICS) == set(METRICS)
+    assert set(ANSWER_METRICS) == {*METRICS, *ERROR_RATES}
     for name, argument in TRAINER_ARGUMENTS.items():
         choices = FIELDS[name].metadata.get("choices")
         if choices is not None:
@@ -148,7 +148,11 @@ PROBLEMS = [
     (
         f"--metric_for_best_model accuracy {EVALUATES}",
         "--metric_for_best_model is 'accuracy', expected eval_loss, eval_token_accuracy; with --predict_with_generate "
-        "true also eval_exact_match, eval_anls, eval_rouge_l.",
+        "true also eval_exact_match, eval_anls, eval_rouge_l, eval_wer, eval_cer.",
+    ),
+    (
+        f"--metric_for_best_model eval_wer --predict_with_generate true {EVALUATES}",
+        "--metric_for_best_model eval_wer is best where it is smallest: add --greater_is_better false",
     ),
     (
         "--load_best_model_at_end true --eval_strategy steps --eval_steps 4 --save_steps 6",

@@ -1,22 +1,24 @@
-"""How well an answer matches the expected one: exact match, ANLS, ROUGE-L.
+"""How well an answer matches the expected one: exact match, ANLS, ROUGE-L, and for speech the error rates WER and CER.
 
-Every metric gives one answer a number from 0 to 1; a data set gets their mean.
+The first three give one answer a number from 0 to 1, and a data set their mean. An error rate of a data set is the
+number of edits in all answers by the number of words (WER) or characters (CER) in all expected ones, so a long answer
+weighs more than a short one; it can be above 1.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 ANLS_THRESHOLD = 0.5
 # What a model thought before its answer (V-4.5 and later); the opening tag may be part of the prompt.
 _THOUGHTS = re.compile(r"\A.*</think>\s*", re.DOTALL)
 # Scripts without spaces between words: every character is a word. Else a run of letters and digits is one.
-_WORDS = re.compile(
-    "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\U00020000-\U0003134f]|"
-    "[^\\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\U00020000-\U0003134f]+"
-)
+_SCRIPTS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\U00020000-\U0003134f"
+_SPACELESS = re.compile(f"[{_SCRIPTS}]")
+_WORDS = re.compile(f"[{_SCRIPTS}]|[^\\W_{_SCRIPTS}]+")
 
 
 def without_thoughts(text: str) -> str:
@@ -73,19 +75,82 @@ def rouge_l(prediction: str, answer: str) -> float:
     return 2 * common / (len(first) + len(second))
 
 
+def spoken_words(text: str) -> list[str]:
+    """What the word error rate counts: words in lower case, without punctuation.
+
+    Unicode's compatible forms are one (NFKC), punctuation and symbols stand for a space, but an apostrophe inside a
+    word stays. A Chinese, Japanese or Thai character is a word, so for these languages the rate is that of characters.
+
+    Example:
+        >>> spoken_words("Don't, he said: 三只猫!")
+        ["don't", 'he', 'said', '三', '只', '猫']
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    kept = "".join(letter if letter == "'" or _is_spoken(letter) else " " for letter in plain)
+    runs = (word.strip("'") for word in _SPACELESS.sub(r" \g<0> ", kept).split())
+    return [word for word in runs if word]
+
+
+def spoken_characters(text: str) -> list[str]:
+    """What the character error rate counts: the characters of ``spoken_words``, spaces left out.
+
+    Example:
+        >>> "".join(spoken_characters("Two cats."))
+        'twocats'
+    """
+    return list("".join(spoken_words(text)))
+
+
 METRICS = {"exact_match": exact_match, "anls": anls, "rouge_l": rouge_l}
+ERROR_RATES = {"wer": spoken_words, "cer": spoken_characters}
 
 
-def score(prediction: str, answer: str) -> dict[str, float]:
-    """Every metric of one answer, its thinking left out on both sides."""
+def score(prediction: str, answer: str, names: Collection[str] = tuple(METRICS)) -> dict[str, float]:
+    """The metrics of one answer, its thinking left out on both sides."""
     pair = without_thoughts(prediction), without_thoughts(answer)
-    return {name: metric(*pair) for name, metric in METRICS.items()}
+    return {name: metric(*pair) for name, metric in METRICS.items() if name in names}
 
 
-def mean_scores(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every metric; nothing when there are no scores."""
-    rows = list(scores)
-    return {name: sum(row[name] for row in rows) / len(rows) for name in METRICS} if rows else {}
+def count_edits(
+    prediction: str, answer: str, names: Collection[str] = tuple(ERROR_RATES)
+) -> dict[str, tuple[int, int]]:
+    """For each error rate the edits of one answer, and the length of the expected one; thinking left out.
+
+    Example:
+        >>> count_edits("two cat", "Two cats.")
+        {'wer': (1, 2), 'cer': (1, 7)}
+    """
+    pair = without_thoughts(prediction), without_thoughts(answer)
+    found = {}
+    for name, units in ERROR_RATES.items():
+        if name in names:
+            given, expected = (units(text) for text in pair)
+            found[name] = edit_distance(given, expected), len(expected)
+    return found
+
+
+def corpus_scores(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The scores of a data set.
+
+    Args:
+        lines: Its answers: of each ``scores``, the metrics by name, and where it is speech ``edits``, see
+            ``count_edits``. Either may be missing or None.
+
+    Returns:
+        Of every metric the mean, and of every error rate all edits by all lengths. What no answer has is left out.
+    """
+    rows = list(lines)
+    found = {}
+    for name in METRICS:
+        values = [row["scores"][name] for row in rows if name in (row.get("scores") or ())]
+        if values:
+            found[name] = sum(values) / len(values)
+    for name in ERROR_RATES:
+        counts = [row["edits"][name] for row in rows if name in (row.get("edits") or ())]
+        length = sum(length for _, length in counts)
+        if length:
+            found[name] = sum(edits for edits, _ in counts) / length
+    return found
 
 
 def words(text: str) -> list[str]:
@@ -98,8 +163,8 @@ def words(text: str) -> list[str]:
     return _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Fewest insertions, deletions and replacements of characters that turn one text into the other."""
+def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """Fewest insertions, deletions and replacements that turn one text, or list of words, into the other."""
     row = list(range(len(second) + 1))
     for index, character in enumerate(first, start=1):
         before, row[0] = row[0], index
@@ -117,6 +182,11 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
             length = before + 1 if word == other else max(row[place], row[place - 1])
             before, row[place] = row[place], length
     return row[-1]
+
+
+def _is_spoken(letter: str) -> bool:
+    """Whether a character is neither punctuation nor a symbol, by its Unicode category."""
+    return unicodedata.category(letter)[0] not in "PSC"
 
 
 def _plain(text: str) -> str:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from minicpm_tune import processes
 from minicpm_tune.answering.generate import answer
-from minicpm_tune.answering.metrics import mean_scores, score
+from minicpm_tune.answering.metrics import ERROR_RATES, METRICS, corpus_scores, count_edits, score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.media.sources import check_source
@@ -46,6 +46,7 @@ class Question:
         text: The last question, as text.
         answer: The row's last answer; None for a row that ends with a question.
         prompt: What the model is given.
+        metrics: What its answer is compared by: names of ``METRICS`` and ``ERROR_RATES``.
     """
 
     row: int
@@ -53,6 +54,7 @@ class Question:
     text: str
     answer: str | None
     prompt: Sample
+    metrics: tuple[str, ...] = tuple(METRICS)
 
 
 class PredictionRows:
@@ -62,10 +64,18 @@ class PredictionRows:
         rows: The data set.
         thinking: Whether the model is asked to think first.
         system_prompt: Put in front of rows without a system turn; empty for none.
+        metrics: What answers are compared by; None: error rates only where the row has audio, the others always.
     """
 
-    def __init__(self, rows: TrainingRows, *, thinking: bool = False, system_prompt: str = "") -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        rows: TrainingRows,
+        *,
+        thinking: bool = False,
+        system_prompt: str = "",
+        metrics: Sequence[str] | None = None,
+    ) -> None:
+        self.rows, self.metrics = rows, metrics
         self.processing = rows.processing
         self.skips_bad = rows.processing.arguments.on_bad_row == "skip"
         self.thinking, self.system_prompt = thinking, system_prompt
@@ -139,7 +149,19 @@ class PredictionRows:
         sources = [row.sources[media.index] for media in media_of(turns)]
         pictures = self.rows.open_media(index, sources)
         prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
-        return Question(index, row.row_id, turns[-1].text.strip(), last.text or None, prompt)
+        return Question(
+            index,
+            row.row_id,
+            turns[-1].text.strip(),
+            last.text or None,
+            prompt,
+            self._metrics("audio_values" in prompt),
+        )
+
+    def _metrics(self, hears: bool) -> tuple[str, ...]:
+        if self.metrics is not None:
+            return tuple(self.metrics)
+        return (*METRICS, *ERROR_RATES) if hears else tuple(METRICS)
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
@@ -181,7 +203,8 @@ def predict(
         synced: See ``generate.answer``.
 
     Yields:
-        The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``.
+        The lines of each batch: ``row``, ``id``, ``question``, ``answer``, ``prediction``, ``scores``, and ``edits``
+        where an error rate is asked for (see ``metrics.corpus_scores``).
     """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     # Where processes wait for each other in every step, none may leave a row out.
@@ -196,14 +219,18 @@ def predict(
 
 
 def _line(question: Question, prediction: str) -> dict[str, Any]:
-    return {
+    answer, names = question.answer, question.metrics
+    line = {
         "row": question.row,
         "id": question.row_id,
         "question": question.text,
-        "answer": question.answer,
+        "answer": answer,
         "prediction": prediction,
-        "scores": None if question.answer is None else score(prediction, question.answer),
+        "scores": None if answer is None else score(prediction, answer, names),
     }
+    if answer is not None and not ERROR_RATES.keys().isdisjoint(names):
+        line["edits"] = count_edits(prediction, answer, names)
+    return line
 
 
 Line = dict[str, Any]
@@ -309,14 +336,14 @@ class PredictionFile:
             os.fsync(file.fileno())
 
     def finish(self) -> tuple[list[Line], dict[str, float]]:
-        """Join the parts and keep the mean scores; one process does so after all have written.
+        """Join the parts and keep the scores; one process does so after all have written.
 
         Returns:
             All lines, in the order of the rows, and the scores.
         """
         with self.writing():
             lines = self._join()
-            scores = mean_scores(line["scores"] for line in lines if line["scores"])
+            scores = corpus_scores(lines)
             kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
             kept |= {"rows": len(lines), "scores": scores}
             _write_whole(self.settings_path, _dump(kept, indent=2))

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minicpm_tune.answering.generate import GREEDY
-from minicpm_tune.answering.metrics import mean_scores
+from minicpm_tune.answering.metrics import corpus_scores
 from minicpm_tune.answering.prediction import PredictionRows, predict
 from minicpm_tune.processes import gather
 
@@ -60,7 +60,7 @@ class PredictionCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Answer the rows, add the metrics to the evaluation's, and show examples."""
         lines = self.answers()
-        scores = {f"eval_{name}": value for name, value in _scores(lines).items()}
+        scores = {f"eval_{name}": value for name, value in corpus_scores(lines).items()}
         if metrics is not None:
             metrics.update(scores)
         if scores:
@@ -120,16 +120,12 @@ class PredictionCallback(TrainerCallback):
         writer.flush()
 
 
-def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return mean_scores(line["scores"] for line in lines if line["scores"])
-
-
 def _as_text(line: dict[str, Any]) -> str:
     """Markdown for TensorBoard, the texts set as code, so that none of them acts as markup."""
     parts = [
         f"**{name}**\n\n{_code(line[name])}" for name in ("question", "answer", "prediction") if line[name]
     ]
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in (line["scores"] or {}).items())
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in corpus_scores([line]).items())
     return "\n\n".join([*parts, scores])
 
 

@@ -21,7 +21,8 @@ from minicpm_tune.settings.trainer_arguments import OPTIMIZERS, REPORTERS, TRAIN
 
 # What an evaluation measures; the second with --predict_with_generate true.
 EVAL_METRICS = ("loss", "token_accuracy")
-ANSWER_METRICS = ("exact_match", "anls", "rouge_l")
+ANSWER_METRICS = ("exact_match", "anls", "rouge_l", "wer", "cer")
+ERROR_RATES = ("wer", "cer")  # of rows with audio; the smaller the better
 
 _OWN_DEFAULTS = vars(RunOptions())
 
@@ -189,6 +190,12 @@ def _best_model(training: Namespace) -> Iterator[str]:
         yield (
             f"--metric_for_best_model is {metric!r}, expected {', '.join(f'eval_{name}' for name in known)}{more}."
         )
+    if (
+        metric is not None
+        and metric.removeprefix("eval_") in ERROR_RATES
+        and training.greater_is_better is not False
+    ):
+        yield f"--metric_for_best_model {metric} is best where it is smallest: add --greater_is_better false."
     if training.early_stopping_patience is not None and training.early_stopping_patience < 1:
         yield f"--early_stopping_patience is {training.early_stopping_patience}, expected at least 1 evaluation."
     if training.early_stopping_threshold and training.early_stopping_patience is None:
