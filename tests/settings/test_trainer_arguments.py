@@ -152,7 +152,7 @@ PROBLEMS = [
     ),
     (
         f"--metric_for_best_model eval_wer --predict_with_generate true {EVALUATES}",
-        "--metric_for_best_model eval_wer is best where it is smallest: add --greater_is_better false",
+        "--metric_for_best_model wer is best where it is smallest: add --greater_is_better false",
     ),
     (
         "--load_best_model_at_end true --eval_strategy steps --eval_steps 4 --save_steps 6",

@@ -167,6 +167,18 @@ def _evaluation(training: Namespace) -> Iterator[str]:
         )
 
 
+def _metric(training: Namespace) -> Iterator[str]:
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = EVAL_METRICS + (ANSWER_METRICS if training.predict_with_generate else ())
+    if metric not in known:
+        more = ", ".join(f"eval_{name}" for name in ANSWER_METRICS)
+        more = "" if training.predict_with_generate else f"; with --predict_with_generate true also {more}"
+        names = ", ".join(f"eval_{name}" for name in known)
+        yield f"--metric_for_best_model is {training.metric_for_best_model!r}, expected {names}{more}."
+    elif metric in ERROR_RATES and training.greater_is_better is not False:
+        yield f"--metric_for_best_model {metric} is best where it is smallest: add --greater_is_better false."
+
+
 def _best_model(training: Namespace) -> Iterator[str]:
     """What choosing the best checkpoint needs; a wrong metric would only show in the first evaluation."""
     wants_best = {
@@ -177,25 +189,7 @@ def _best_model(training: Namespace) -> Iterator[str]:
     flag = next((flag for flag, wanted in wants_best.items() if wanted), None)
     if flag is not None and training.eval_strategy == "no":
         yield f"{flag} compares evaluations: add --eval_strategy steps (or epoch) and --eval_data_path."
-    metric = training.metric_for_best_model
-    known = EVAL_METRICS + (ANSWER_METRICS if training.predict_with_generate else ())
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        more = (
-            ""
-            if training.predict_with_generate
-            else (
-                f"; with --predict_with_generate true also {', '.join(f'eval_{name}' for name in ANSWER_METRICS)}"
-            )
-        )
-        yield (
-            f"--metric_for_best_model is {metric!r}, expected {', '.join(f'eval_{name}' for name in known)}{more}."
-        )
-    if (
-        metric is not None
-        and metric.removeprefix("eval_") in ERROR_RATES
-        and training.greater_is_better is not False
-    ):
-        yield f"--metric_for_best_model {metric} is best where it is smallest: add --greater_is_better false."
+    yield from _metric(training)
     if training.early_stopping_patience is not None and training.early_stopping_patience < 1:
         yield f"--early_stopping_patience is {training.early_stopping_patience}, expected at least 1 evaluation."
     if training.early_stopping_threshold and training.early_stopping_patience is None:
