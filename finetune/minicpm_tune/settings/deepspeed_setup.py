@@ -159,7 +159,7 @@ def start_on_cpu() -> None:
     a minute (deepspeed 0.19). Neither is needed here.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, it warns that it found no GPU
-    import deepspeed
+    import deepspeed  # takes seconds, and only runs under DeepSpeed need it
 
     for name, value in {
         "RANK": "0",
