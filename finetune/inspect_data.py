@@ -31,6 +31,7 @@ from minicpm_tune.training.process_lifecycle import run_command
 
 if TYPE_CHECKING:
     from dataset import SupervisedDataset
+    from minicpm_tune.batch import Sample
     from minicpm_tune.planning.row_statistics import DataStatistics
 
 
@@ -55,14 +56,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
     output.add_argument(
         "--json",
-        help="Write a JSON file: a summary, and of each row its input_ids, labels, image_bound, tgt_sizes and the "
-        "SHA-256 of each slice's uint8 pixels, or its problem.",
+        help="Write a JSON file: a summary, and of each row its input_ids, labels, image_bound, tgt_sizes, those "
+        "of audio, and the SHA-256 of each slice's uint8 pixels, or its problem.",
     )
     output.add_argument(
         "--show", type=int, nargs="+", default=[], metavar="N",
         help="Only print these rows as the model will see them: the prompt with placeholders folded and supervised "
-        "text in [[ ]]. The slices are drawn to sample_N.png in the current folder. Rows are numbered from 0, through "
-        "all files.",
+        "text in [[ ]]. The slices are drawn to sample_N.png in the current folder, the log-mel frames of audio to "
+        "sample_N_audio.png. Rows are numbered from 0, through all files.",
     )  # fmt: skip
     output.add_argument(
         "--workers", type=int, help="Processes that read rows. Default: one per core, at most 16."
@@ -145,7 +146,7 @@ def show(rows: SupervisedDataset, index: int) -> bool:
         DataError: When there is no such row.
     """
     from minicpm_tune.batch import IGNORE_INDEX
-    from minicpm_tune.planning.sample_preview import contact_sheet, prompt_text
+    from minicpm_tune.planning.sample_preview import contact_sheet, prompt_text, spectrogram
 
     processing, count = rows.processing, rows.mixture.row_count
     if not 0 <= index < count:
@@ -161,15 +162,23 @@ def show(rows: SupervisedDataset, index: int) -> bool:
     sizes = ", ".join(f"{height} x {width}" for height, width in sample["tgt_sizes"].tolist())
     sys.stdout.write(
         f"--- row {index}: {len(sample['input_ids'])} tokens, {supervised} supervised, "
-        f"{len(sample['tgt_sizes'])} slices{sizes and f' ({sizes} patches)'}\n"
+        f"{len(sample['tgt_sizes'])} slices{sizes and f' ({sizes} patches)'}{_heard(sample)}\n"
         f"{prompt_text(sample, processing.tokenizer, processing.style)}\n"
     )
-    sheet = contact_sheet(sample)
-    if sheet is not None:
-        path = Path(f"sample_{index}.png")
-        sheet.save(path)
-        sys.stdout.write(f"slices: {path}\n")
+    for name, end, sheet in (("slices", "", contact_sheet(sample)), ("audio", "_audio", spectrogram(sample))):
+        if sheet is not None:
+            path = Path(f"sample_{index}{end}.png")
+            sheet.save(path)
+            sys.stdout.write(f"{name}: {path}\n")
     return True
+
+
+def _heard(sample: Sample) -> str:
+    """The audio of a sample in a few words; nothing without any."""
+    if "audio_segments" not in sample:
+        return ""
+    frames, _, tokens = sample["audio_segments"].sum(dim=0).tolist()
+    return f", {frames / 100:.2f} s of audio as {tokens} tokens"
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from minicpm_tune.errors import DataError
 from minicpm_tune.files import OutputError
 from minicpm_tune.planning.data_report import summarize
 from minicpm_tune.planning.row_statistics import padding_shares, pixel_hashes
-from minicpm_tune.planning.sample_preview import contact_sheet, slice_images
+from minicpm_tune.planning.sample_preview import contact_sheet, slice_images, spectrogram
 from support import processes
 from support.golden_checkpoints import checkpoint_folder, processing
-from support.paths import FINETUNE, IMAGES
+from support.paths import FINETUNE, GOLDENS, IMAGES
 from support.rows import chat, write_rows
 
 SCRIPT = FINETUNE / "inspect_data.py"
@@ -233,6 +233,61 @@ def test_show_prints_the_prompt_and_draws_the_slices(tmp_path, capsys, monkeypat
     assert inspect(flags(path, "--show", "4")) == 1
     with pytest.raises(DataError, match="--show 9: expected a number from 0 to 5, as there are 6 rows"):
         inspect(flags(path, "--show", "9"))
+
+
+def audio_row(wave, text="What is it?"):
+    return {
+        "audio": str(GOLDENS / "audio" / f"{wave}.wav"),
+        "conversations": chat(f"<audio>\n{text}", "A cat."),
+    }
+
+
+def test_audio_is_measured_in_tokens_and_seconds(tmp_path, capsys):
+    path = write_rows(tmp_path, [audio_row("speech"), GOOD[0], audio_row("half"), GOOD[2]])
+    out = tmp_path / "out.json"
+    assert inspect(flags(path, "--json", str(out), name="o4_5")) == 0
+    text = capsys.readouterr().out
+    assert "4 (1 with pictures, 2 with audio, 1 text only)" in text
+    written = json.loads(out.read_text())
+    summary = written["summary"]
+    assert summary["audio_tokens"] == {
+        "0%": 7, "50%": 7, "90%": 25, "99%": 25, "100%": 25, "mean": 16.0, "sum": 32,
+    }  # fmt: skip
+    assert summary["audio_seconds"]["100%"] == 2.32
+    assert summary["tokens"]["sum"] == sum(
+        summary[kind]["sum"] for kind in ("text_tokens", "image_tokens", "audio_tokens")
+    )
+    assert re.search(r"^audio tokens +7 +7 +25 .* 32$", text, re.MULTILINE)
+    first = written["rows"][0]
+    assert first["audio_segments"] == [[233, 233, 23]]
+    assert [end - start for start, end in first["audio_bound"]] == [23]
+    _, _, silent = survey(write_rows(tmp_path, GOOD), name="o4_5")
+    assert (silent["with_audio"], silent["audio_tokens"], silent["audio_seconds"]) == (0, {}, {})
+
+
+def test_show_draws_the_log_mel_frames(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(tmp_path, [audio_row("speech")])
+    assert inspect(flags(path, "--show", "0", name="o4_5")) == 0
+    text = capsys.readouterr().out
+    assert "0 slices, 2.33 s of audio as 23 tokens" in text
+    assert "<|audio_start|><unk>x23<|audio_end|>" in text
+    assert not (tmp_path / "sample_0.png").exists()
+    assert (tmp_path / "sample_0_audio.png").is_file()
+
+
+def test_the_spectrogram_has_a_strip_for_each_segment_with_loud_bands_dark_and_low_ones_below(tmp_path):
+    seconds = np.arange(int(31.25 * 16_000)) / 16_000
+    tone = {"array": (np.sin(2 * np.pi * 300 * seconds) * (seconds < 15)).tolist(), "sampling_rate": 16_000}
+    rows = SupervisedDataset(write_rows(tmp_path, [audio_row("one") | {"audio": tone}]), processing("o4_5"))
+    sheet = spectrogram(rows[0])
+    assert sheet.width == 1600 + 16
+    assert sheet.height == 2 * (160 + 14) + 3 * 8  # 30 s, and the rest
+    gray = np.asarray(sheet.convert("L"))[8 + 14 : 8 + 14 + 160, 8:-8]
+    low, high = gray[-40:, 100:700], gray[:120, 100:700]
+    assert low.min() < 40
+    assert high.min() > 80
+    assert gray[:, 900:1500].min() > 200  # silence
 
 
 def test_slices_come_back_as_they_were_cut(tmp_path):

@@ -64,6 +64,11 @@ class Plan:
     pictures: tuple[Picture | Clip, ...]
     layouts: Layouts
 
+    @property
+    def clips(self) -> list[Clip]:
+        """Its audios."""
+        return [picture for picture in self.pictures if isinstance(picture, Clip)]
+
 
 class TrainingRows(Protocol):
     """What checks, plans and reports need of a data set; ``SupervisedDataset`` is one."""
@@ -405,6 +410,11 @@ class Processing:
         if any(picture.packs for picture in pictures):
             sample["temporal_ids"] = _temporal_ids(pictures, layouts)
         return sample
+
+    def audio_tokens(self, plan: Plan) -> int:
+        """Tokens of the placeholders of a plan's audios."""
+        spans = zip(plan.pictures, plan.encoded.media_spans, strict=False)
+        return sum(end - start for picture, (start, end) in spans if isinstance(picture, Clip))
 
     @staticmethod
     def _bounds(plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -25,6 +25,8 @@ _SPREADS = {
     "tokens": "tokens",
     "text_tokens": "text tokens",
     "image_tokens": "image tokens",
+    "audio_tokens": "audio tokens",
+    "audio_seconds": "seconds of audio",
     "supervised_tokens": "supervised tokens",
     "slices": "slices",
 }
@@ -61,7 +63,7 @@ def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> 
         batch_size: Rows that are padded to the same length.
     """
     limit = rows.processing.arguments.model_max_length
-    length, kept = found.column("length"), found.column("kept")
+    length, kept, audio = found.column("length"), found.column("kept"), found.column("audio_tokens")
     shares = padding_shares(kept[kept > 0], batch_size=batch_size, capacity=limit)
     samples, tokens = samples_per_epoch(found, rows)
     return {
@@ -75,10 +77,14 @@ def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> 
         "over_model_max_length": 0 if limit is None else int((length > limit).sum()),
         "model_max_length": limit,
         "with_pictures": int((found.column("pictures") > 0).sum()),
-        "text_only": int((found.column("pictures") == 0).sum()),
+        "with_audio": int((audio > 0).sum()),
+        "text_only": int(((found.column("pictures") == 0) & (audio == 0)).sum()),
         "tokens": _spread(length),
         "image_tokens": _spread(found.column("image_tokens")),
-        "text_tokens": _spread(length - found.column("image_tokens")),
+        # Of the rows that have audio; without any, nothing is said of it.
+        "audio_tokens": _spread(audio[audio > 0]),
+        "audio_seconds": _spread(found.column("audio_ms")[audio > 0] / 1000),
+        "text_tokens": _spread(length - found.column("image_tokens") - audio),
         "supervised_tokens": _spread(found.column("supervised")),
         "slices": _spread(found.column("slices")),
         "samples_per_epoch": samples,
@@ -104,9 +110,11 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 def as_text(summary: dict[str, Any], found: DataStatistics) -> str:
     """The summary for the terminal."""
+    with_audio = f"{summary['with_audio']} with audio, " if summary["with_audio"] else ""
     lines = [
         f"model        {summary['generation']}",
-        f"rows         {summary['rows']} ({summary['with_pictures']} with pictures, {summary['text_only']} text only)",
+        f"rows         {summary['rows']} ({summary['with_pictures']} with pictures, {with_audio}"
+        f"{summary['text_only']} text only)",
         f"usable       {summary['usable']} ({_cut_and_dropped(summary)})",
         f"bad          {summary['bad']}",
     ]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.samples import Plan, TrainingRows
 from minicpm_tune.data.sampling import pack_in_windows
@@ -24,9 +25,11 @@ from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
 
 # What is measured in a row. ``length``: tokens before --model_max_length applies; ``kept``: tokens that training sees,
-# 0 when the row can't be used; ``token_zero``: 1 when the text holds token id 0.
+# 0 when the row can't be used; ``token_zero``: 1 when the text holds token id 0; ``audio_tokens``: those of whole
+# placeholders, as of images; ``audio_ms``: milliseconds of sound.
 COLUMNS = (
     "length", "kept", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source", "token_zero",
+    "audio_tokens", "audio_ms",
 )  # fmt: skip
 _PACKING_WINDOW = 4096
 
@@ -99,16 +102,20 @@ def _decode(plan: Plan) -> None:
 def _numbers(rows: TrainingRows, index: int, plan: Plan, *, kept: int) -> tuple[int, ...]:
     encoded = plan.encoded
     slices = [layout.count for frames in plan.layouts for layout in frames]
+    media_tokens = sum(end - start for start, end in encoded.media_spans)
+    audio_tokens = rows.processing.audio_tokens(plan)
     return (
         len(encoded.input_ids),
         kept,
-        sum(end - start for start, end in encoded.media_spans),
+        media_tokens - audio_tokens,
         encoded.supervised,
-        len(plan.pictures),
+        sum(isinstance(picture, Picture) for picture in plan.pictures),
         sum(slices),
         max((count - 1 for count in slices), default=0),
         rows.mixture.origin(index)[0],
         int(0 in encoded.input_ids and token_zero(rows.processing.tokenizer) is not None),
+        audio_tokens,
+        round(1000 * sum(clip.seconds for clip in plan.clips)),
     )
 
 
@@ -182,7 +189,7 @@ class DataStatistics:
     """What was found in all rows.
 
     Attributes:
-        numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 9].
+        numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 11].
         lengths: Their lengths by the limit of slices, int32 [N, M].
         bad: Rows with problems.
         kinds: How many there are of each kind.

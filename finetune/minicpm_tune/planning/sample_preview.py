@@ -1,4 +1,4 @@
-"""A sample as the model will see it: the prompt as text, and its slices as one picture."""
+"""A sample as the model will see it: the prompt as text, and its slices and its log-mel frames as pictures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from minicpm_tune.data.placeholders import PlaceholderStyle
 SUPERVISED = ("[[", "]]")  # what stands around supervised text
 _GAP = 8  # pixels between slices
 _SHEET_WIDTH = 1600  # pixels
+_FRAMES_PER_SECOND = 100
+_MEL_RANGE = 2.0  # Whisper's features lie at most so far below the segment's loudest one
+_BIN_HEIGHT = 2  # pixels of a mel band
+_LABEL_HEIGHT = 14  # pixels
 
 
 def prompt_text(sample: Sample, tokenizer: PreTrainedTokenizerFast, style: PlaceholderStyle) -> str:
@@ -82,3 +86,41 @@ def contact_sheet(sample: Sample) -> Image.Image | None:
         draw.rectangle((box[0], box[1], box[2] + 2, box[3] + 2), fill="black")
         draw.text(place, label, fill="yellow")
     return sheet
+
+
+def spectrogram(sample: Sample) -> Image.Image | None:
+    """The log-mel frames of all audio segments, one strip each with the low bands below; None without audio.
+
+    Dark is loud. A frame of 10 ms is a pixel wide, or less in a segment that would be wider than the sheet. A tick
+    stands at every second.
+    """
+    if "audio_values" not in sample:
+        return None
+    strips, start = [], 0
+    for number, (frames, _, kept) in enumerate(sample["audio_segments"].tolist()):
+        mel = sample["audio_values"][:, start : start + frames].numpy()
+        strips.append(_strip(mel, f"{number}: {frames / _FRAMES_PER_SECOND:.2f} s, {kept} tokens"))
+        start += frames
+    height = sum(strip.height + _GAP for strip in strips) + _GAP
+    sheet = Image.new("RGB", (max(strip.width for strip in strips) + 2 * _GAP, height), "white")
+    y = _GAP
+    for strip in strips:
+        sheet.paste(strip, (_GAP, y))
+        y += strip.height + _GAP
+    return sheet
+
+
+def _strip(mel: np.ndarray, label: str) -> Image.Image:
+    """One segment, [80, frames], under its label."""
+    darkness = 1 - (mel.max() - mel[::-1]) / _MEL_RANGE
+    gray = Image.fromarray((255 * (1 - darkness.clip(0, 1))).astype(np.uint8))
+    width, height = min(gray.width, _SHEET_WIDTH), _BIN_HEIGHT * gray.height
+    font_width = int(ImageDraw.Draw(gray).textlength(label)) + 1
+    strip = Image.new("RGB", (max(width, font_width), _LABEL_HEIGHT + height), "white")
+    strip.paste(gray.resize((width, height), Image.Resampling.BOX), (0, _LABEL_HEIGHT))
+    draw = ImageDraw.Draw(strip)
+    draw.text((0, 0), label, fill="black")
+    for second in range(_FRAMES_PER_SECOND, mel.shape[1], _FRAMES_PER_SECOND):
+        x = second * width // mel.shape[1]
+        draw.line((x, strip.height - 6, x, strip.height), fill="red")
+    return strip
