@@ -1,6 +1,7 @@
-"""How well an answer matches the expected one: exact match, ANLS, ROUGE-L, and for speech the error rates WER and CER.
+"""How well an answer matches the expected one: exact match, ANLS, ROUGE-L, overlap of boxes, WER and CER of speech.
 
-The first three give one answer a number from 0 to 1, and a data set their mean. An error rate of a data set is the
+Those of texts and boxes give one answer a number, and a data set their mean over the answers that have it; but for
+``box_count_error`` it is from 0 to 1. An error rate of a data set is the
 number of edits in all answers by the number of words (WER) or characters (CER) in all expected ones, so a long answer
 weighs more than a short one; it can be above 1.
 """
@@ -12,7 +13,10 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from minicpm_tune.data.grounding import NamedBox, intersection_over_union, read_boxes
+
 ANLS_THRESHOLD = 0.5
+BOX_THRESHOLD = 0.5  # of intersection over union; the usual one
 # What a model thought before its answer (V-4.5 and later); the opening tag may be part of the prompt.
 _THOUGHTS = re.compile(r"\A.*</think>\s*", re.DOTALL)
 # Scripts without spaces between words: every character is a word. Else a run of letters and digits is one.
@@ -102,6 +106,7 @@ def spoken_characters(text: str) -> list[str]:
 
 
 METRICS = {"exact_match": exact_match, "anls": anls, "rouge_l": rouge_l}
+BOX_METRICS = ("iou_50", "mean_iou", "box_count_error")
 ERROR_RATES = {"wer": spoken_words, "cer": spoken_characters}
 
 
@@ -109,6 +114,56 @@ def score(prediction: str, answer: str, names: Collection[str] = tuple(METRICS))
     """The metrics of one answer, its thinking left out on both sides."""
     pair = without_thoughts(prediction), without_thoughts(answer)
     return {name: metric(*pair) for name, metric in METRICS.items() if name in names}
+
+
+def box_scores(
+    prediction: str, answer: str, names: Collection[str] = BOX_METRICS, *, form: str = "tags"
+) -> dict[str, float]:
+    """How well the boxes of an answer match the expected ones; nothing where none are expected.
+
+    ``iou_50`` is the share of expected boxes whose partner overlaps them by at least one half (intersection over
+    union), ``mean_iou`` the mean overlap of the expected boxes, 0 for one without a partner. Partners are found
+    greedily: the pair with the largest overlap first, each box once, a named box only with one of that name or
+    without any. ``box_count_error`` is how many boxes or points there are too many or too few.
+
+    Args:
+        prediction: The model's answer.
+        answer: The expected answer.
+        names: Which of them to give.
+        form: ``Generation.box_form``.
+
+    Example:
+        >>> box_scores("<box>0 0 10 10</box>", "<box>0 0 10 10</box><box>20 20 30 30</box>")
+        {'iou_50': 0.5, 'mean_iou': 0.5, 'box_count_error': 1.0}
+    """
+    texts = without_thoughts(prediction), without_thoughts(answer)
+    found, expected = (read_boxes(text, form) for text in texts)
+    if not expected:
+        return {}
+    areas, others = ([box for box in each if len(box.values) == 4] for each in (expected, found))
+    scores = {"box_count_error": float(abs(len(found) - len(expected)))}
+    if areas:
+        overlaps = _greedy_overlaps(areas, others)
+        hits = sum(overlap >= BOX_THRESHOLD for overlap in overlaps)
+        scores |= {"iou_50": hits / len(areas), "mean_iou": sum(overlaps) / len(areas)}
+    return {name: scores[name] for name in BOX_METRICS if name in scores and name in names}
+
+
+def _greedy_overlaps(expected: Sequence[NamedBox], found: Sequence[NamedBox]) -> list[float]:
+    """The overlaps of expected boxes with their partners; those without a partner have none."""
+    pairs = [
+        (intersection_over_union(first.values, second.values), one, other)
+        for one, first in enumerate(expected)
+        for other, second in enumerate(found)
+        if first.name == second.name or not (first.name and second.name)
+    ]
+    overlaps: list[float] = []
+    used: set[tuple[int, int]] = set()
+    for overlap, one, other in sorted(pairs, reverse=True):
+        if overlap > 0 and not {(0, one), (1, other)} & used:
+            used |= {(0, one), (1, other)}
+            overlaps.append(overlap)
+    return overlaps
 
 
 def count_edits(
@@ -141,7 +196,7 @@ def corpus_scores(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """
     rows = list(lines)
     found = {}
-    for name in METRICS:
+    for name in (*METRICS, *BOX_METRICS):
         values = [row["scores"][name] for row in rows if name in (row.get("scores") or ())]
         if values:
             found[name] = sum(values) / len(values)

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from minicpm_tune import processes
 from minicpm_tune.answering.generate import answer
-from minicpm_tune.answering.metrics import ERROR_RATES, METRICS, corpus_scores, count_edits, score
+from minicpm_tune.answering.metrics import BOX_METRICS, ERROR_RATES, METRICS, box_scores, corpus_scores, count_edits, score
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
+from minicpm_tune.data.grounding import Box, Ref
 from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_check import problems_text
 from minicpm_tune.data.row_parsing import ParsedRow
@@ -46,7 +47,7 @@ class Question:
         text: The last question, as text.
         answer: The row's last answer; None for a row that ends with a question.
         prompt: What the model is given.
-        metrics: What its answer is compared by: names of ``METRICS`` and ``ERROR_RATES``.
+        metrics: What its answer is compared by: names of ``METRICS``, ``BOX_METRICS`` and ``ERROR_RATES``.
     """
 
     row: int
@@ -54,7 +55,7 @@ class Question:
     text: str
     answer: str | None
     prompt: Sample
-    metrics: tuple[str, ...] = tuple(METRICS)
+    metrics: tuple[str, ...] = (*METRICS, *BOX_METRICS)
 
 
 class PredictionRows:
@@ -64,7 +65,8 @@ class PredictionRows:
         rows: The data set.
         thinking: Whether the model is asked to think first.
         system_prompt: Put in front of rows without a system turn; empty for none.
-        metrics: What answers are compared by; None: error rates only where the row has audio, the others always.
+        metrics: What answers are compared by; None: error rates only where the row has audio, the others always;
+            those of boxes need an expected answer with boxes.
     """
 
     def __init__(
@@ -129,7 +131,10 @@ class PredictionRows:
     def _problem(self, index: int) -> BadRow | None:
         try:
             row = self._parse(index)
-            self.processing.check(row.turns)
+            turns: Sequence[Turn] = row.turns
+            if _has_boxes(row):  # whether they fit is known only with the pictures' sizes
+                turns = self.processing.with_boxes_written(turns, self.rows.open_media(index, row.sources))
+            self.processing.check(turns)
             images = self.rows.image_options(index)
             for source in row.sources:
                 if source.kind == "image":
@@ -144,6 +149,9 @@ class PredictionRows:
     def _question(self, index: int) -> Question:
         row = self._parse(index)
         *turns, last = row.turns
+        if _has_boxes(row):
+            pictures = self.rows.open_media(index, row.sources)
+            *turns, last = self.processing.with_boxes_written(row.turns, pictures)
         if self.system_prompt and turns[0].role != "system":
             turns.insert(0, Turn("system", (self.system_prompt,)))
         sources = [row.sources[media.index] for media in media_of(turns)]
@@ -161,7 +169,7 @@ class PredictionRows:
     def _metrics(self, hears: bool) -> tuple[str, ...]:
         if self.metrics is not None:
             return tuple(self.metrics)
-        return (*METRICS, *ERROR_RATES) if hears else tuple(METRICS)
+        return (*METRICS, *BOX_METRICS, *(ERROR_RATES if hears else ()))
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
@@ -169,6 +177,10 @@ class PredictionRows:
         for picture in self.rows.open_media(index, sources[:1]):
             return next(iter(picture.frames()))
         return None
+
+
+def _has_boxes(row: ParsedRow) -> bool:
+    return any(isinstance(part, (Ref, Box)) for turn in row.turns for part in turn.parts)
 
 
 def _with_answer(row: Any) -> Any:
@@ -215,18 +227,22 @@ def predict(
             continue
         prompts = [question.prompt for question in questions]
         texts = answer(model, rows.processing, prompts, synced=synced, **options)
-        yield [_line(question, text) for question, text in zip(questions, texts, strict=True)]
+        form = rows.processing.generation.box_form
+        yield [_line(question, text, form) for question, text in zip(questions, texts, strict=True)]
 
 
-def _line(question: Question, prediction: str) -> dict[str, Any]:
+def _line(question: Question, prediction: str, box_form: str) -> dict[str, Any]:
     answer, names = question.answer, question.metrics
+    scores = None
+    if answer is not None:
+        scores = score(prediction, answer, names) | box_scores(prediction, answer, names, form=box_form)
     line = {
         "row": question.row,
         "id": question.row_id,
         "question": question.text,
         "answer": answer,
         "prediction": prediction,
-        "scores": None if answer is None else score(prediction, answer, names),
+        "scores": scores,
     }
     if answer is not None and not ERROR_RATES.keys().isdisjoint(names):
         line["edits"] = count_edits(prediction, answer, names)

@@ -135,6 +135,8 @@ class Generation:
         video_ids: Whether videos are numbered as images are; transformers' processor of 4.6 does so.
         image_ids_beside_video: Whether images are numbered in a conversation with a video.
         upright_images: Whether inference turns images as their EXIF orientation says.
+        box_form: How names and boxes stand in a text: ``tags`` (``<ref>dog</ref><box>1 2 3 4</box>``) or ``brackets``
+            (``dog [1, 2, 3, 4]``).
         content_parts: Whether the chat template takes a message as a list of texts and images.
         token_types: Whether the model takes ``mm_token_type_ids``.
         downsampling: What each value of ``downsample_mode`` joins; empty: there is no such setting.
@@ -176,6 +178,7 @@ class Generation:
     video_ids: bool = False
     image_ids_beside_video: bool = False
     upright_images: bool = False
+    box_form: str = "tags"
     content_parts: bool = False
     token_types: bool = False
     downsampling: dict[str, Downsampling] = field(default_factory=dict)
@@ -246,7 +249,7 @@ def _xcomposer2(name: str, title: str, *, slicing: str) -> Generation:
         positions="table", image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", frames=None,
         modules=_XCOMPOSER2_MODULES, slicing=slicing, tokenizer="sentencepiece",
         special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
-        chat_template=_XCOMPOSER2_TEMPLATE, image_end="",
+        chat_template=_XCOMPOSER2_TEMPLATE, image_end="", box_form="brackets",
         lora_targets=r"model\.layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
         adapter_parts=("resampler", "vision"), exact=("Plora_A", "Plora_B"), output_layer="output",
         bare_parameters=_XCOMPOSER2_SEPARATORS,

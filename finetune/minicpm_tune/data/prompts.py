@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.grounding import Tag
 from minicpm_tune.data.turns import Literal, Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments
@@ -378,6 +379,9 @@ def _answer_pieces(parts: Sequence[Part], weight: float) -> list[Piece]:
 def _piece(part: Part) -> Piece:
     if isinstance(part, Literal):
         return Piece(part.text, literal=True)
+    if isinstance(part, Tag):
+        return Piece(part.text)
+    assert isinstance(part, (str, Media)), part
     return Piece(part) if isinstance(part, str) else Piece(media=part)
 
 
@@ -409,7 +413,7 @@ def system_into_user(turns: Sequence[Turn]) -> list[Turn]:
     for index, part in enumerate(parts):
         if isinstance(part, Media):
             position = index + 1
-        elif isinstance(part, Literal) or part.strip():
+        elif not isinstance(part, str) or part.strip():
             break
     leading = parts[:position]
     text: list[Part] = list(parts[position:])

@@ -16,7 +16,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, ())  # Parquet fills in such value
 
 _ROW_KEYS = {
     "conversations", "messages", "image", "images", "video", "videos", "id", "system", "system_prompt",
-    "literal_control_tokens",
+    "literal_control_tokens", "objects",
 }  # fmt: skip
 _MESSAGE_KEYS = {
     "role", "from", "content", "value", "loss", "train", "weight", "loss_scale", "reasoning_content", "reasoning",
@@ -32,9 +32,8 @@ _TOOLS = "tool use can't be trained here. Write calls and results into the texts
 _PAIRS = "preference pairs can't be trained here. Keep the chosen answer alone"
 _PIXELS = "the size of an image can't be set one by one. Use --max_slice_nums for all of them"
 _REFUSED_ROW_KEYS = {
-    "objects": "boxes can't be filled into <ref-object> and <bbox> yet. Write them into the texts in the model's own "
-    "form, such as <ref>dog</ref><box>15 31 78 93</box>, and remove 'objects'",
-    "bbox": "boxes can't be filled in yet. Write them into the texts in the model's own form, and remove 'bbox'",
+    "bbox": 'boxes stand in \'objects\', with a <bbox> in the text for each. Write "objects": {"bbox": [[x1, y1, x2, '
+    "y2], ...]}",
     "tools": _TOOLS,
     "functions": _TOOLS,
     "history": "earlier turns belong into 'conversations' or 'messages'",

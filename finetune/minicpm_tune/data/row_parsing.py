@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,
@@ -97,7 +98,10 @@ def parse_row(
     turns = [turn for turn in read if turn is not None]
     _check_order(turns, numbers)
     turns = reader.media.put_unmentioned_first(_with_system(turns, row), image_end)
-    return ParsedRow(*_numbered(turns), row.get("id"), tuple(reader.unknown))
+    reader.media.objects.check_all_taken()
+    numbered, sources = _numbered(turns)
+    numbered = _with_images_of_boxes(numbered, sources, reader.media.images)
+    return ParsedRow(numbered, sources, row.get("id"), tuple(reader.unknown))
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
@@ -168,6 +172,12 @@ class _RowReader:
         if content is None and thoughts is not None:
             raise RowError(
                 "form", f"turn {number} has thoughts and no content, expected an answer. Add the answer."
+            )
+        if thoughts and self.media.objects and any(mark in thoughts for mark in (REF_MARK, BOX_MARK)):
+            raise RowError(
+                "boxes",
+                f"turn {number} has {REF_MARK} or {BOX_MARK} in thoughts under a key of their own, expected them in "
+                "the content. Write the thoughts into the answer, as <think>...</think>.",
             )
         weight = _weight(message, role, number)
         parts: list[Any] = self._content(content, number)  # sources become media in _numbered
@@ -396,3 +406,30 @@ def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ..
                 parts.append(part)
         numbered.append(replace(turn, parts=tuple(parts)))
     return tuple(numbered), tuple(sources)
+
+
+def _with_images_of_boxes(
+    turns: tuple[Turn, ...], sources: Sequence[Source], listed: Sequence[Any]
+) -> tuple[Turn, ...]:
+    """Have every box name its picture by its number among the media, in place of that among the row's images.
+
+    Args:
+        turns: The turns.
+        sources: Where their media come from.
+        listed: The images that the row lists; those of content parts follow, in the order of the text.
+    """
+    used = [(index, source.value) for index, source in enumerate(sources) if source.kind == "image"]
+    images = [*listed, *(value for _, value in used if not any(value is each for each in listed))]
+
+    def placed(part: Part) -> Part:
+        if not isinstance(part, Box):
+            return part
+        if part.image >= len(images):
+            raise RowError(
+                "boxes",
+                f"objects.image_id of box {part.number} is {part.image}, but the row has {len(images)} images, counted "
+                "from 0. Fix the number, or add the image.",
+            )
+        return replace(part, image=next(index for index, value in used if value is images[part.image]))
+
+    return tuple(replace(turn, parts=tuple(map(placed, turn.parts))) for turn in turns)

@@ -25,6 +25,7 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
 from minicpm_tune.data.media.audio import Clip, log_mel, merged
 from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.placeholders import (
@@ -190,8 +191,10 @@ class Processing:
 
     def whole_plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Plan:
         """The plan before ``--model_max_length`` is applied."""
+        opened = _opened(pictures)
+        turns = self.with_boxes_written(turns, opened)
         self.check(turns)
-        return self._tokenize(self.writer.training_pieces(turns), _opened(pictures), self.rules)
+        return self._tokenize(self.writer.training_pieces(turns), opened, self.rules)
 
     def fit(self, plan: Plan) -> Plan:
         """Make a whole plan fit ``--model_max_length``, and see that something is left to learn."""
@@ -251,6 +254,8 @@ class Processing:
         Raises:
             RowError: When the conversation can't be used, or the generation can't think.
         """
+        opened = _opened(pictures)
+        turns = self.with_boxes_written(turns, opened)
         self.check(turns)
         if thinking and not self.generation.thinking:
             raise RowError(
@@ -258,9 +263,21 @@ class Processing:
                 f"enable_thinking is true, but {self.generation.title} has no thinking mode. Leave it out.",
             )
         pieces = self.writer.generation_pieces(turns, thinking=thinking)
-        return self._sample(self._tokenize(pieces, _opened(pictures), self.rules))
+        return self._sample(self._tokenize(pieces, opened, self.rules))
 
     # --- the steps ---
+
+    def with_boxes_written(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip]) -> list[Turn]:
+        """The names and boxes of a row's ``objects`` as text.
+
+        Raises:
+            RowError: When a box does not fit its picture.
+        """
+        return write_objects(turns, _image_sizes(pictures), self.generation.box_form)
+
+    def boxes(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip]) -> list[list[PixelBox]]:
+        """For every picture the boxes that the conversation has of it: (label, x1, y1, x2, y2) in pixels."""
+        return boxes_in_pixels(turns, _image_sizes(pictures), self.generation.box_form)
 
     def check(self, turns: Sequence[Turn]) -> None:
         """See that every text and medium can be given to this checkpoint.
@@ -499,6 +516,12 @@ def load_processing(
 
 def _opened(pictures: Sequence[Picture | Clip | Image.Image]) -> tuple[Picture | Clip, ...]:
     return tuple(Picture.of(picture) if isinstance(picture, Image.Image) else picture for picture in pictures)
+
+
+def _image_sizes(pictures: Sequence[Picture | Clip]) -> list[Size | None]:
+    """(width, height) of every image; None for a video and for audio."""
+    images = (picture if isinstance(picture, Picture) else None for picture in pictures)
+    return [image.sizes[0] if image is not None and image.kind == "image" else None for image in images]
 
 
 def _patches(

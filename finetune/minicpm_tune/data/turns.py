@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box, Objects, Ref, Tag
 from minicpm_tune.data.row_keys import NOTHING, name_list
 from minicpm_tune.errors import RowError
 
@@ -49,7 +50,7 @@ class Literal:
     text: str
 
 
-Part = str | Media | Literal
+Part = str | Media | Literal | Ref | Box | Tag
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The content without its media."""
-        texts = (part.text if isinstance(part, Literal) else part for part in self.parts)
-        return "".join(text for text in texts if isinstance(text, str))
+        parts = (part for part in self.parts if not isinstance(part, Media))
+        return "".join(part if isinstance(part, str) else part.text for part in parts)
 
 
 def media_of(turns: Iterable[Turn]) -> list[Media]:
@@ -92,11 +93,11 @@ _ESCAPED = rf"\\(?:{_MARK}|{_CONTROL})"
 # Placeholders of other programs. Those of _LOOSE are also tags of HTML and XML, and mean an image only beside one.
 _FOREIGN = (
     r"<(?:image|img|picture|photo|video|audio)s?[ _#:-]*\d+>|<\|(?:image|video|audio)(?:_\d+)?\|>|<img>[^<>]*</img>|"
-    r"<audio>|<bbox>|<ref-object>"
+    r"<audio>"
 )
 _LOOSE = r"<\s*(?:image|img|video)s?\s*/?\s*>|<imagehere>|<image[ _-]?(?:pad|placeholder|token)>"
 MARKS = re.compile(
-    rf"(?P<escaped>{_ESCAPED})|(?P<mark>{_MARK})|(?P<foreign>(?i:{_FOREIGN}))|(?P<loose>(?i:{_LOOSE}))"
+    rf"(?P<escaped>{_ESCAPED})|(?P<mark>{_MARK})|(?P<object>{BOX_MARK}|{REF_MARK})|(?P<foreign>(?i:{_FOREIGN}))|(?P<loose>(?i:{_LOOSE}))"
 )
 _FILMS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 _FIRST_IMAGE = ("<image>", "<ImageHere>", "<image_00>", "<image_0>")
@@ -136,6 +137,7 @@ class MediaReader:
         self.listed: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}
         self.taken: dict[str, int] = dict.fromkeys(self.listed, 0)
         self.mentioned: set[str] = set()
+        self.objects = Objects(row.get("objects"))
         for kind in ("image", "video", "audio") if hears else ("image", "video"):
             one: Any = row.get(kind)
             several: Any = row.get(f"{kind}s")
@@ -173,10 +175,15 @@ class MediaReader:
             self.single = value
 
     @property
+    def images(self) -> list[Any]:
+        """The images that the row lists, in its order; those of content parts are not among them."""
+        return [self.single] if self.single is not None else list(self.named.values()) or self.listed["image"]
+
+    @property
     def _has_media(self) -> bool:
         return bool(self.named or self.single is not None or any(self.listed.values()))
 
-    def split(self, text: str, number: int) -> Iterator[str | Source | Literal]:
+    def split(self, text: str, number: int) -> Iterator[str | Source | Literal | Ref | Box]:
         """The parts of a text in turn ``number``: its placeholders as the sources they stand for."""
         position = 0
         for found in MARKS.finditer(text):
@@ -190,11 +197,15 @@ class MediaReader:
         if position < len(text):
             yield text[position:]
 
-    def _part(self, found: re.Match[str], number: int) -> Source | Literal | None:
+    def _part(self, found: re.Match[str], number: int) -> Source | Literal | Ref | Box | None:
         """What stands for a placeholder; None leaves it in the text."""
         mark = found.group()
         if found["escaped"]:
             return Literal(mark[1:])
+        if found["object"]:
+            if self.literal and not self.objects.holds(mark):
+                return Literal(mark)
+            return self.objects.take(mark, number)
         if found["mark"] or (self.hears and mark == "<audio>"):
             if self.literal and not self._holds(mark):
                 return Literal(mark)
