@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_tune import processes
-from minicpm_tune.answering.metrics import ERROR_RATES, METRICS
+from minicpm_tune.answering.metrics import BOX_METRICS, ERROR_RATES, METRICS
 from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
@@ -59,9 +59,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "listed in OUTPUT.bad_rows.jsonl.",
     )  # fmt: skip
     parser.add_argument(
-        "--metrics", nargs="+", choices=[*METRICS, *ERROR_RATES],
-        help="What the answers are compared by. Unset: exact_match, anls and rouge_l, and for rows with audio also wer "
-        "and cer, the errors in words and in characters.",
+        "--metrics", nargs="+", choices=[*METRICS, *BOX_METRICS, *ERROR_RATES],
+        help="What the answers are compared by. Unset: exact_match, anls and rouge_l; for expected answers with boxes "
+        "also iou_50, mean_iou and box_count_error; for rows with audio also wer and cer, the errors in words and in "
+        "characters.",
     )  # fmt: skip
     add_switch(parser, "--overwrite", default=False, help="Start over when the output file exists.")
     add_model_flags(parser)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from minicpm_tune.answering.metrics import (
     anls,
+    box_scores,
     corpus_scores,
     count_edits,
     edit_distance,
@@ -97,3 +98,40 @@ def test_edit_distance_is_the_fewest_edits(first, second):
         return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
 
     assert edit_distance(first, second) == slow(first, second)
+
+
+A, B = "<box>0 0 10 10</box>", "<box>20 20 30 30</box>"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        (A, A, (1, 1, 0)),
+        ("It is here.", A, (0, 0, 1)),
+        (B + A, A + B, (1, 1, 0)),  # their order is of no matter
+        (A + A, A + B, (0.5, 0.5, 0)),  # a box has one partner
+        (A + B, A, (1, 1, 1)),
+        ("<box>0 0 10 5</box>", A, (1, 0.5, 0)),  # exactly the threshold
+        ("<box>0 0 10 4</box>", A, (0, 0.4, 0)),
+        ("<box>10 0 0 10</box>", A, (0, 0, 0)),  # turned corners
+        (f"<ref>cat</ref>{A}", f"<ref>dog</ref>{A}", (0, 0, 0)),
+        (f"<ref>dog</ref>{A}", A, (1, 1, 0)),  # a name on one side only is of no matter
+        (f"<think>{B}</think>{A}", A, (1, 1, 0)),
+    ],
+)
+def test_metrics_of_boxes(prediction, answer, expected):
+    found = box_scores(prediction, answer)
+    assert (found["iou_50"], found["mean_iou"], found["box_count_error"]) == pytest.approx(expected)
+
+
+def test_answers_without_boxes_have_no_metrics_of_boxes_and_points_have_a_count():
+    assert "iou_50" not in box_scores(A, "two")
+    assert box_scores("two", "<point>1 2</point>").get("box_count_error") == 1
+    assert "iou_50" not in box_scores("two", "<point>1 2</point>")
+    assert box_scores("at [0, 0, 10, 10]", "[0, 0, 10, 10]", form="brackets")["iou_50"] == 1
+    lines = [
+        {"scores": box_scores(A, A)},
+        {"scores": box_scores("two", "two")},
+        {"scores": box_scores("no", B)},
+    ]
+    assert corpus_scores(lines)["iou_50"] == 0.5

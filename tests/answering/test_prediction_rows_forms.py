@@ -48,3 +48,21 @@ def test_half_an_emoji_names_the_row(tmp_path):
         rows[0]
     with pytest.raises(DataError, match="1 of 1 rows can't be used"):
         rows.check([0])
+
+
+def test_boxes_of_objects_stand_in_question_and_answer_as_text(tmp_path):
+    row = {
+        "image": SMALL,
+        "messages": chat("Find <ref-object> beside <bbox>.", "<bbox>"),
+        "objects": {"ref": ["it"], "bbox": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "bbox_type": "norm1"},
+    }
+    rows = questions(tmp_path, row)
+    assert rows.check([0]) == [0]
+    assert "Find <ref>it</ref> beside <box>0 0 500 1000</box>." in prompt(rows[0])
+    assert rows[0].answer == "<box>500 0 1000 1000</box>"
+
+
+def test_a_box_outside_its_picture_is_found_before_the_model_is_loaded(tmp_path):
+    row = {"image": SMALL, "messages": chat("Where?", "<bbox>"), "objects": {"bbox": [[0, 0, 9999, 1]]}}
+    with pytest.raises(DataError, match=r"row 0: objects\.bbox 0 is \[0, 0, 9999, 1\], expected 0 to"):
+        questions(tmp_path, row).check([0])

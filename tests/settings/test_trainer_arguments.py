@@ -148,7 +148,7 @@ PROBLEMS = [
     (
         f"--metric_for_best_model accuracy {EVALUATES}",
         "--metric_for_best_model is 'accuracy', expected eval_loss, eval_token_accuracy; with --predict_with_generate "
-        "true also eval_exact_match, eval_anls, eval_rouge_l, eval_wer, eval_cer.",
+        "true also eval_exact_match, eval_anls, eval_rouge_l, eval_iou_50, eval_mean_iou, eval_wer, eval_cer.",
     ),
     (
         f"--metric_for_best_model eval_wer --predict_with_generate true {EVALUATES}",

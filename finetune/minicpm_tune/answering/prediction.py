@@ -20,7 +20,15 @@ from tqdm.auto import tqdm
 
 from minicpm_tune import processes
 from minicpm_tune.answering.generate import answer
-from minicpm_tune.answering.metrics import BOX_METRICS, ERROR_RATES, METRICS, box_scores, corpus_scores, count_edits, score
+from minicpm_tune.answering.metrics import (
+    BOX_METRICS,
+    ERROR_RATES,
+    METRICS,
+    box_scores,
+    corpus_scores,
+    count_edits,
+    score,
+)
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.grounding import Box, Ref

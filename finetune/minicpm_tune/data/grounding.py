@@ -350,7 +350,7 @@ def boxes_in_pixels(
 
 def _pixel_box(box: NamedBox, size: Size) -> PixelBox:
     values = box.in_pixels(size)
-    return (box.name, *values[:2], *values[-2:])
+    return box.name, values[0], values[1], values[-2], values[-1]
 
 
 def intersection_over_union(first: Numbers, second: Numbers) -> float:

@@ -21,7 +21,7 @@ from minicpm_tune.settings.trainer_arguments import OPTIMIZERS, REPORTERS, TRAIN
 
 # What an evaluation measures; the second with --predict_with_generate true.
 EVAL_METRICS = ("loss", "token_accuracy")
-ANSWER_METRICS = ("exact_match", "anls", "rouge_l", "wer", "cer")
+ANSWER_METRICS = ("exact_match", "anls", "rouge_l", "iou_50", "mean_iou", "wer", "cer")
 ERROR_RATES = ("wer", "cer")  # of rows with audio; the smaller the better
 
 _OWN_DEFAULTS = vars(RunOptions())
