@@ -159,7 +159,8 @@ def _details(rows: TrainingRows, index: int, sample: Sample) -> str:
     value = rows.mixture.read(index)
     tensors: dict[str, Any] = dict(sample)
     keys = (
-        "input_ids", "labels", "loss_weights", "image_bound", "tgt_sizes", "temporal_ids", "mm_token_type_ids"
+        "input_ids", "labels", "loss_weights", "image_bound", "tgt_sizes", "temporal_ids", "mm_token_type_ids",
+        "audio_bound", "audio_segments",
     )  # fmt: skip
     entry = {
         "file": rows.mixture.names[source],
