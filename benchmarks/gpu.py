@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ for folder in ("finetune", "demo", "tests"):
 MODELS = ("v2_6", "v4_5")
 FROZEN = ["--tune_llm", "false", "--use_lora", "true", "--tune_vision", "false"]
 METHODS = {
+    "official-lora": ["--tune_llm", "false", "--use_lora", "true"],
     "lora": FROZEN,
     "qlora": [*FROZEN, "--q_lora", "true"],
     "plain-lora": [*FROZEN, "--tune_resampler", "false", "--lora_modules_to_save", "none"],
@@ -55,6 +57,7 @@ COLUMNS = {
 }  # fmt: skip
 SIDES = ((1344, 1008), (1344, 1008), (800, 600), (448, 448), None)  # pixels of a row's photo
 ROWS = 200
+LONG_ANSWER = "a red house beside a tree " * 1000
 
 
 def main() -> int:
@@ -77,20 +80,52 @@ def main() -> int:
                 "batch": batch, "packing": packing, "steps": options.steps, "warmup": options.warmup,
                 "small": options.small, "folder": name, "checkpointing": options.checkpointing,
             }  # fmt: skip
-            rows.append(wish | _one(wish))
+            rows.append(wish | run_row(wish))
             _show(rows[-1])
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0 if all("error" not in row for row in rows) else 1
 
 
-def _one(wish: dict[str, Any]) -> dict[str, Any]:
+def run_row(wish: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
+    """Measure one row in a process of its own.
+
+    Args:
+        wish: What ``gpu_run.measure`` takes.
+        limit: Seconds after which the row is ended.
+
+    Returns:
+        What was measured; or ``error``, and ``output``, the end of what the process printed.
+    """
     command = [sys.executable, __file__, "--one", json.dumps(wish)]
     environment = os.environ | {"MINICPMV_CACHE": wish["folder"] + "/cache"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    done = run_command(command, limit=limit, environment=environment)
+    if "error" in done:
+        return done
+    return json.loads(done["output"].strip().splitlines()[-1])
+
+
+def run_command(
+    command: list[str], *, limit: float | None, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a command; end it, and the processes that it started, at its limit in seconds.
+
+    Returns:
+        ``output``, what it printed; beside it ``error`` if it failed or was ended, with what it wrote to stderr.
+    """
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )  # fmt: skip
+    try:
+        printed, errors = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        printed, errors = child.communicate()
+        return {"error": f"ended at its limit of {limit:.0f} s", "output": (printed + errors)[-4000:]}
+    if child.returncode:
+        last = (errors.strip().splitlines() or ["no message"])[-1][:300]
+        return {"error": last, "output": (printed + errors)[-4000:]}
+    return {"output": printed}
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -106,12 +141,12 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def draw_data(folder: Path) -> None:
-    """Photos and rows."""
+    """Photos and rows: ``rows.json`` of skewed lengths, and ``full.json`` of rows that are all cut at the limit."""
     import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
-    rows = []
+    rows, full = [], []
     for number in range(ROWS):
         side = SIDES[number % len(SIDES)]
         answer = " ".join(["a red house beside a tree"] * max(1, int(random.lognormal(2, 1))))
@@ -122,7 +157,12 @@ def draw_data(folder: Path) -> None:
             row["image"] = f"{number}.jpg"
             Image.fromarray(noise).resize(side).save(folder / row["image"], quality=90)
         rows.append(row)
+        if side == SIDES[0]:
+            asked, _ = turns
+            long = {"role": "assistant", "content": LONG_ANSWER}
+            full.append(row | {"conversations": [asked, long]})
     (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "full.json").write_text(json.dumps(full))
 
 
 def _flags() -> argparse.Namespace:

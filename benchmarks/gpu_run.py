@@ -52,6 +52,8 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
         checkpoint, training.weight_dtype, device, bits=bits, attention=model_args.attn_implementation
     )
     shape = shape_of(model) if bits is None else None
+    if wish.get("dense_mask"):
+        model.llm.config._attn_implementation = "sdpa"  # transformers' own, with a mask over all tokens
     model = choose_what_trains(arguments, model, generation)
     counts = count_parts(model, generation)
     context = RunContext(peers=PeerMonitor(limit=training.ddp_timeout), owns_folder=True)
@@ -59,9 +61,29 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     bench = Bench(trainer, wish, on_gpu=on_gpu)
     trainer.train()
     lora_size = counts["lora"].total if "lora" in counts else 0
-    trains = Trains(**training.tuned_around_llm, llm=training.tune_llm, lora=lora_size)
+    trains = Trains(training.tune_vision, training.tune_resampler, training.tune_llm, lora_size)
     shape = shape or _shape_unquantized(checkpoint)
-    return bench.result(lambda work: sum(needed_flops(shape, work, trains).values()))
+    found = bench.result(lambda work: sum(needed_flops(shape, work, trains).values()))
+    if wish.get("plan"):
+        found["plan_gib"] = _planned(checkpoint, arguments, bench.largest)
+    return found
+
+
+def _planned(checkpoint: Path, arguments: Any, largest: dict[str, int]) -> dict[str, float]:
+    """What plan_memory.py says of the same run, part by part, for the largest batch that was trained on."""
+    from minicpm_tune.planning.memory_plan import OPTIMIZERS, Training, plan
+
+    _, _, training, lora = arguments
+    method = "full" if not training.use_lora else "qlora" if lora.held_bits else "lora"
+    asked = Training(
+        method=method, zero=0, model_max_length=largest["tokens"], batch_size=largest["rows"],
+        max_slice_nums=largest["slices"] - 1, tune_vision=training.tune_vision,
+        tune_resampler=training.tune_resampler, precision="bf16" if training.bf16 else "fp32",
+        gradient_checkpointing=largest["checkpointing"] == 1, lora=lora,
+        optim=training.optim if training.optim in OPTIMIZERS else "adamw_torch",
+    )  # fmt: skip
+    parts = plan(checkpoint, asked)
+    return {part: size / GIB for part, size in parts.items()} | {"total": sum(parts.values()) / GIB}
 
 
 def write_checkpoint(folder: Path, name: str, *, small: bool) -> Path:
@@ -131,9 +153,9 @@ def _shape_unquantized(folder: Path) -> Any:
 
 
 def _argv(wish: dict[str, Any], checkpoint: Path, *, on_gpu: bool) -> list[str]:
-    steps = wish["warmup"] + wish["steps"] + (PROFILED if on_gpu else 0)
+    steps = wish["warmup"] + wish["steps"] + PROFILED
     words: list[Any] = [
-        "--model_name_or_path", checkpoint, "--data_path", Path(wish["folder"]) / "rows.json",
+        "--model_name_or_path", checkpoint, "--data_path", Path(wish["folder"]) / wish.get("data", "rows.json"),
         "--output_dir", Path(wish["folder"]) / "out", "--overwrite_output_dir", "true", "--max_steps", steps,
         "--per_device_train_batch_size", wish["batch"], "--model_max_length", wish["length"],
         "--packing", str(wish["packing"]).lower(), "--bf16", str(on_gpu).lower(), "--report_to", "none",
@@ -161,6 +183,8 @@ class Bench(TrainerCallback):
         self.phases: Counter[str] = Counter()
         self.seconds = self.data_seconds = 0.0
         self.idle: float | None = None
+        self.memory: dict[str, float | None] = {"peak_gib": None, "reserved_gib": None}
+        self.kernels: list[dict[str, Any]] = []
         self._step, self._load = trainer.training_step, trainer.get_batch_samples
         trainer.training_step, trainer.get_batch_samples = self._training_step, self._get_batch_samples
         trainer.add_callback(self)
@@ -195,20 +219,38 @@ class Bench(TrainerCallback):
             self._wait()
             self.seconds = time.perf_counter() - self._begin
             self.waited = self.data_seconds
-            self.peak = torch.cuda.max_memory_allocated() / GIB if self.on_gpu else None
             if self.on_gpu:
-                self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-                self._profiler.__enter__()
-                self._begin = time.perf_counter()
-        elif self.on_gpu and state.global_step == last + PROFILED:
+                self.memory = {
+                    "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+                    "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+                }
+            kind = "CUDA" if self.on_gpu else "CPU"
+            activity = getattr(torch.profiler.ProfilerActivity, kind)
+            self._profiler = torch.profiler.profile(activities=[activity])
+            self._profiler.__enter__()
+            self._begin = time.perf_counter()
+        elif state.global_step == last + PROFILED:
             self._wait()
             wall = time.perf_counter() - self._begin
             self._profiler.__exit__(None, None, None)
-            self.idle = 1 - busy_seconds(self._profiler.events()) / wall
+            events = self._profiler.events()
+            self.kernels = longest_kernels(events, on_gpu=self.on_gpu)
+            self.idle = 1 - busy_seconds(events) / wall if self.on_gpu else None
 
     def _wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """The most rows, tokens of a row, and slices of a row that a measured batch had."""
+        shapes = [batch["attention_mask"].shape for batch in self.works]
+        return {
+            "rows": max(rows for rows, _ in shapes),
+            "tokens": max(tokens for _, tokens in shapes),
+            "slices": max(len(batch["tgt_sizes"]) // len(batch["attention_mask"]) for batch in self.works),
+            "checkpointing": int(self.wish["checkpointing"]),
+        }
 
     def result(self, flops_of: Any) -> dict[str, Any]:
         """The row's figures."""
@@ -231,8 +273,9 @@ class Bench(TrainerCallback):
             "tflops": rate / 1e12,
             "peak_tflops": peak / 1e12,
             "mfu": rate / peak,
-            "peak_gib": self.peak,
+            **self.memory,
             "idle": self.idle,
+            "kernels": self.kernels,
             "shares": shares | {"data": self.waited / self.seconds},
         }
 
@@ -264,6 +307,22 @@ def busy_seconds(events: Any) -> float:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return busy / 1e6
+
+
+def longest_kernels(events: Any, *, on_gpu: bool, count: int = 15) -> list[dict[str, Any]]:
+    """The kernels (on the CPU: operations) that took most time in the profiled steps, with how often they ran."""
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == kind:
+            seconds[event.name] += (event.time_range.end - event.time_range.start) / 1e6
+            calls[event.name] += 1
+    total = sum(seconds.values())
+    return [
+        {"name": name, "seconds": spent, "share": spent / total, "calls": calls[name]}
+        for name, spent in seconds.most_common(count)
+    ]
 
 
 def matrix_peak(*, on_gpu: bool, repeats: int = 20) -> float:

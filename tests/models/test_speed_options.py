@@ -89,17 +89,6 @@ def test_liger_kernels_are_refused_where_they_cannot_run():
         apply_liger(model, SimpleNamespace(use_liger_kernel=True))
 
 
-@pytest.mark.gpu
-def test_liger_kernels_give_the_losses_without():
-    model, about = golden_model("v2_6", attention="sdpa", dtype=torch.bfloat16)
-    model = model.cuda()
-    batch, _ = full_batch("v2_6", "single", about)
-    batch = {name: value.cuda() for name, value in batch.items()}
-    expected = model(**batch).loss.item()
-    apply_liger(model, SimpleNamespace(use_liger_kernel=True))
-    assert model(**batch).loss.item() == pytest.approx(expected, rel=0.01)
-
-
 def test_compiling_is_refused_with_the_reason(tmp_path):
     data = finetune_runs.write_data(tmp_path / "data", rows=1)
     flags = [
