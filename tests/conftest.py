@@ -38,5 +38,5 @@ def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none, and say so."""
     if not torch.cuda.is_available() and os.environ.get(REHEARSE) != "1":
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
