@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +42,31 @@ class SupervisedDataset(Dataset):
     Args:
         data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
         processing: What the checkpoint's samples look like, and how the user wants rows to become samples.
+        max_samples: The rows that are taken of each file at most; None: all.
 
     Raises:
         DataError: When a file can't be read.
     """
 
-    def __init__(self, data_path: str | Path, processing: Processing) -> None:
+    def __init__(
+        self, data_path: str | Path, processing: Processing, *, max_samples: int | None = None
+    ) -> None:
         self.processing = processing
-        self.mixture = Mixture(str(data_path), given_num=processing.arguments.given_num)
+        self.mixture = Mixture(
+            str(data_path), given_num=processing.arguments.given_num, max_samples=max_samples
+        )
         self.bad_rows = BadRowLog()
         self.left_out: set[int] = set()
         self.lengths: np.ndarray | None = None  # tokens of every row, once the rows are checked
 
     def __len__(self) -> int:
         return self.mixture.samples
+
+    def part(self, mixture: Mixture) -> SupervisedDataset:
+        """The same data set with some of its rows, as ``Mixture.part`` gives them."""
+        part = copy(self)
+        part.mixture = mixture
+        return part
 
     def __getitem__(self, index: int) -> Sample:
         """Make the sample of a row; a row that can't be used contributes nothing, or ends the run."""

@@ -33,6 +33,7 @@ from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation, check_llm_type
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
+from minicpm_tune.data.eval_split import first_of_each_file, held_out_rows
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
@@ -49,6 +50,7 @@ from minicpm_tune.models.parameter_parts import (
 from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.training.checkpointing import check_continues, write_failures_as_messages
 from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
@@ -131,22 +133,37 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
     """
     _, data, training, _ = arguments
 
-    def read(path: str | None) -> SupervisedDataset:
+    def read(path: str | None, most: int | None) -> SupervisedDataset:
         assert path is not None  # check_arguments has seen to it
         with training.main_process_first(desc="index of the data files"):
-            rows = SupervisedDataset(path, processing)
+            rows = SupervisedDataset(path, processing, max_samples=most)
         rows.bad_rows.path = Path(training.output_dir) / BAD_ROWS_FILE
         rows.lengths = check_rows(rows)
         return rows
 
     evaluates = training.do_eval or training.eval_strategy != "no"
-    train_rows = read(data.data_path) if training.do_train else None
-    eval_rows = read(data.eval_data_path) if evaluates else None
+    splits = evaluates and data.eval_split is not None
+    train_rows = read(data.data_path, data.max_samples) if training.do_train or splits else None
+    if splits:
+        train_rows, eval_rows = hold_out(train_rows, data, training)
+    else:
+        eval_rows = read(data.eval_data_path, data.eval_max_samples) if evaluates else None
     if train_rows is not None and training.resume_from_checkpoint:
         check_continues(Path(training.resume_from_checkpoint), training, rows=len(train_rows))
     if train_rows is not None:
         log_plan(plan_run(training, train_rows), training)
     return train_rows, eval_rows
+
+
+def hold_out(rows: SupervisedDataset | None, data: DataArguments, training: TrainingArguments) -> Datasets:
+    """Divide the rows into those that train and those of the evaluation, as ``--eval_split`` says."""
+    assert rows is not None
+    assert data.eval_split is not None
+    seed = training.seed if training.data_seed is None else training.data_seed
+    held_out = held_out_rows(rows, data.eval_split, seed=seed)
+    evaluated = first_of_each_file(held_out, rows.mixture.ends, data.eval_max_samples)
+    train_rows = rows.part(rows.mixture.part(~held_out)) if training.do_train else None
+    return train_rows, rows.part(rows.mixture.part(evaluated, once=True))
 
 
 def read_model(arguments: Arguments, folder: Path, processing: Processing) -> PreTrainedModel:

@@ -49,7 +49,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="Rows in a batch, for the share of padding.",
     )
     parser.add_argument("--cache_dir", help="Where checkpoints from the Hub are kept.")
-    names = {one.name for one in fields(DataArguments)} - {"data_path", "eval_data_path"}
+    of_runs = {"data_path", "eval_data_path", "eval_split", "eval_max_samples"}
+    names = {one.name for one in fields(DataArguments)} - of_runs
     add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
     add_fields(parser, ModelArguments, {"new_tokens"})
     output = parser.add_argument_group("Output")
@@ -102,7 +103,8 @@ def open_rows(values: argparse.Namespace) -> SupervisedDataset:
     arguments = DataArguments(**{**given, "model_max_length": values.model_max_length or None})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
     tokens = () if values.new_tokens is None else read_new_tokens(values.new_tokens)
-    return SupervisedDataset(values.data_path, load_processing(folder, arguments, new_tokens=tokens))
+    processing = load_processing(folder, arguments, new_tokens=tokens)
+    return SupervisedDataset(values.data_path, processing, max_samples=values.max_samples)
 
 
 def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistics:

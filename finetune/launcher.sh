@@ -63,16 +63,18 @@ LAUNCHER_FLAGS=${LAUNCHER_FLAGS:-$#}
 if [ -n "$FSDP" ]; then DEEPSPEED=; fi
 steps=$MAX_STEPS
 if [ -n "$EPOCHS" ]; then steps=-1; fi
-eval_strategy=${EVAL_DATA:+steps}
-eval_strategy=${eval_strategy:-no}
+evaluates=${EVAL_DATA:+yes}
 precision=$PRECISION
 for word in "$@"; do
     case $word in
         # Ours must not contradict it: the other precision, or a number of steps that would overrule the epochs.
         --bf16 | --bf16=* | --fp16 | --fp16=*) precision=fp32 ;;
         --num_train_epochs | --num_train_epochs=*) steps=-1 ;;
+        --eval_split | --eval_split=*) evaluates=yes ;;
     esac
 done
+eval_strategy=${evaluates:+steps}
+eval_strategy=${eval_strategy:-no}
 case $TUNE in
     lora)
         set -- \
@@ -92,7 +94,7 @@ set -- \
     --label_names "labels" \
     --prediction_loss_only false \
     --do_train \
-    ${EVAL_DATA:+--do_eval} \
+    ${evaluates:+--do_eval} \
     --tune_vision true \
     --model_max_length "$MODEL_MAX_Length" \
     --max_slice_nums 9 \

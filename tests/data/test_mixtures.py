@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from dataset import SupervisedDataset
 from minicpm_tune.data.files.mixtures import epoch_order
 from minicpm_tune.errors import DataError
+from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.data_path import MixtureSource, read_data_path
 from support.golden_checkpoints import processing
 from support.rows import chat, write_rows
@@ -154,6 +156,38 @@ def test_a_data_set_of_several_files_numbers_rows_through_and_names_their_source
     assert rows.mixture.names == [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert len(rows.mixture.epoch_order(seed=0, epoch=0)) == 5
     assert Counter(row >= 3 for row in rows.mixture.epoch_order(seed=0, epoch=0)) == {False: 4, True: 1}
+
+
+def test_the_first_rows_of_each_file_are_all_that_is_taken(tmp_path):
+    for name, count in (("a.json", 5), ("b.json", 2)):
+        rows = [{"id": f"{name}{n}", "conversations": chat("q", f"{name} {n}")} for n in range(count)]
+        write_rows(tmp_path, rows, name)
+    names = f"{tmp_path}/a.json#4,{tmp_path}/b.json"
+    rows = SupervisedDataset(names, processing("v2_6"), max_samples=3)
+    assert (len(rows), rows.mixture.row_count) == (3 + 2, 3 + 2)
+    assert rows.mixture.read(2)["id"] == "a.json2"
+    assert rows.mixture.read(3)["id"] == "b.json0"
+
+
+def test_no_rows_at_all_are_refused():
+    with pytest.raises(DataError, match="--max_samples: found 0, expected at least 1"):
+        DataArguments(max_samples=0)
+
+
+def test_a_part_keeps_the_numbers_of_its_rows_and_the_amounts_of_its_files(tmp_path):
+    write_rows(tmp_path, [{"conversations": chat("q", f"a{n}")} for n in range(5)], "a.json")
+    write_rows(tmp_path, [{"conversations": chat("q", f"b{n}")} for n in range(4)], "b.json")
+    whole = SupervisedDataset(f"{tmp_path}/a.json:2,{tmp_path}/b.json#3", processing("v2_6")).mixture
+    chosen = np.array([True, False, True, True, False, False, True, True, False])
+    part, once = whole.part(chosen), whole.part(~chosen, once=True)
+    drawn = Counter(part.epoch_order(seed=1, epoch=0))
+    assert {row: drawn[row] for row in (0, 2, 3)} == {0: 2, 2: 2, 3: 2}
+    assert sorted(drawn[row] for row in (6, 7)) == [1, 2]
+    assert set(drawn) == {0, 2, 3, 6, 7}
+    assert once.epoch_order(seed=1, epoch=0, shuffle=False) == [1, 4, 5, 8] == once.numbers.tolist()
+    assert part.origin(6) == (1, 1)
+    with pytest.raises(DataError, match="its share of 0 rows is none"):
+        whole.part(np.arange(9) < 5)
 
 
 def test_a_share_without_rows_is_refused(tmp_path):

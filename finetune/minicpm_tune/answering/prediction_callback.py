@@ -53,7 +53,7 @@ class PredictionCallback(TrainerCallback):
     ) -> None:
         self.trainer, self.rows, self.batch_size = trainer, rows, batch_size
         self.options = GREEDY | {"max_new_tokens": max_new_tokens}
-        usable = [index for index in range(len(rows)) if index not in rows.rows.left_out]
+        usable = [index for index in rows.rows.mixture.numbers.tolist() if index not in rows.rows.left_out]
         count = min(samples, len(usable))
         self.indices = [usable[index * len(usable) // count] for index in range(count)]
 

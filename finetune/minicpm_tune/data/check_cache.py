@@ -123,10 +123,14 @@ def _still_holds(check: FileCheck, rows: TrainingRows, first: int, look: Look) -
 
 def check_path(rows: TrainingRows, number: int, *, decoded: bool) -> Path:
     """Where the findings of a file are stored, in the present state of everything they depend on."""
-    # Neither the names of the files nor what happens to bad rows changes what is found.
-    arguments = replace(rows.processing.arguments, data_path=None, eval_data_path=None, on_bad_row="skip")
+    # Neither the names of the files, nor what happens to bad rows, nor a row's side changes what is found.
+    arguments = replace(
+        rows.processing.arguments, data_path=None, eval_data_path=None, on_bad_row="skip", eval_split=None,
+        max_samples=None, eval_max_samples=None,
+    )  # fmt: skip
     parts = [
         _program(), _checkpoint_state(rows.processing), repr(arguments), str(decoded),
+        str(len(rows.mixture.files[number].rows)),
         *(file_state(path) for path in rows.mixture.files[number].rows.files),
     ]  # fmt: skip
     return cache_file("|".join(parts), ".check.npz")

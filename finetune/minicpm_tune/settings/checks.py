@@ -200,17 +200,39 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
         value = getattr(data, flag)
         for missing in missing_sources(value) if value else ():
             yield f"--{flag}: there is no file '{missing}'. Check the path (relative to {os.getcwd()!r})."
-    if not data.eval_data_path:
-        if training.do_eval:
-            yield "--do_eval needs --eval_data_path. Give the file with the evaluation rows."
-        elif str(training.eval_strategy) != "no":
-            yield f"--eval_strategy {training.eval_strategy} needs --eval_data_path (or --eval_strategy no)."
-    if training.predict_with_generate and not data.eval_data_path:
-        yield "--predict_with_generate true needs --eval_data_path: give the file with the evaluation rows."
+    yield from _evaluation_rows(data, training)
     if data.image_folder and not Path(data.image_folder).expanduser().is_dir():
         is_file = Path(data.image_folder).expanduser().is_file()
         found = "is a file, expected a folder" if is_file else "does not exist"
         yield f"--image_folder: {data.image_folder!r} {found}. Check the path."
+
+
+def _evaluation_rows(data: DataArguments, training: Namespace) -> Iterator[str]:
+    evaluates = training.do_eval or str(training.eval_strategy) != "no"
+    split = data.eval_split
+    if split is not None and not (0 < split < 1 or (1 <= split < math.inf and split == int(split))):
+        yield f"--eval_split is {split:g}, expected a fraction such as 0.01, or a whole number of rows."
+    if data.eval_split is not None and data.eval_data_path:
+        yield "--eval_split and --eval_data_path both name the evaluation rows. Keep one of them."
+    elif data.eval_split is not None and not evaluates:
+        yield (
+            f"--eval_split {data.eval_split:g} would hold rows out of training that nothing evaluates. Add "
+            "--eval_strategy steps (or epoch), or --do_eval, or leave it out."
+        )
+    elif data.eval_split is not None and not data.data_path:
+        yield "--eval_split takes its rows from --data_path, which is missing. Give it."
+    elif data.eval_split is None and not data.eval_data_path:
+        if training.do_eval:
+            yield "--do_eval needs --eval_data_path (or --eval_split). Give the file with the evaluation rows."
+        elif evaluates:
+            yield (
+                f"--eval_strategy {training.eval_strategy} needs --eval_data_path or --eval_split (or --eval_strategy "
+                "no)."
+            )
+        if training.predict_with_generate:
+            yield "--predict_with_generate true needs --eval_data_path: give the file with the evaluation rows."
+        if data.eval_max_samples is not None:
+            yield "--eval_max_samples is given, but there are no evaluation rows: add --eval_data_path or --eval_split."
 
 
 def _vision_cache(training: Namespace) -> Iterator[str]:

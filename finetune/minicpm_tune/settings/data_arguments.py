@@ -51,7 +51,30 @@ class DataArguments(RowLimits):
     )
     eval_data_path: str | None = field(
         default=None,
-        metadata={"help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy."},
+        metadata={
+            "help": "The evaluation rows, same format. Needed by --do_eval and --eval_strategy, without --eval_split."
+        },
+    )
+    eval_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "Without --eval_data_path: hold rows out of training for the evaluation, a fraction (0.01) or a "
+            "number of rows (200). Rows that share a picture stay on one side. The seed (--data_seed, or --seed) and "
+            "the pictures decide, not the rows' order: with a fraction, a row keeps its side when rows are added."
+        },
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "The first N rows of each training file are all that is read of it, before --eval_split; also the "
+            "most that a #count takes."
+        },
+    )
+    eval_max_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "The same for each file of --eval_data_path, or for what --eval_split holds out of each."
+        },
     )
     image_folder: str | None = field(
         default=None,
@@ -191,6 +214,9 @@ class DataArguments(RowLimits):
     def __post_init__(self) -> None:
         if self.stack_frames is not None and self.stack_frames < 1:
             raise DataError(f"--stack_frames: found {self.stack_frames}, expected at least 1. Raise it.")
+        for name in ("max_samples", "eval_max_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise DataError(f"--{name}: found {value}, expected at least 1. Raise it, or leave it out.")
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices and value is not None and value not in choices:

@@ -83,16 +83,29 @@ class RunRecord:
                 logger.warning("%s was not written: %s", self.path, error)
 
     def add_rows(self, train: TrainingRows | None, evaluation: TrainingRows | None) -> None:
-        """Add the data files with their rows, their samples per epoch and, once known, their digests."""
+        """Add the data files with their rows, those used, their samples per epoch and, once known, their digests.
+
+        Of rows that ``--eval_split`` has divided, a digest of their numbers tells whether two runs had the same.
+        """
         data = {
             name: [
-                {"path": str(source.rows.path), "rows": len(source.rows), "samples_per_epoch": source.samples}
+                {
+                    "path": str(source.rows.path),
+                    "rows": len(source.rows),
+                    "rows_used": source.used,
+                    "samples_per_epoch": source.samples,
+                }
                 for source in rows.mixture.files
             ]
             for name, rows in (("training", train), ("evaluation", evaluation))
             if rows is not None
         }
-        self.add(data=data)
+        numbers = {
+            name: hashlib.sha256(rows.mixture.numbers.astype("<i8").tobytes()).hexdigest()
+            for name, rows in (("training", train), ("evaluation", evaluation))
+            if rows is not None and rows.mixture.is_part
+        }
+        self.add(data=data, **({"row_numbers_sha256": numbers} if numbers else {}))
         self._thread = threading.Thread(target=self._add_digests, args=(data,), daemon=True)
         self._thread.start()
 

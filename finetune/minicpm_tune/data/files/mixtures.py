@@ -9,24 +9,34 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from minicpm_tune.batch import Origin
-from minicpm_tune.data.files.row_files import Rows, open_rows
+from minicpm_tune.data.files.row_files import FirstRows, Rows, open_rows
 from minicpm_tune.errors import DataError
-from minicpm_tune.settings.data_path import read_data_path
+from minicpm_tune.settings.data_path import MixtureSource, read_data_path
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data file, and how many samples of it an epoch holds."""
+    """A data file, and how many samples of it an epoch holds.
+
+    Attributes:
+        rows: The rows of the file.
+        samples: Samples per epoch.
+        source: How ``--data_path`` names it.
+        used: How many of its rows are used.
+    """
 
     rows: Rows
     samples: int
+    source: MixtureSource
+    used: int
 
 
 class Mixture:
@@ -35,23 +45,63 @@ class Mixture:
     Args:
         data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
         given_num: Whether the amounts in it count; else every row stands once.
+        max_samples: The rows that are taken of each file at most, the first ones; None: all.
 
     Raises:
         DataError: When a file can't be read, or its share is no row.
     """
 
-    def __init__(self, data_path: str, *, given_num: bool = True) -> None:
+    def __init__(self, data_path: str, *, given_num: bool = True, max_samples: int | None = None) -> None:
         self.files: list[DataFile] = []
+        self._given_num = given_num
         for source in read_data_path(data_path):
             rows = open_rows(source.path)
-            samples = source.samples(len(rows)) if given_num else len(rows)
-            if not samples:
-                raise DataError(
-                    f"--data_path {source.path}: its share of {len(rows)} rows is none, expected at least one. Raise "
-                    "its weight, or remove it."
-                )
-            self.files.append(DataFile(rows, samples))
-        self._ends = list(accumulate(len(file.rows) for file in self.files))
+            if max_samples is not None and max_samples < len(rows):
+                rows = FirstRows(rows, max_samples)
+            if max_samples is not None and source.count is not None:
+                source = replace(source, count=min(source.count, max_samples))
+            self.files.append(self._file(rows, source, len(rows)))
+        self.ends = list(accumulate(len(file.rows) for file in self.files))
+        self._numbers: np.ndarray | None = None  # of the rows that are used; None: all
+
+    def _file(self, rows: Rows, source: MixtureSource, used: int) -> DataFile:
+        """A file of which so many rows are used."""
+        samples = source.samples(used) if self._given_num else used
+        if not samples or not used:
+            raise DataError(
+                f"--data_path {source.path}: its share of {used} rows is none, expected at least one. Raise its "
+                "weight, or remove it."
+            )
+        return DataFile(rows, samples, source, used)
+
+    def part(self, chosen: np.ndarray, *, once: bool = False) -> Mixture:
+        """The same files with some of their rows, which keep their numbers.
+
+        Args:
+            chosen: Whether a row is used, bool ``[row_count]``.
+            once: Whether every row stands once, whatever ``--data_path`` says.
+
+        Raises:
+            DataError: When a file's share is no row.
+        """
+        part = copy(self)
+        part._numbers = np.flatnonzero(chosen)
+        part.files = []
+        for number, file in enumerate(self.files):
+            used = int(chosen[self.first_row(number) : self.ends[number]].sum())
+            one = DataFile(file.rows, used, file.source, used)
+            part.files.append(one if once else self._file(file.rows, file.source, used))
+        return part
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only some of the files' rows are used."""
+        return self._numbers is not None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers of the rows that are used, int64, in their order."""
+        return np.arange(self.row_count) if self._numbers is None else self._numbers
 
     @property
     def samples(self) -> int:
@@ -61,7 +111,7 @@ class Mixture:
     @property
     def row_count(self) -> int:
         """Rows in all files; an epoch may hold more or fewer samples."""
-        return self._ends[-1]
+        return self.ends[-1]
 
     @property
     def names(self) -> list[str]:
@@ -70,12 +120,12 @@ class Mixture:
 
     def origin(self, index: int) -> Origin:
         """The file, and the row in it, that a row number means."""
-        source = bisect_right(self._ends, index)
+        source = bisect_right(self.ends, index)
         return source, index - self.first_row(source)
 
     def first_row(self, source: int) -> int:
         """The number that a file's first row has through all files."""
-        return self._ends[source - 1] if source else 0
+        return self.ends[source - 1] if source else 0
 
     def read(self, index: int) -> Any:
         """One row as it stands in its file; ``RowError`` when it is not valid JSON."""
@@ -84,9 +134,10 @@ class Mixture:
 
     def epoch_order(self, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
         """The rows of one epoch, the same on every rank."""
-        sizes = [len(file.rows) for file in self.files]
+        sizes = [file.used for file in self.files]
         counts = [file.samples for file in self.files]
-        return epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle).tolist()
+        order = epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle)
+        return (order if self._numbers is None else self._numbers[order]).tolist()
 
 
 def epoch_order(
@@ -95,7 +146,7 @@ def epoch_order(
     """The rows of one epoch.
 
     Args:
-        sizes: Rows of each source; rows are numbered through all sources.
+        sizes: Rows of each source, which may have none without samples; rows are numbered through all sources.
         counts: Samples of each source per epoch.
         seed: Decides the draws, together with ``epoch``.
         epoch: The epoch, counted from 0.
@@ -111,7 +162,7 @@ def epoch_order(
     drawn = []
     first = 0
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        passes, rest = divmod(count, size)
+        passes, rest = divmod(count, size) if size else (0, 0)
         rows = np.tile(np.arange(size, dtype=np.int64), passes)
         remainder = np.random.default_rng([seed, epoch, number]).permutation(size)[:rest]
         drawn.append(first + np.sort(np.concatenate([rows, remainder]), kind="stable"))

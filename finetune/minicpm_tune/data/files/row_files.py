@@ -70,6 +70,25 @@ class JoinedRows:
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
+class FirstRows:
+    """The first rows of a file.
+
+    Args:
+        rows: The file.
+        count: How many of its rows.
+    """
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        self.path, self.files = rows.path, rows.files
+        self._rows, self._count = rows, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index]
+
+
 def open_rows(path: str | Path) -> Rows:
     """Open a data file, a folder, or files by a pattern with ``*``.
 

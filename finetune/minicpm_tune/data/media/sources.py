@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
+
 from minicpm_tune.errors import RowError
 
 _REMOTE_TIMEOUT_S = 20
 _REMOTE_LIMIT_BYTES = 64 * 2**20
+_END_BYTES = 2**16  # of a file, for its fingerprint
 
 
 def is_remote(value: Any) -> bool:
@@ -107,6 +110,34 @@ def open_bytes(value: Any, folder: Path, name: str) -> io.BytesIO | Path:
     if value.startswith("data:"):
         return io.BytesIO(_data_uri(value, name))
     return find_file(value, folder)
+
+
+def fingerprint(value: Any, folder: Path) -> bytes:
+    """What tells an image, a video or an audio from others, without decoding it and wherever it lies.
+
+    Returns:
+        Its size and both its ends; the text of a web address, and of a path that is no file.
+
+    Raises:
+        RowError: When a data URI can't be read.
+    """
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        content: Any = np.asarray(value["array"], dtype=np.float32).tobytes()
+    else:
+        value = _inner(value)
+        if not isinstance(value, (str, bytes, bytearray)) or is_remote(value):
+            return repr(value).encode()
+        content = open_bytes(value, folder, "(data URI)")
+        if isinstance(content, Path):
+            if not content.is_file():
+                return value.encode() if isinstance(value, str) else bytes(value)
+            with content.open("rb") as file:
+                start = file.read(_END_BYTES)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - _END_BYTES, 0))
+                return b"%d %b%b" % (size, start, file.read())
+        content = content.getvalue()
+    return b"%d %b%b" % (len(content), content[:_END_BYTES], content[-_END_BYTES:])
 
 
 def describe(value: Any) -> str:
