@@ -101,7 +101,7 @@ def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
             for task in TASKS:
                 row = {"id": name, "image": f"pictures/{path.name}", "conversations": ask(task, scene)}
                 if part == "held_out":
-                    files[part] += one_per_question(row)
+                    files[part] += _one_per_question(row)
                 else:
                     files[f"{task}_{part}"].append(row)
     for name, rows in files.items():
@@ -113,9 +113,9 @@ def ask(task: str, scene: Scene) -> list[dict[str, str]]:
     """The conversation about a picture."""
     if task == "descriptions":
         figure, ground = COLORS[scene.color][0], BACKGROUNDS[scene.background][0]
-        return turns_about("<image>", [(REQUEST, f"The figure is {figure} and the ground is {ground}.")])
+        return _turns([(REQUEST, f"The figure is {figure} and the ground is {ground}.")])
     kinds = sorted(QUESTIONS, key=lambda kind: kind != scene.first)
-    return turns_about("<image>", [(QUESTIONS[kind], getattr(scene, kind)) for kind in kinds])
+    return _turns([(QUESTIONS[kind], getattr(scene, kind)) for kind in kinds])
 
 
 def sentences() -> Iterator[str]:
@@ -209,17 +209,16 @@ def _balanced_scenes(count: int, rng: random.Random) -> list[Scene]:
     return [Scene(*words, shape, place) for words, shape, place in dealt]
 
 
-def one_per_question(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _one_per_question(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows that end with the first answer, the second, and so on."""
     turns = row["conversations"]
     return [{**row, "conversations": turns[:end]} for end in range(2, len(turns) + 1, 2)]
 
 
-def turns_about(medium: str, pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Questions and answers as a conversation; ``medium`` stands in front of the first question."""
+def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     turns = []
     for number, (question, answer) in enumerate(pairs):
-        content = f"{medium}\n{question}" if number == 0 else question
+        content = f"<image>\n{question}" if number == 0 else question
         turns += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return turns
 

@@ -4,14 +4,11 @@
 
 Every clip is one vowel of a singer who does not exist: harmonics of a pitch, shaped by the resonances of a vocal
 tract. The singer's pitch and its glide, size, breath, loudness, and the length of the clip distract. Singers of the
-training rows and of the held-out rows differ: their pitches come from bands that alternate over the voice's range,
-and so do their sizes, so a model that learned single voices by heart fails. Two tasks are asked about the same clips:
+training rows and of all others differ: their pitches come from bands that alternate over the voice's range, and so do
+their sizes, so a model that learned single voices by heart fails.
 
-- ``questions``: the vowel and the way of the loudness, in either order, in two turns of one word each;
-- ``descriptions``: one sentence with both, in words that the first task never used.
-
-The files are those of ``draw_pictures.py``. Everywhere all pairs of vowel and way come equally often, so neither the
-question nor an earlier answer tells the next one.
+``train.json``, ``eval.json`` and ``held_out.json`` have one row for each clip and question. All pairs of vowel and way
+come equally often, so the question alone does not tell the answer.
 """
 
 from __future__ import annotations
@@ -20,60 +17,47 @@ import argparse
 import json
 import random
 import wave
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from draw_pictures import one_per_question, turns_about
-
 RATE = 16_000  # samples per second
 
-# What the first task calls a vowel -> what the second calls it, and the first four resonances (formants) of a grown
-# man's vocal tract in hertz; the first two follow Peterson and Barney (1952), spread a little.
-VOWELS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
-    "ah": ("open", (750, 1150, 2450, 3500)),
-    "eh": ("half", (530, 1840, 2500, 3500)),
-    "ee": ("thin", (280, 2300, 3000, 3700)),
-    "oh": ("round", (480, 850, 2400, 3400)),
-    "oo": ("dark", (310, 720, 2250, 3300)),
+# The first four resonances (formants) of a grown man's vocal tract in hertz; the first two follow Peterson and Barney
+# (1952), spread a little.
+VOWELS: dict[str, tuple[int, int, int, int]] = {
+    "ah": (750, 1150, 2450, 3500),
+    "eh": (530, 1840, 2500, 3500),
+    "ee": (280, 2300, 3000, 3700),
+    "oh": (480, 850, 2400, 3400),
+    "oo": (310, 720, 2250, 3300),
 }
-# What the first task calls the way of the loudness -> what the second calls it, and its decibels from begin to end.
-WAYS: dict[str, tuple[str, int]] = {
-    "louder": ("swells", 24),
-    "softer": ("fades", -24),
-    "even": ("stays", 0),
-}
+WAYS = {"louder": 24, "softer": -24, "even": 0}  # decibels from begin to end
 QUESTIONS = {"vowel": "Which vowel is sung?", "way": "How does the loudness change?"}
-REQUEST = "Describe the sound."
-TASKS = ("questions", "descriptions")
 PARTS = {"train": 960, "eval": 30, "held_out": 90}
 _PITCH = (95.0, 210.0)  # hertz in the middle of a clip
 _GLIDE = 4.0  # semitones
 _SIZE = (0.92, 1.12)  # what a singer's size multiplies the formants by
 _SECONDS = (0.45, 0.7)
-_BANDS = 10  # of pitch and of size, alternately of training and held-out singers
+_BANDS = 10  # of pitch and of size, alternately of training and other singers
 _BANDWIDTHS = (80, 100, 140, 200)  # of the formants, in hertz
 _FADE = 0.03  # seconds at both ends
 
 
 @dataclass(frozen=True)
 class Song:
-    """What a clip holds, and what is asked first.
+    """What a clip holds.
 
     Attributes:
         vowel: A key of ``VOWELS``.
         way: A key of ``WAYS``.
-        first: The question that comes first, a key of ``QUESTIONS``.
     """
 
     vowel: str
     way: str
-    first: str = "vowel"
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ class Singer:
 
 
 def sing_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str, Path]:
-    """Sing all clips and write the five files of rows.
+    """Sing all clips and write the three files of rows.
 
     Args:
         folder: Where to; clips go into ``clips``, rows beside it.
@@ -106,40 +90,38 @@ def sing_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
         seed: The same seed sings the same clips.
 
     Returns:
-        ``<task>_<part>`` or ``held_out`` -> file of rows.
+        Part -> file of rows.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    files: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    files = {}
     for part in PARTS:
+        rows = []
         for index, song in enumerate(_balanced_songs(sizes[part], rng)):
             name = f"{part}_{index:05d}"
             singer = choose_singer(rng, heard=part == "train")
             write_wave(folder / "clips" / f"{name}.wav", sing(song, singer, seed=rng.getrandbits(32)))
-            for task in TASKS:
-                row = {"id": name, "audio": f"clips/{name}.wav", "conversations": ask(task, song)}
-                if part == "held_out":
-                    files[part] += one_per_question(row)
-                else:
-                    files[f"{task}_{part}"].append(row)
-    for name, rows in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return {name: folder / f"{name}.json" for name in files}
+            rows += [
+                {"id": name, "audio": f"clips/{name}.wav", "conversations": ask(kind, song)}
+                for kind in QUESTIONS
+            ]
+        files[part] = folder / f"{part}.json"
+        files[part].write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return files
 
 
-def ask(task: str, song: Song) -> list[dict[str, str]]:
-    """The conversation about a clip."""
-    if task == "descriptions":
-        vowel, way = VOWELS[song.vowel][0], WAYS[song.way][0]
-        return turns_about("<audio>", [(REQUEST, f"The voice is {vowel} and {way}.")])
-    kinds = sorted(QUESTIONS, key=lambda kind: kind != song.first)
-    return turns_about("<audio>", [(QUESTIONS[kind], getattr(song, kind)) for kind in kinds])
+def ask(kind: str, song: Song) -> list[dict[str, str]]:
+    """The conversation about a clip; ``kind`` is a key of ``QUESTIONS``."""
+    return [
+        {"role": "user", "content": f"<audio>\n{QUESTIONS[kind]}"},
+        {"role": "assistant", "content": getattr(song, kind)},
+    ]
 
 
 def sentences() -> Iterator[str]:
     """Every question and answer there is; what a small tokenizer should have whole words for."""
-    for vowel, way, first, task in product(VOWELS, WAYS, QUESTIONS, TASKS):
-        yield from (turn["content"] for turn in ask(task, Song(vowel, way, first)))
+    for vowel, way, kind in product(VOWELS, WAYS, QUESTIONS):
+        yield from (turn["content"] for turn in ask(kind, Song(vowel, way)))
 
 
 def choose_singer(rng: random.Random, *, heard: bool) -> Singer:
@@ -176,7 +158,7 @@ def sing(song: Song, singer: Singer, *, seed: int) -> np.ndarray:
     way = np.linspace(-0.5, 0.5, count)
     pitch = singer.pitch * 2 ** (singer.glide / 12 * way)
     phase = 2 * np.pi * np.cumsum(pitch) / RATE
-    formants = [formant * singer.size for formant in VOWELS[song.vowel][1]]
+    formants = [formant * singer.size for formant in VOWELS[song.vowel]]
     voice = np.zeros(count)
     for harmonic in range(1, int(4000 / singer.pitch) + 1):
         loudness = _passed(harmonic * pitch, formants) / harmonic
@@ -184,7 +166,7 @@ def sing(song: Song, singer: Singer, *, seed: int) -> np.ndarray:
     voice /= np.abs(voice).max()
     voice += singer.breath * noise.standard_normal(count)
     fade = np.minimum(np.arange(count), np.arange(count)[::-1]) / (_FADE * RATE)
-    voice *= np.minimum(fade, 1) * 10 ** (WAYS[song.way][1] / 20 * way)
+    voice *= np.minimum(fade, 1) * 10 ** (WAYS[song.way] / 20 * way)
     return (singer.loudness * voice / np.abs(voice).max()).astype(np.float32)
 
 
@@ -218,8 +200,8 @@ def _band(value: float, bounds: tuple[float, float]) -> int:
 
 
 def _balanced_songs(count: int, rng: random.Random) -> list[Song]:
-    """Songs in which each pair of vowel and way comes equally often in each order."""
-    songs = [Song(*words) for words in product(VOWELS, WAYS, QUESTIONS)]
+    """Songs in which each pair of vowel and way comes equally often."""
+    songs = [Song(*words) for words in product(VOWELS, WAYS)]
     rng.shuffle(songs)
     dealt = [songs[index % len(songs)] for index in range(count)]
     rng.shuffle(dealt)

@@ -287,7 +287,7 @@ def test_the_spectrogram_has_a_strip_for_each_segment_with_loud_bands_dark_and_l
     low, high = gray[-40:, 100:700], gray[:120, 100:700]
     assert low.min() < 40
     assert high.min() > 80
-    assert gray[:, 900:1500].min() > 200  # silence
+    assert gray[:-8, 900:1500].min() > 200  # silence, over the ticks of the seconds
 
 
 def test_slices_come_back_as_they_were_cut(tmp_path):
