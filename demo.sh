@@ -8,18 +8,21 @@ usage() {
 Trains a small model on drawn pictures with the real launchers, and shows what it learned. It takes about five minutes
 on two CPU cores, installation included, and needs no GPU.
 
-    bash demo.sh                       MiniCPM-V 2.6
+    bash demo.sh                       MiniCPM-V 2.6 learns to answer questions about colors
+    bash demo.sh --task find           it learns to point at shapes, with boxes
     bash demo.sh --generation v4_5     another MiniCPM-V: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_7,
                                        or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
-    bash demo.sh --steps 200           steps of each of the two runs (200)
-    bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>)
+    bash demo.sh --steps 200           steps of each run (200; for find 400)
+    bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>, with a task in front of it
+                                       demo_output/<task>_<generation>)
 
 What an earlier start has finished is used again. Remove the folder to start over.
 END
 }
 
 GENERATION=v2_6
-STEPS=200
+TASK=colors
+STEPS=
 OUTPUT=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -27,7 +30,7 @@ while [ $# -gt 0 ]; do
             usage
             exit 0
             ;;
-        --generation | --steps | --output)
+        --generation | --task | --steps | --output)
             if [ $# -lt 2 ]; then
                 echo "$1 needs a value. bash demo.sh --help lists the flags." >&2
                 exit 1
@@ -40,6 +43,7 @@ while [ $# -gt 0 ]; do
     esac
     case $1 in
         --generation) GENERATION=$2 ;;
+        --task) TASK=$2 ;;
         --steps) STEPS=$2 ;;
         --output) OUTPUT=$2 ;;
     esac
@@ -52,13 +56,22 @@ case " v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_7 xc2_7b xc2_vl_7b xc2_4khd_7b " i
         exit 1
         ;;
 esac
+case $TASK in
+    colors) SCRIPT=draw_pictures.py NAME=$GENERATION ;;
+    find) SCRIPT=draw_boxes.py NAME=find_$GENERATION STEPS=${STEPS:-400} ;;
+    *)
+        echo "--task is '$TASK', expected colors or find." >&2
+        exit 1
+        ;;
+esac
+STEPS=${STEPS:-200}
 case $STEPS in
     '' | 0* | *[!0-9]*)
         echo "--steps is '$STEPS', expected a whole number from 1." >&2
         exit 1
         ;;
 esac
-OUTPUT=${OUTPUT:-$ROOT/demo_output/$GENERATION}
+OUTPUT=${OUTPUT:-$ROOT/demo_output/$NAME}
 
 # Everything after the dot belongs to the sourced script.
 prepare() { . "$ROOT/setup_environment.sh"; }
@@ -76,7 +89,7 @@ else
 fi
 if [ ! -e "$OUTPUT/data/held_out.json" ]; then
     step "2. Pictures and questions: $OUTPUT/data"
-    python "$ROOT/demo/draw_pictures.py" "$OUTPUT/data"
+    python "$ROOT/demo/$SCRIPT" "$OUTPUT/data"
 else
     step "2. The pictures are already there: $OUTPUT/data"
 fi
@@ -96,15 +109,39 @@ tune() {
         --save_strategy no --overwrite_output_dir true "$@"
 }
 
-step "3. Full tuning on the questions, with finetune_ds.sh: $OUTPUT/full"
-tune finetune_ds.sh "$OUTPUT/base" questions full --learning_rate 1e-3
-step "4. LoRA on the descriptions, from that result, with finetune_lora.sh: $OUTPUT/lora"
-tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --vision_lr 1e-4 --resampler_lr 1e-4
+# Two stages, the second on other words for the same pictures; flags given are passed on to both runs.
+run_two_stages() {
+    step "3. Full tuning on the questions, with finetune_ds.sh: $OUTPUT/full"
+    tune finetune_ds.sh "$OUTPUT/base" questions full --learning_rate 1e-3 "$@"
+    step "4. LoRA on the descriptions, from that result, with finetune_lora.sh: $OUTPUT/lora"
+    tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --vision_lr 1e-4 \
+        --resampler_lr 1e-4 "$@"
+    step "5. Held-out pictures, before and after"
+    OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
+}
 
-step "5. Held-out pictures, before and after"
-OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
+run_find() {
+    step "3. Full tuning on boxes, with finetune_ds.sh: $OUTPUT/full"
+    tune finetune_ds.sh "$OUTPUT/base" boxes full --learning_rate 1e-3
+    step "4. Held-out pictures, before and after"
+    OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare_boxes.py" "$OUTPUT"
+}
 
-step "6. Ask it yourself; README.md says how to train on your own data"
+case $TASK in
+    colors) run_two_stages ;;
+    find) run_find ;;
+esac
+
+step "Ask it yourself; README.md says how to train on your own data"
 picture=$(find "$OUTPUT/data" -name '*.png' | sort | head -n 1)
-printf '"%s" "%s" --adapter "%s" --sampling false --image "%s" --question "%s"\n' \
-    "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/lora" "$picture" "Describe the picture."
+case $TASK in
+    find)
+        printf '"%s" "%s" --model_name_or_path "%s" --sampling false --image "%s" --question "%s" --draw "%s"\n' \
+            "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$picture" "Where is the shape?" \
+            "$OUTPUT/found.png"
+        ;;
+    *)
+        printf '"%s" "%s" --adapter "%s" --sampling false --image "%s" --question "%s"\n' \
+            "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/lora" "$picture" "Describe the picture."
+        ;;
+esac

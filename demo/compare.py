@@ -42,23 +42,23 @@ def exact_matches(model: Any, processing: Any, data: Path) -> dict[str, float]:
     return {question: right[question] / asked[question] for question in asked}
 
 
-def draw_losses(folder: Path, target: Path) -> None:
-    """Draw the training losses of both runs beside each other."""
+def draw_losses(folder: Path, target: Path, runs: dict[str, str]) -> None:
+    """Draw the losses of runs beside each other; ``runs`` is name -> title."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, (name, title) in zip(axes, {"full": "full tuning", "lora": "LoRA"}.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(5 * len(runs) + 1, 4), sharey=True, squeeze=False)
+    for axis, (name, title) in zip(axes[0], runs.items(), strict=True):
         history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
         for key, label in {"loss": "training", "eval_loss": "held-out rows"}.items():
             points = [(line["step"], line[key]) for line in history if key in line]
             axis.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
         axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("loss, nats per supervised token")
-    axes[0].legend()
+    axes[0, 0].set_ylabel("loss, nats per supervised token")
+    axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(target, dpi=120)
 
@@ -89,7 +89,7 @@ def main() -> None:
         + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
         for question in chances
     ]
-    draw_losses(folder, folder / "loss.png")
+    draw_losses(folder, folder / "loss.png", {"full": "full tuning", "lora": "LoRA"})
     text = "\n".join(lines)
     (folder / "accuracy.txt").write_text(text + "\n")
     sys.stdout.write(f"\n{text}\n\nLoss curves: {folder / 'loss.png'}\n")

@@ -161,8 +161,8 @@ def draw(scene: Scene, rng: random.Random, *, large: bool) -> Image.Image:
     """Draw a scene: about 84 to 112 pixels a side, or 160 to 280 when large."""
     low, high = (160, 280) if large else (84, 112)
     width, height = rng.randint(low, high), rng.randint(low, high)
-    image = Image.new("RGB", (width, height), _shade(BACKGROUNDS[scene.background][1], rng))
-    fill = _shade(COLORS[scene.color][1], rng)
+    image = Image.new("RGB", (width, height), shade(BACKGROUNDS[scene.background][1], rng))
+    fill = shade(COLORS[scene.color][1], rng)
     x, y = (_jitter(scene.place % 3, width, rng), _jitter(scene.place // 3, height, rng))
     radius = min(width, height) * rng.uniform(0.2, 0.24)
     pencil = ImageDraw.Draw(image)
@@ -185,7 +185,7 @@ _OUTLINES = {
 }  # fmt: skip
 
 
-def _shade(color: Color, rng: random.Random) -> Color:
+def shade(color: Color, rng: random.Random) -> Color:
     red, green, blue = (min(max(value + rng.randint(-_SHADE, _SHADE), 0), 255) for value in color)
     return red, green, blue
 
