@@ -39,6 +39,7 @@ from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
 from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run
 from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
+from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.loading import add_token_rows, load_model
 from minicpm_tune.models.parameter_parts import (
     check_parts,
@@ -192,6 +193,7 @@ def choose_what_trains(arguments: Arguments, model: Any, generation: Generation)
         freeze(model, generation, **training.tuned_around_llm, llm=training.tune_llm)
     if not training.deepspeed:
         raise_precision_of_trained(model)
+        hold_activations_in_16_bit(model, residual=not training.residual_in_fp32)
     counts = count_parts(model, generation)
     check_rates(training.learning_rates, counts)
     log_parts(counts, generation)

@@ -1,10 +1,12 @@
 """Forward and backward of a tiny model in every way of training, on a CUDA device that does nothing.
 
-    fake_cuda_worker.py DEVICE_LIBRARY GENERATION CHECKPOINT [CAPABILITY [itself]]
+    fake_cuda_worker.py DEVICE_LIBRARY JOBS
 
+JOBS is JSON, {name: {"generation": ..., "checkpoint": ..., "capability": [9, 0], "cases": ..., "attention": "sdpa"}},
+with "all", "few" or "packed" cases; a job without a generation shows what the device does with errors.
 What is on the device has a device, a dtype and a shape and no values: tensors on two devices and unequal dtypes in a
 product raise as they would on a GPU, and reading a value back raises where a GPU would wait. One JSON object per case
-goes to stdout.
+goes to stdout, with the name of its job.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.parameter_parts import freeze, raise_precision_of_trained
 from minicpm_tune.models.speed_options import set_checkpointing
 from minicpm_tune.planning.step_memory import build_on_meta
@@ -51,10 +54,20 @@ PRECISIONS = {
     "bf16": (torch.bfloat16, None),
     "fp16": (torch.float16, None),
 }
-CASES = (
-    *product((False, True), PRECISIONS, ("full", "lora"), (False,)),
-    *product((False, True), ["bf16 autocast"], ("full", "lora"), (True,)),
-)
+# Packing, precision, method, checkpointing.
+CASES = {
+    "all": (
+        *product((False, True), PRECISIONS, ("full", "lora"), (False,)),
+        *product((False, True), ["bf16 autocast"], ("full", "lora"), (True,)),
+    ),
+    "few": (
+        (True, "bf16 autocast", "lora", False),
+        (True, "bf16", "lora", False),
+        (False, "fp16 autocast", "full", False),
+        (False, "bf16 autocast", "full", True),
+    ),
+    "packed": ((True, "bf16 autocast", "lora", False), (True, "fp16", "lora", False)),
+}
 
 # Operations whose kernels take tensors of one dtype; without values torch does not check all of them.
 ONE_DTYPE = {
@@ -73,12 +86,14 @@ class FakeCuda(TorchDispatchMode):
 
     Attributes:
         waits: Copies for which the program would wait: from the device, and to it where the copy blocks.
+        cast: Bytes written by changes of the floating-point dtype.
     """
 
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode()
         self.waits = []
+        self.cast = 0
 
     def __enter__(self):
         # As FakeTensorMode does: torch.tensor(..., device=) copies where modes see it.
@@ -110,6 +125,8 @@ class FakeCuda(TorchDispatchMode):
         copied = given and not there and not kwargs.get("non_blocking") and function.overloadpacket in COPIES
         if (there and back) or copied:
             self.waits.append(f"{function}{place()}")
+        if there and function.overloadpacket in COPIES and len(dtypes | {made.dtype}) > 1:
+            self.cast += made.nbytes
         return made
 
 
@@ -148,11 +165,30 @@ def scaled_dot_product_attention(
     assert attn_mask is None or not is_causal
     calls["masked sdpa" if attn_mask is not None else "sdpa"] += 1
     groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
-    return scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(groups, 1)
+    with torch.autocast("cuda", enabled=False):  # a kernel's own precision is no cast
+        scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
+        return scores.softmax(-1) @ value.repeat_interleave(groups, 1)
 
 
 real_varlen = varlen.varlen_attn
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    causal=False, window_size=(-1, -1), deterministic=False,
+):  # fmt: skip
+    """What the package flash-attn has under this name."""
+    assert causal
+    calls["flash"] += 1
+    ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), *ends, window_size=(-1, 0), enable_gqa=True
+    )
+
+
+# For packed rows, for samples of known ends, with a cache, and what pads and takes padding away: none but the second
+# may be called.
+FLASH_ATTENTION = (None, flash_attn_varlen_func, None, None, None)
 
 
 def gpu(capability):
@@ -166,6 +202,7 @@ def gpu(capability):
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.nn.functional.scaled_dot_product_attention": scaled_dot_product_attention,
         "torch.nn.attention.varlen.varlen_attn": varlen_attn,
+        "transformers.modeling_flash_attention_utils._lazy_imports": lambda *_, **__: FLASH_ATTENTION,
     }.items():
         stack.enter_context(mock.patch(target, value))
     return stack
@@ -196,9 +233,11 @@ class Training:
     vision_gradient_checkpointing = None
 
 
-def model_of(folder, generation, *, dtype, autocast, method, checkpointing):
+def model_of(folder, generation, *, dtype, autocast, method, checkpointing, attention):
     """A model as finetune.py prepares it for a way of training."""
     model = build_on_meta(folder, generation).to(dtype).train()
+    if attention != "sdpa":
+        getattr(model, "llm", model).config.get_text_config()._attn_implementation = attention
     if checkpointing:
         set_checkpointing(model, generation, Training())
     if method == "lora":
@@ -211,7 +250,25 @@ def model_of(folder, generation, *, dtype, autocast, method, checkpointing):
         freeze(model, generation, vision=True, resampler=True, llm=True)
     if autocast is not None:
         raise_precision_of_trained(model)
+        hold_activations_in_16_bit(model, residual=autocast is torch.bfloat16)
     return model
+
+
+def output_dtypes(model):
+    """A set that the dtypes of the sums running through all layers go to, at the end of each."""
+    found = set()
+
+    def note(block, inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        found.add(str(hidden.dtype).removeprefix("torch."))
+
+    for module in model.modules():
+        if (
+            type(module).__name__.endswith(("Layer", "Block"))
+            and type(module).__name__ in model._no_split_modules
+        ):
+            module.register_forward_hook(note)
+    return found
 
 
 def on_device(batch):
@@ -226,22 +283,27 @@ def on_device(batch):
     return {**found, "num_items_in_batch": torch.empty((), dtype=torch.int64, device=DEVICE)}
 
 
-def run(folder, generation, samples, *, packing, precision, method, checkpointing, capability):
+def run(folder, generation, samples, *, packing, precision, method, checkpointing, capability, attention):
     """One step; what it did, or why it could not."""
     calls.clear()
     dtype, autocast = PRECISIONS[precision]
     batch = data_collator([samples] if packing else samples, packing=packing)
     model = model_of(
-        folder, generation, dtype=dtype, autocast=autocast, method=method, checkpointing=checkpointing
-    )
+        folder, generation, dtype=dtype, autocast=autocast, method=method, checkpointing=checkpointing,
+        attention=attention,
+    )  # fmt: skip
     with FakeCuda() as device, gpu(capability):
         move(model)
+        blocks = output_dtypes(model)
         inputs = on_device(batch)
         with nullcontext() if autocast is None else torch.autocast("cuda", dtype=autocast):
             loss = model(**inputs).loss
         loss.backward()
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     return {
+        "cast": device.cast,
+        "trained": sum(value.numel() for _, value in trained),
+        "blocks": sorted(blocks),
         "loss": str(loss.dtype),
         "without gradient": [name for name, value in trained if value.grad is None],
         "waits": device.waits,
@@ -274,25 +336,28 @@ def itself():
         }
 
 
-def main():
-    if sys.argv[5:] == ["itself"]:
-        sys.stdout.write(json.dumps(itself()) + "\n")
-        return
-    name, folder = sys.argv[2], Path(sys.argv[3])
-    capability = tuple(map(int, sys.argv[4].split("."))) if len(sys.argv) > 4 else (9, 0)
-    generation = GENERATIONS[name]
+def run_job(generation, checkpoint, capability=(9, 0), cases="all", attention="sdpa"):
+    """What every way of training did."""
+    folder, capability = Path(checkpoint), tuple(capability)
     samples = draw(load_processing(folder))
-    for packing, precision, method, checkpointing in CASES:
+    for packing, precision, method, checkpointing in CASES[cases]:
         if capability < (8, 0) and precision.startswith("bf16"):
             continue
         case = {"packing": packing, "precision": precision, "method": method, "checkpointing": checkpointing}
+        options = {**case, "capability": capability, "attention": attention}
         try:
-            found = run(folder, generation, samples, capability=capability, **case)
+            found = run(folder, GENERATIONS[generation], samples, **options)
         except Exception as error:  # noqa: BLE001  (whatever it is, it is what the test shows)
             trace = "".join(traceback.format_tb(error.__traceback__)[-12:])
             found = {"error": f"{trace}{type(error).__name__}: {str(error)[:400]}"}
-        sys.stdout.write(json.dumps({**case, **found}) + "\n")
-        sys.stdout.flush()
+        yield {**case, **found}
+
+
+def main():
+    for name, job in json.loads(sys.argv[2]).items():
+        for found in run_job(**job) if job else [itself()]:
+            sys.stdout.write(json.dumps({"job": name, **found}) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

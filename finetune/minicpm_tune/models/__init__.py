@@ -7,6 +7,7 @@ attention          attention within slices and within packed samples
 quantization       the LLM in 4 or 8 bit
 parameter_parts    which parts train, and the table of parts
 speed_options      activation checkpointing, liger kernels
+autocast           what is 16 bit where trained weights are fp32
 chat_interface     ``model.chat``
 
 A family is a package with a function ``model_class(generation)``; ``Generation.family`` names it. The class it gives

@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from minicpm_tune.models.batch_layout import SampleLayout, to_autocast_dtype
+from minicpm_tune.models.autocast import to_autocast_dtype
+from minicpm_tune.models.batch_layout import SampleLayout
 
 
 def attend_within_slices(

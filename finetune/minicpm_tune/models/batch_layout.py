@@ -192,13 +192,6 @@ def _by_picture(slices: list[Tensor], keys: list[tuple[str | None, int]]) -> New
     return NewFeatures([(key, torch.cat([next(rest) for _ in range(count)]).detach()) for key, count in keys])
 
 
-def to_autocast_dtype(features: Tensor) -> Tensor:
-    """Round features as the layer behind the tower does under autocast; what is cached is then half as large."""
-    device = features.device.type
-    autocast = not features.is_meta and torch.is_autocast_enabled(device)
-    return features.to(torch.get_autocast_dtype(device)) if autocast else features
-
-
 @dataclass(frozen=True)
 class SampleLayout:
     """Where the samples of a padded or packed batch stand.

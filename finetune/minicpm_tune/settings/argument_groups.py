@@ -117,6 +117,14 @@ class TuningOptions(RowLimits):
             "Frames of videos are not kept."
         },
     )
+    fp32_residual_connection: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Without DeepSpeed, where the embeddings train: keep the sums that run through all layers in fp32, "
+            "which takes more time and memory. Default: true with --fp16, whose numbers end at 65,504, otherwise "
+            "false, as with DeepSpeed."
+        },
+    )
     vision_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
     )

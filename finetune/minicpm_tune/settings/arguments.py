@@ -98,6 +98,11 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         return torch.float16 if self.fp16 else torch.float32
 
     @property
+    def residual_in_fp32(self) -> bool:
+        """``--fp32_residual_connection``, or what the precision asks for."""
+        return self.fp16 if self.fp32_residual_connection is None else self.fp32_residual_connection
+
+    @property
     def computes_in(self) -> str:
         """The precision of the vision tower's output, for the key of kept features."""
         return f"{self.weight_dtype}, {'DeepSpeed' if self.deepspeed else 'autocast'}"

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from minicpm_tune.batch import NewFeatures, SliceSources
 from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
+from minicpm_tune.models.autocast import to_autocast_dtype
 from minicpm_tune.models.batch_layout import (
     FULL_SLICE,
     PATCH,
@@ -25,7 +26,6 @@ from minicpm_tune.models.batch_layout import (
     SampleLayout,
     SliceLayout,
     VisionInput,
-    to_autocast_dtype,
     tower_features,
 )
 from minicpm_tune.models.chat_interface import ChatMixin

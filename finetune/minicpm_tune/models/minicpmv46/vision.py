@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.vision_utils import get_vision_nearest_position_ids, get_vision_window_index
 
 from minicpm_tune.batch import NewFeatures
 from minicpm_tune.models.attention import attend_within_slices
@@ -179,12 +180,30 @@ def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> 
         rows, columns = _smallest_grid(model.config)
         layout = SliceLayout.of([(rows, columns)])
         pixel_values = torch.zeros((3, PATCH, PATCH * rows * columns), dtype=torch.uint8, device=model.device)
-    return model.vision_tower(
-        _normalized(pixel_values, model.vision_tower.dtype, layout),
-        target_sizes=torch.tensor(layout.grids),
-        use_vit_merger=model.config.downsample_mode != "4x",
-        layout=layout,
-    ).last_hidden_state[0]
+    patches = _normalized(pixel_values, model.vision_tower.dtype, layout)
+    return _see(model.vision_tower, patches, layout, merges=model.config.downsample_mode != "4x")
+
+
+def _see(tower: Any, patches: Tensor, layout: SliceLayout, *, merges: bool) -> Tensor:
+    """[1, 3, 14, 14 * N] -> [tokens, C]: the tower's forward, with all indices made before the copy to the device.
+
+    transformers' own copies them while the program waits, and the ends of the slices too, which nothing here reads
+    (5.23).
+    """
+    sizes = torch.tensor(layout.grids)
+    positions = get_vision_nearest_position_ids(sizes, tower.embeddings.num_patches_per_side)
+    positions = positions.to(patches.device, non_blocking=True)
+    hidden = tower.embeddings(patches, target_sizes=sizes, position_ids=positions)
+    for index, layer in enumerate(tower.encoder.layers):
+        hidden = layer(hidden, None, cu_seqlens=None, layout=layout)
+        if merges and index == tower.config.insert_layer_id:
+            window, _ = tower.vit_merger.window_kernel_size
+            windows = get_vision_window_index(
+                F.pad(sizes, (1, 0), value=1), spatial_merge_size=1, window_size=window, patch_size=1
+            )
+            places, ends = (part.to(patches.device, non_blocking=True) for part in windows)
+            hidden = tower.vit_merger(hidden, sizes, window_index=places, cu_window_seqlens=ends)
+    return tower.post_layernorm(hidden)[0]
 
 
 def _smallest_grid(config: Any) -> tuple[int, int]:

@@ -18,13 +18,13 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from minicpm_tune.batch import NewFeatures
 from minicpm_tune.checkpoints.xcomposer2_geometry import encoded_size, tile_tokens
+from minicpm_tune.models.autocast import to_autocast_dtype
 from minicpm_tune.models.batch_layout import (
     PATCH,
     Grid,
     PatchEmbedding,
     SliceLayout,
     VisionInput,
-    to_autocast_dtype,
     tower_features,
 )
 
