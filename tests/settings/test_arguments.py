@@ -232,6 +232,11 @@ PROBLEMS = [
         "--freeze_vit true",
         "unknown argument --freeze_vit. Here it is --tune_vision, with the opposite value.",
     ),
+    ("--fp32_residual_connection false", "--fp32_residual_connection false needs --bf16 true"),
+    (
+        "--fp32_residual_connection true --deepspeed ds_config_zero2.json",
+        "--fp32_residual_connection: --deepspeed holds the model itself in 16 bit",
+    ),
     ("--packing maybe", "--packing: found 'maybe', expected true or false. finetune.py"),
     ("--model_max 5", "unknown argument --model_max. Did you mean --model_max_length?"),
     ("--bf16 false true", "unrecognized arguments: true"),

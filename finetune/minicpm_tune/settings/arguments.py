@@ -188,6 +188,8 @@ def hardware_problems(model: ModelArguments, training: Namespace) -> Iterator[st
     for flag in ("fp16", "fp16_full_eval", "tf32"):
         if getattr(training, flag) and not accelerators:
             yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false."
+    if training.fp32_residual_connection is False and not (training.bf16 or training.fp16):
+        yield "--fp32_residual_connection false needs --bf16 true or --fp16 true: in fp32 everything is fp32."
     if training.ddp_backend not in (None, "nccl", "gloo") or (
         training.ddp_backend == "nccl" and not accelerators
     ):

@@ -255,6 +255,11 @@ def _deepspeed(training: Namespace) -> Iterator[str]:
         yield from contradictions(read_deepspeed_config(training.deepspeed), training)
     except DeepSpeedConfigError as error:
         yield str(error)
+    if training.fp32_residual_connection is not None:
+        yield (
+            "--fp32_residual_connection: --deepspeed holds the model itself in 16 bit, and the sums between its layers "
+            "with it. Leave the flag out."
+        )
     if os.environ.get("ACCELERATE_USE_CPU"):
         yield "ACCELERATE_USE_CPU is set, which would silently switch --deepspeed off. Unset it."
 
