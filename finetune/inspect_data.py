@@ -54,7 +54,17 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
     add_fields(parser, ModelArguments, {"new_tokens"})
     output = parser.add_argument_group("Output")
-    output.add_argument("--report", help="Write an HTML page with histograms and all problems.")
+    output.add_argument(
+        "--report",
+        help="Write an HTML page: histograms, all problems, and a look at some rows with their pictures, sounds and "
+        "prompts. One file that needs no network.",
+    )
+    output.add_argument(
+        "--report_rows",
+        type=int,
+        default=12,
+        help="How many of the first, the bad, the longest and of random rows that page shows.",
+    )
     output.add_argument(
         "--json",
         help="Write a JSON file: a summary, and of each row its input_ids, labels, image_bound, tgt_sizes, those "
@@ -111,7 +121,7 @@ def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistic
     """Measure every row, print the summary, and write the files that are asked for."""
     from minicpm_tune.data.row_check import for_rows
     from minicpm_tune.files import whole_file
-    from minicpm_tune.planning.data_report import as_html, as_text, summarize
+    from minicpm_tune.planning.data_report import as_page, as_text, summarize
     from minicpm_tune.planning.row_statistics import collect, measure_row
 
     measure = partial(measure_row, decode=values.check_images != "header", details=values.json is not None)
@@ -127,7 +137,7 @@ def report(rows: SupervisedDataset, values: argparse.Namespace) -> DataStatistic
         if lines:
             lines.write(f'\n], "summary": {json.dumps(summary)}}}\n')
         if page:
-            page.write(as_html(summary, found, rows))
+            page.write(as_page(summary, found, rows, shown=values.report_rows))
     sys.stdout.write(as_text(summary, found) + "\n")
     return found
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.samples import TrainingRows
+from minicpm_tune.pages.charts import Histogram, histogram
+from minicpm_tune.pages.page import render
 from minicpm_tune.planning.row_statistics import (
+    COLUMNS,
     DataStatistics,
     padding_shares,
     recommended_length,
@@ -19,6 +22,7 @@ from minicpm_tune.planning.row_statistics import (
     samples_per_epoch,
     token_zero,
 )
+from minicpm_tune.planning.row_view import view_row
 
 _PERCENTS = {0: "min", 50: "median", 90: "90 %", 99: "99 %", 100: "max"}
 _SPREADS = {
@@ -30,28 +34,10 @@ _SPREADS = {
     "supervised_tokens": "supervised tokens",
     "slices": "slices",
 }
-_BARS = 40
 _SHOWN_ROWS = 20
 _LISTED_ROWS = 1000
-_LONG_TEXT = 30  # characters; columns with more may break anywhere
-_STYLE = """
-:root { color-scheme: light dark; --line: #d8d8d8; --soft: #f6f6f6; --bar: #4477aa; --bad: #b00020; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #222; --bar: #7aa6d6; --bad: #ff6b81; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em; }
-h1 { font-size: 1.4em; overflow-wrap: anywhere; } h2 { font-size: 1.15em; margin: 1.8em 0 .4em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .4em 0 1em; }
-td, th { border-bottom: 1px solid var(--line); padding: .3em .8em; text-align: left; vertical-align: top; }
-td:first-child, th:first-child { padding-left: 0; white-space: nowrap; }
-td:last-child, th:last-child { padding-right: 0; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.text { min-width: 14em; overflow-wrap: anywhere; } .flag { white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr)); gap: 1em; }
-figure { margin: 0; } figcaption { font-size: .9em; }
-svg { display: block; width: 100%; height: auto; background: var(--soft); border: 1px solid var(--line); }
-svg text { fill: currentColor; font-size: 12px; } .bar { fill: var(--bar); } .mark { stroke: var(--bad); }
-.bad { color: var(--bad); }
-"""
+PAGE_LIMIT = 24 * 2**20  # characters that the pictures and sounds of a page may take
+GROUPS = ("first", "problems", "longest", "random")
 
 
 def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> dict[str, Any]:
@@ -177,102 +163,100 @@ def _rows_with(found: DataStatistics, kind: str) -> str:
     return "; ".join(parts)
 
 
-def as_html(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows) -> str:
-    """The summary as a page of its own, with histograms."""
-    length, images = found.column("length"), found.column("image_tokens")
+def as_page(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows, *, shown: int) -> str:
+    """The summary as an HTML page, with histograms and a look at some rows.
+
+    Args:
+        summary: From ``summarize``.
+        found: What was found in the rows.
+        rows: The data set.
+        shown: How many rows of each of ``GROUPS`` the page shows.
+    """
+    chosen = choose_rows(found, rows, shown)
+    measured = dict(zip(found.column("place").tolist(), found.numbers.tolist(), strict=True))
+    bad = {_place(rows, one): one for one in found.bad}
+    cards = []
+    room = PAGE_LIMIT
+    for left, (place, groups) in zip(range(len(chosen), 0, -1), chosen.items(), strict=True):
+        view = view_row(rows, place, room=room // left)
+        room -= view.cost
+        source, row = rows.mixture.origin(place)
+        card = {
+            "view": view,
+            "groups": groups,
+            "place": place,
+            "source": source,
+            "row": row,
+            "bad": bad.get(place),
+        }
+        cards.append(card | {"facts": dict(zip(COLUMNS, measured.get(place, ()), strict=False))})
+    problems = defaultdict(list)
+    for one in found.bad[:_LISTED_ROWS]:
+        problems[one.kind].append(one)
+    return render(
+        "data.html",
+        summary=summary,
+        files=[Path(name).name for name in rows.mixture.names],
+        paths=rows.mixture.names,
+        advice=_advice(summary),
+        cut_and_dropped=_cut_and_dropped(summary),
+        percents=tuple(_PERCENTS.values()),
+        spreads=[(title, summary[name]) for name, title in _SPREADS.items() if summary[name]],
+        charts=_charts(found, rows),
+        problems=problems,
+        unlisted=max(len(found.bad) - _LISTED_ROWS, 0),
+        cards=cards,
+        groups=GROUPS,
+        kinds=sorted({card["bad"].kind for card in cards if card["bad"]}),
+        image_limit=PAGE_LIMIT // 2**20,
+    )
+
+
+def choose_rows(found: DataStatistics, rows: TrainingRows, count: int) -> dict[int, list[str]]:
+    """Choose rows to show: the first, some of every problem, the longest, and random ones.
+
+    Args:
+        found: What was found in the rows.
+        rows: The data set.
+        count: How many of each of ``GROUPS``.
+
+    Returns:
+        Row number -> the groups it is in, those of the first group first.
+    """
+    by_kind = defaultdict(list)
+    for one in found.bad:
+        by_kind[one.kind].append(_place(rows, one))
+    in_turn = [place for places in zip_longest(*by_kind.values()) for place in places if place is not None]
+    longest = found.column("place")[np.argsort(-found.column("length"), kind="stable")[:count]]
+    picks = {
+        "first": range(min(count, found.row_count)),
+        "problems": in_turn[:count],
+        "longest": longest.tolist(),
+        "random": np.random.default_rng(0).permutation(found.row_count)[:count].tolist(),
+    }
+    chosen: dict[int, list[str]] = {}
+    for name in GROUPS:
+        for place in picks[name]:
+            chosen.setdefault(place, []).append(name)
+    return chosen
+
+
+def _place(rows: TrainingRows, bad: BadRow) -> int:
+    """The number of a bad row through all files."""
+    return rows.mixture.first_row(rows.mixture.names.index(bad.file)) + bad.row
+
+
+def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
+    """How the rows are spread; what no row has gives no histogram."""
+    length = found.column("length")
+    limit = rows.processing.arguments.model_max_length
     charts = [
-        _histogram("tokens per row", length, mark=rows.processing.arguments.model_max_length),
-        _histogram("text tokens per row", length - images),
-        _histogram("image tokens per row", images),
-        _histogram("supervised tokens per row", found.column("supervised")),
-        _histogram("slices per row", found.column("slices")),
+        histogram("Tokens", length, mark=limit and (limit, f"--model_max_length {limit:,}")),
+        histogram("Supervised share", 100 * found.column("supervised") / np.maximum(length, 1), unit=" %"),
+        histogram("Image tokens", found.column("image_tokens")),
+        histogram("Images", found.column("images")),
+        histogram("Slices", found.column("slices")),
+        histogram("Video", found.column("video_ms") / 1000, unit=" s"),
+        histogram("Audio", found.column("audio_ms") / 1000, unit=" s"),
     ]
-    counts = [
-        ("model", summary["generation"]),
-        ("rows", f"{summary['rows']:,}"),
-        ("with pictures", f"{summary['with_pictures']:,}"),
-        ("text only", f"{summary['text_only']:,}"),
-        ("usable", f"{summary['usable']:,} ({_cut_and_dropped(summary)})"),
-        ("bad", f"{summary['bad']:,}"),
-    ]
-    spreads = [(title, *summary[name].values()) for name, title in _SPREADS.items() if summary[name]]
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>Data report</title><style>{_STYLE}</style>",
-        f"<h1>{_escaped(', '.join(rows.mixture.names))}</h1>",
-        _table((), counts),
-        "<h2>For the training</h2>",
-        _table((), list(_advice(summary).items())),
-        "<h2>Per row</h2>",
-        _table(("", *_PERCENTS.values(), "mean", "sum"), spreads),
-        f"<div class='charts'>{''.join(charts)}</div>",
-    ]
-    if found.bad:
-        parts.append(f"<h2 class='bad'>{len(found.bad):,} rows can't be used</h2>")
-        parts.append(_table(("problem", "rows"), list(summary["problems"].items())))
-        listed = found.bad[:_LISTED_ROWS]
-        lines = [(bad.row, "" if bad.id is None else str(bad.id), bad.reason, bad.file) for bad in listed]
-        shown = 4 if len(rows.mixture.names) > 1 else 3  # a single file stands in the title
-        parts.append(_table(("row", "id", "reason", "file")[:shown], [line[:shown] for line in lines]))
-        if len(found.bad) > _LISTED_ROWS:
-            parts.append(f"<p>... and {len(found.bad) - _LISTED_ROWS:,} more; --json lists all.</p>")
-    return "\n".join(parts)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
-    """A table that scrolls within the page where it is too wide; numbers are set to the right."""
-    classes = [_class(column) for column in zip(*body, strict=True)]
-    lines = ["<div class='wide'><table>"]
-    for tag, rows in (("th", [head] if head else []), ("td", body)):
-        for row in rows:
-            cells = zip(row, classes, strict=True)
-            lines.append(
-                "<tr>" + "".join(f"<{tag}{kind}>{_cell(cell)}</{tag}>" for cell, kind in cells) + "</tr>"
-            )
-    return "\n".join([*lines, "</table></div>"])
-
-
-def _class(column: Sequence[Any]) -> str:
-    if isinstance(column[0], (int, float)):
-        return " class='number'"
-    return " class='text'" if max(map(len, column)) > _LONG_TEXT else ""
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.1f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return re.sub(r"--\w+", r"<span class='flag'>\g<0></span>", _escaped(value))
-
-
-def _histogram(title: str, values: np.ndarray, *, mark: int | None = None) -> str:
-    """An SVG picture of how values are spread; ``mark`` draws a line at a value."""
-    if not len(values):
-        return ""
-    top = int(max(values.max(), 1))
-    counts, edges = np.histogram(values, bins=min(_BARS, top + 1), range=(0, top + 1))
-    width, height, left = 440, 130, 8
-    step = (width - 2 * left) / len(counts)
-    bars = "".join(
-        f"<rect class='bar' x='{left + index * step:.1f}' y='{height - 22 - count / counts.max() * 100:.1f}' "
-        f"width='{max(step - 1, 1):.1f}' height='{count / counts.max() * 100:.1f}'>"
-        f"<title>{edges[index]:.0f} to {edges[index + 1]:.0f}: {count} rows</title></rect>"
-        for index, count in enumerate(counts)
-    )
-    line, note = "", ""
-    if mark is not None and mark <= top:
-        place = left + mark / (top + 1) * (width - 2 * left)
-        line = f"<line class='mark' x1='{place:.1f}' x2='{place:.1f}' y1='4' y2='{height - 22}'/>"
-        note = f"; the line is --model_max_length {mark:,}"
-    return (
-        f"<figure><figcaption>{_escaped(title)}{note}</figcaption>"
-        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{_escaped(title)}'>{bars}{line}"
-        f"<text x='{left}' y='{height - 6}'>0</text>"
-        f"<text x='{width - left}' y='{height - 6}' text-anchor='end'>{top:,}</text></svg></figure>"
-    )
-
-
-def _escaped(value: Any) -> str:
-    return html.escape(str(value))
+    return [one for one in charts if one is not None]

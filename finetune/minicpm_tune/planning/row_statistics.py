@@ -26,10 +26,10 @@ from minicpm_tune.errors import DroppedRowError, RowError
 
 # What is measured in a row. ``length``: tokens before --model_max_length applies; ``kept``: tokens that training sees,
 # 0 when the row can't be used; ``token_zero``: 1 when the text holds token id 0; ``audio_tokens``: those of whole
-# placeholders, as of images; ``audio_ms``: milliseconds of sound.
+# placeholders, as of images; ``_ms``: milliseconds; ``place``: the row's number through all files.
 COLUMNS = (
     "length", "kept", "image_tokens", "supervised", "pictures", "slices", "most_slices", "source", "token_zero",
-    "audio_tokens", "audio_ms",
+    "audio_tokens", "audio_ms", "video_ms", "images", "place",
 )  # fmt: skip
 _PACKING_WINDOW = 4096
 
@@ -116,6 +116,9 @@ def _numbers(rows: TrainingRows, index: int, plan: Plan, *, kept: int) -> tuple[
         int(0 in encoded.input_ids and token_zero(rows.processing.tokenizer) is not None),
         audio_tokens,
         round(1000 * sum(clip.seconds for clip in plan.clips)),
+        round(1000 * sum(video.seconds for video in plan.pictures if video.kind == "video")),
+        sum(picture.kind == "image" for picture in plan.pictures),
+        index,
     )
 
 
@@ -190,7 +193,7 @@ class DataStatistics:
     """What was found in all rows.
 
     Attributes:
-        numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 11].
+        numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 14].
         lengths: Their lengths by the limit of slices, int32 [N, M].
         bad: Rows with problems.
         kinds: How many there are of each kind.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,8 +23,49 @@ _BIN_HEIGHT = 2  # pixels of a mel band
 _LABEL_HEIGHT = 14  # pixels
 
 
+@dataclass(frozen=True)
+class PromptPart:
+    """A stretch of a prompt.
+
+    Attributes:
+        text: The text; a run of pad tokens is one of them and its count, ``<unk>x64``.
+        weight: How much its loss counts; 0 where it is not supervised.
+        control: Whether it is made of control tokens.
+    """
+
+    text: str
+    weight: float = 0.0
+    control: bool = False
+
+
+def prompt_parts(
+    ids: Sequence[int], weights: Sequence[float], tokenizer: PreTrainedTokenizerFast, style: PlaceholderStyle
+) -> list[PromptPart]:
+    """A prompt as text, with what is supervised and what is structure told apart.
+
+    Args:
+        ids: Token ids, [T].
+        weights: How much the loss of each token counts, 0 where it is not supervised, [T].
+        tokenizer: The checkpoint's tokenizer.
+        style: How the checkpoint writes images.
+    """
+    control = tokenizer.added_tokens_decoder
+    pads = {tokenizer.convert_tokens_to_ids(pad): pad for pad in (style.pad, style.video_pad)}
+    kinds = [
+        (weight, number in control, pads.get(number)) for number, weight in zip(ids, weights, strict=True)
+    ]
+    parts: list[PromptPart] = []
+    start = 0
+    for (weight, structure, pad), group in groupby(kinds):
+        end = start + sum(1 for _ in group)
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        parts.append(PromptPart(f"{pad}x{end - start}" if pad else str(text), weight, structure))
+        start = end
+    return parts
+
+
 def prompt_text(sample: Sample, tokenizer: PreTrainedTokenizerFast, style: PlaceholderStyle) -> str:
-    """The prompt with runs of pad tokens folded (``<unk>x64``) and supervised text in ``[[ ]]``.
+    """The prompt as plain text, supervised text in ``[[ ]]``.
 
     Supervised text with a weight starts with it: ``[[0.3x Two.]]``.
 
@@ -32,24 +74,15 @@ def prompt_text(sample: Sample, tokenizer: PreTrainedTokenizerFast, style: Place
         tokenizer: The checkpoint's tokenizer.
         style: How the checkpoint writes images.
     """
-    ids, labels = sample["input_ids"], sample["labels"]
-    counts = (labels != IGNORE_INDEX) * sample.get("loss_weights", torch.ones(len(ids)))
-    changes = [0, *(int(place) + 1 for place in (counts[1:] != counts[:-1]).nonzero()[:, 0]), len(ids)]
-    parts = []
-    for start, end in pairwise(changes):
-        text = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
-        weight = float(counts[start])
-        start_mark = SUPERVISED[0] if weight == 1 else f"{SUPERVISED[0]}{weight:.3g}x "
-        parts.append(f"{start_mark}{text}{SUPERVISED[1]}" if weight else text)
-    text = "".join(parts)
-    for pad in {style.pad, style.video_pad}:
-        text = _folded(text, pad)
-    return text
-
-
-def _folded(text: str, pad: str) -> str:
-    """The text with each run of a pad token written as one token and its count."""
-    return re.sub(f"(?:{re.escape(pad)} ?)+", lambda run: f"{pad}x{run.group().count(pad)}", text)
+    labels = sample["labels"]
+    weights = (labels != IGNORE_INDEX) * sample.get("loss_weights", torch.ones(len(labels)))
+    texts = []
+    parts = prompt_parts(sample["input_ids"].tolist(), weights.tolist(), tokenizer, style)
+    for weight, group in groupby(parts, key=lambda part: part.weight):
+        text = "".join(part.text for part in group)
+        before = SUPERVISED[0] if weight == 1 else f"{SUPERVISED[0]}{weight:.3g}x "
+        texts.append(f"{before}{text}{SUPERVISED[1]}" if weight else text)
+    return "".join(texts)
 
 
 def slice_images(sample: Sample) -> list[Image.Image]:

@@ -177,6 +177,7 @@ class Picture:
         frames: Decodes the frames, in mode RGB.
         packs: For generations that pack video frames: the time index of every frame, pack by pack.
         digest: Digest of everything its pixels depend on, without decoding it; None for videos.
+        seconds: How long a video is; 0 for an image.
     """
 
     kind: str
@@ -184,6 +185,7 @@ class Picture:
     frames: Callable[[], Iterable[Image.Image]]
     packs: tuple[tuple[int, ...], ...] | None = None
     digest: Callable[[], bytes] | None = None
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:

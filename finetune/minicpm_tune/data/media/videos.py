@@ -163,13 +163,16 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
             tuple(file.size for file in files),
             lambda: (file.decode() for file in files),
             _as_packs(packs),
+            seconds=len(sources) / rules.fps,
         )
     path = check_file(_path(value), options.folder, "video")
     count, fps, size = _probe(path)
     chosen, packs = choose_frames(count, fps, rules)
     if rules.stack_frames > 1:
-        return _stacked(path, visual_units_of(chosen, count, fps, rules), size)
-    return Picture("video", (size,) * len(chosen), lambda: _decode(path, chosen), _as_packs(packs))
+        return replace(_stacked(path, visual_units_of(chosen, count, fps, rules), size), seconds=count / fps)
+    return Picture(
+        "video", (size,) * len(chosen), lambda: _decode(path, chosen), _as_packs(packs), seconds=count / fps
+    )
 
 
 def _stacked(path: Path, units: Sequence[tuple[int, ...]], size: tuple[int, int]) -> Picture:

@@ -72,6 +72,21 @@ class ImageLayout:
         """How many pictures the encoder sees: the overview and the slices."""
         return 1 if self.grid is None else 1 + self.grid.rows * self.grid.columns
 
+    @property
+    def cuts(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Where the image is cut, as fractions of its width and of its height.
+
+        Example:
+            >>> ImageLayout(Size(448, 448), Grid(columns=2, rows=1), Size(896, 448), 14).cuts
+            ((0.5,), ())
+        """
+        if self.grid is None:
+            return (), ()
+        columns, rows = self.grid.columns, self.grid.rows
+        return tuple(place / columns for place in range(1, columns)), tuple(
+            place / rows for place in range(1, rows)
+        )
+
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """Resize and cut an image: the overview, then the slices row by row of the grid."""
         yield _bands(image, self.overview)

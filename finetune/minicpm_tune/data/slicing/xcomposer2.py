@@ -108,6 +108,23 @@ class TileLayout(ImageLayout):
         """Features of the tower: those of the global view besides those of the tiles."""
         return [encoded_size(size, self.overview.height // self.patch_size) for size in self.tgt_sizes]
 
+    @property
+    def cuts(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Where the edges of tiles lie in the image, which has white around it.
+
+        Example:
+            >>> TileRules(24, max_slice_nums=16).layout(1600, 400).cuts
+            ((0.25, 0.5, 0.75), ())
+        """
+        inner, full, grid = self.inner, self.refined, self.grid
+        assert inner is not None, self
+        assert full is not None, self
+        assert grid is not None, self
+        return (
+            _cuts_inside(inner.width, full.width, grid.columns),
+            _cuts_inside(inner.height, full.height, grid.rows),
+        )
+
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """The resized image on white. Portraits are worked on lying on their side, as the released code does."""
         inner, full = self.inner, self.refined
@@ -123,6 +140,12 @@ class TileLayout(ImageLayout):
         if portrait:
             canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
         yield split_bands(canvas)
+
+
+def _cuts_inside(inner: int, full: int, tiles: int) -> tuple[float, ...]:
+    before = (full - inner) // 2
+    places = (tile * full // tiles - before for tile in range(1, tiles))
+    return tuple(place / inner for place in places if 0 < place < inner)
 
 
 @dataclass(frozen=True)
