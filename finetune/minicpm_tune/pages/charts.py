@@ -11,6 +11,7 @@ import numpy as np
 from minicpm_tune.pages.page import shown_number
 
 _BARS = 40
+_OUTLYING = 4  # times the 90th percentile
 _MOST_POINTS = 1000  # of a drawn line
 _TOP_ROOM = 1.04  # the axis ends a little above the largest value
 
@@ -55,26 +56,42 @@ def histogram(
     """
     if not len(values) or not values.max() > 0:
         return None
-    whole = np.issubdtype(values.dtype, np.integer)
-    top = float(values.max()) + whole
-    bars = min(_BARS, int(top)) if whole else _BARS
-    if whole and bars == _BARS:
-        top = float(-(-int(top) // bars) * bars)  # every bar counts as many whole numbers
-    counts, edges = np.histogram(values, bins=bars, range=(0, top))
+    whole = bool(np.issubdtype(values.dtype, np.integer))
+    step, bars = _bars(values, whole)
+    top, beyond = step * bars, int((values >= step * bars).sum())
+    counts = np.bincount(np.minimum(values // step, bars - 1).astype(np.int64), minlength=bars)
     drawn = []
-    for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        last = right - 1 if whole else right
-        span = shown_number(left) if last == left else f"{shown_number(left)} to {shown_number(last)}"
+    for place, count in enumerate(counts.tolist()):
+        first, last = place * step, (place + 1) * step - whole
+        span = shown_number(first) if first == last else f"{shown_number(first)} to {shown_number(last)}"
+        if beyond and place == bars - 1:
+            span = f"{shown_number(first)} and more"
         rows = "1 row" if count == 1 else f"{count:,} rows"
-        drawn.append((100 * left / top, 100 / bars, 100 * count / counts.max(), f"{span}{unit}: {rows}"))
-    ticks = tuple(
-        (100 * tick / top, shown_number(tick)) for tick in _ticks(0, top, most=4, whole=bool(whole))
-    )
+        drawn.append((100 * place / bars, 100 / bars, 100 * count / counts.max(), f"{span}{unit}: {rows}"))
+    middle = 0.5 if whole and step == 1 else 0.0  # the bar stands for one number
+    ticks = [
+        (100 * (tick + middle) / top, shown_number(tick))
+        for tick in _ticks(0, top - middle, most=4, whole=whole)
+    ]
+    if beyond:
+        ticks = [*(tick for tick in ticks if tick[0] < 85), (100.0, f"≥ {shown_number(top - step)}")]
     line = None
     if mark is not None and mark[0] < top:
         line = (100 * mark[0] / top, mark[1])
     facts = f"median {shown_number(float(np.median(values)))}{unit}, largest {shown_number(float(values.max()))}{unit}"
-    return Histogram(title, tuple(drawn), ticks, int(counts.max()), line, facts)
+    return Histogram(title, tuple(drawn), tuple(ticks), int(counts.max()), line, facts)
+
+
+def _bars(values: np.ndarray, whole: bool) -> tuple[float, int]:
+    """The width and the number of bars. Where few values are far above all others, the last bar holds those."""
+    common = float(np.percentile(values, 90))
+    top = float(values.max())
+    if common and top > _OUTLYING * common:
+        top = _OUTLYING * common
+    if not whole:
+        return top / _BARS or 1.0, _BARS
+    step = max(-(-int(top + 1) // _BARS), 1)
+    return step, -(-int(top + 1) // step)
 
 
 @dataclass(frozen=True)

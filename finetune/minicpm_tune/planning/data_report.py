@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -173,24 +173,8 @@ def as_page(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows, 
         shown: How many rows of each of ``GROUPS`` the page shows.
     """
     chosen = choose_rows(found, rows, shown)
-    measured = dict(zip(found.column("place").tolist(), found.numbers.tolist(), strict=True))
-    bad = {_place(rows, one): one for one in found.bad}
-    cards = []
-    room = PAGE_LIMIT
-    for left, (place, groups) in zip(range(len(chosen), 0, -1), chosen.items(), strict=True):
-        view = view_row(rows, place, room=room // left)
-        room -= view.cost
-        source, row = rows.mixture.origin(place)
-        card = {
-            "view": view,
-            "groups": groups,
-            "place": place,
-            "source": source,
-            "row": row,
-            "bad": bad.get(place),
-        }
-        cards.append(card | {"facts": dict(zip(COLUMNS, measured.get(place, ()), strict=False))})
-    problems = defaultdict(list)
+    cards = _cards(chosen, found, rows)
+    problems: dict[str, list[BadRow]] = {kind: [] for kind in summary["problems"]}
     for one in found.bad[:_LISTED_ROWS]:
         problems[one.kind].append(one)
     return render(
@@ -199,14 +183,13 @@ def as_page(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows, 
         files=[Path(name).name for name in rows.mixture.names],
         paths=rows.mixture.names,
         advice=_advice(summary),
-        cut_and_dropped=_cut_and_dropped(summary),
         percents=tuple(_PERCENTS.values()),
         spreads=[(title, summary[name]) for name, title in _SPREADS.items() if summary[name]],
         charts=_charts(found, rows),
         problems=problems,
         unlisted=max(len(found.bad) - _LISTED_ROWS, 0),
         cards=cards,
-        groups=GROUPS,
+        groups=Counter(group for groups in chosen.values() for group in groups),
         kinds=sorted({card["bad"].kind for card in cards if card["bad"]}),
         image_limit=PAGE_LIMIT // 2**20,
     )
@@ -239,6 +222,31 @@ def choose_rows(found: DataStatistics, rows: TrainingRows, count: int) -> dict[i
         for place in picks[name]:
             chosen.setdefault(place, []).append(name)
     return chosen
+
+
+def _cards(chosen: dict[int, list[str]], found: DataStatistics, rows: TrainingRows) -> list[dict[str, Any]]:
+    """What the page shows of each row; together they keep to the page's limit."""
+    measured = dict(zip(found.column("place").tolist(), found.numbers.tolist(), strict=True))
+    problems = {_place(rows, one): one for one in found.bad}
+    cards: list[dict[str, Any]] = []
+    room = PAGE_LIMIT
+    for place, groups in chosen.items():
+        view = view_row(rows, place, room=room // (len(chosen) - len(cards)))
+        room -= view.cost
+        source, row = rows.mixture.origin(place)
+        bad = problems.get(place)
+        row_id = bad.id if bad and view.row_id is None else view.row_id
+        card = {
+            "view": view,
+            "groups": groups,
+            "place": place,
+            "source": source,
+            "row": row,
+            "id": row_id,
+            "bad": bad,
+        }
+        cards.append(card | {"facts": dict(zip(COLUMNS, measured.get(place, ()), strict=False))})
+    return cards
 
 
 def _place(rows: TrainingRows, bad: BadRow) -> int:

@@ -65,6 +65,7 @@ class RowView:
     """A row in a report.
 
     Attributes:
+        row_id: Its ``id``, if it has one.
         prompt: Its prompt; empty for a row that has none.
         pictures: Its pictures and frames.
         sounds: Its sounds.
@@ -74,6 +75,7 @@ class RowView:
         cost: Characters of its media in the page.
     """
 
+    row_id: Any = None
     prompt: list[PromptPart] = field(default_factory=list)
     pictures: list[PictureView] = field(default_factory=list)
     sounds: list[SoundView] = field(default_factory=list)
@@ -95,6 +97,7 @@ def view_row(rows: TrainingRows, index: int, *, room: int) -> RowView:
     processing, plan = rows.processing, None
     try:
         row = rows.parse(index)
+        view.row_id = row.row_id
         plan = processing.whole_plan(row.turns, rows.open_media(index, row.sources))
         plan = processing.fit(plan)
     except RowError as error:
