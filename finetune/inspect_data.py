@@ -61,7 +61,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     output.add_argument(
         "--report_rows",
-        type=int,
+        type=_row_count,
         default=12,
         help="How many of the first, the bad, the longest and of random rows that page shows.",
     )
@@ -86,6 +86,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     if ignored:
         sys.stderr.write(f"ignored, because they have nothing to do with data: {' '.join(ignored)}\n")
     return values
+
+
+def _row_count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(
+            f"found {count}, expected 0 or more: how many rows of each kind are shown"
+        )
+    return count
 
 
 def main(argv: list[str]) -> int:

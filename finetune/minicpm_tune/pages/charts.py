@@ -58,7 +58,8 @@ def histogram(
         return None
     whole = bool(np.issubdtype(values.dtype, np.integer))
     step, bars = _bars(values, whole)
-    top, beyond = step * bars, int((values >= step * bars).sum())
+    top = step * bars
+    beyond = bool(values.max() > (top - 1 if whole else top))
     counts = np.bincount(np.minimum(values // step, bars - 1).astype(np.int64), minlength=bars)
     drawn = []
     for place, count in enumerate(counts.tolist()):

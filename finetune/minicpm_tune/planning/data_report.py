@@ -264,7 +264,12 @@ def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
         histogram("Image tokens", found.column("image_tokens")),
         histogram("Images", found.column("images")),
         histogram("Slices", found.column("slices")),
-        histogram("Video", found.column("video_ms") / 1000, unit=" s"),
-        histogram("Audio", found.column("audio_ms") / 1000, unit=" s"),
+        *(
+            histogram(title, milliseconds[milliseconds > 0] / 1000, unit=" s")
+            for title, milliseconds in (
+                ("Video", found.column("video_ms")),
+                ("Audio", found.column("audio_ms")),
+            )
+        ),
     ]
     return [one for one in charts if one is not None]

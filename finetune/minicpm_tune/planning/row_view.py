@@ -29,6 +29,7 @@ _LONGEST_SOUND = 30  # seconds of a clip in a report
 _SHORTEST_SOUND = 2  # seconds; less than this is not worth hearing
 _LONGEST_PROMPT = 20_000  # characters of a row in a report
 _BASE64 = 4 / 3  # characters of a page for a byte
+_WAVE_HEADER = 100  # characters, with the beginning of a data URI
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _picture(
 
 def _sound(clip: Clip, room: int) -> SoundView:
     """A clip as a PCM16 .wav file, cut to what there is room for."""
-    most = min(clip.seconds, _LONGEST_SOUND, room / _BASE64 / (2 * RATE))
+    most = min(clip.seconds, _LONGEST_SOUND, (room - _WAVE_HEADER) / _BASE64 / (2 * RATE))
     caption = f"sound, {clip.seconds:.1f} s"
     if most < min(clip.seconds, _SHORTEST_SOUND):
         return SoundView(None, caption)
