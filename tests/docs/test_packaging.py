@@ -40,8 +40,9 @@ def test_the_package_alone_is_installed(installed):
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == [
         "minicpm_tune"
     ]
-    expected = {path.relative_to(FINETUNE) for path in (FINETUNE / "minicpm_tune").rglob("*.py")}
-    assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected
+    for form in ("*.py", "*.html", "*.css", "*.js"):
+        expected = {path.relative_to(FINETUNE) for path in (FINETUNE / "minicpm_tune").rglob(form)}
+        assert {path.relative_to(installed) for path in installed.rglob(form)} == expected != set()
 
 
 def test_it_says_the_version_that_the_source_says(installed):

@@ -148,7 +148,7 @@ def test_rows_are_chosen_by_place_problem_length_and_chance(tmp_path, monkeypatc
 
 
 def test_pictures_and_sounds_keep_to_the_limit_of_a_page(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     with wave.open(str(tmp_path / "long.wav"), "wb") as sound:
         sound.setparams((1, 2, 16_000, 0, "NONE", ""))
@@ -256,4 +256,4 @@ def test_a_number_of_rows_below_0_is_refused(tmp_path, capsys):
     path = write_rows(tmp_path, ROWS[:1])
     with pytest.raises(SystemExit):
         parse_flags(["--model_name_or_path", "x", "--data_path", str(path), "--report_rows", "-1"])
-    assert "argument --report_rows: found -1, expected 0 or more" in capsys.readouterr().err
+    assert "error: --report_rows: found -1, expected 0 or more" in capsys.readouterr().err

@@ -259,7 +259,7 @@ def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
     length = found.column("length")
     limit = rows.processing.arguments.model_max_length
     charts = [
-        histogram("Tokens", length, mark=limit and (limit, f"--model_max_length {limit:,}")),
+        histogram("Tokens", length, mark=(limit, f"--model_max_length {limit:,}") if limit else None),
         histogram("Supervised share", 100 * found.column("supervised") / np.maximum(length, 1), unit=" %"),
         histogram("Image tokens", found.column("image_tokens")),
         histogram("Images", found.column("images")),

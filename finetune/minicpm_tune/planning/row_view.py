@@ -109,7 +109,10 @@ def view_row(rows: TrainingRows, index: int, *, room: int) -> RowView:
     _add_prompt(view, plan, processing)
     try:
         for part in _media(plan, view, room):
-            (view.sounds if isinstance(part, SoundView) else view.pictures).append(part)
+            if isinstance(part, SoundView):
+                view.sounds.append(part)
+            else:
+                view.pictures.append(part)
             view.cost += len(part.source or "")
     except RowError as error:
         view.problem = view.problem or str(error)

@@ -58,7 +58,7 @@ def prompt_parts(
     start = 0
     for (weight, structure, pad), group in groupby(kinds):
         end = start + sum(1 for _ in group)
-        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False)
         parts.append(PromptPart(f"{pad}x{end - start}" if pad else str(text), weight, structure))
         start = end
     return parts
