@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.data.grounding import PixelBox
 from minicpm_tune.data.media.audio import RATE, Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.samples import Plan, Processing, TrainingRows
@@ -96,10 +97,13 @@ def view_row(rows: TrainingRows, index: int, *, room: int) -> RowView:
     """
     view = RowView()
     processing, plan = rows.processing, None
+    boxes: list[list[PixelBox]] = []
     try:
         row = rows.parse(index)
         view.row_id = row.row_id
-        plan = processing.whole_plan(row.turns, rows.open_media(index, row.sources))
+        opened = rows.open_media(index, row.sources)
+        plan = processing.whole_plan(row.turns, opened)
+        boxes = processing.boxes(row.turns, opened)
         plan = processing.fit(plan)
     except RowError as error:
         view.problem = str(error)
@@ -108,7 +112,7 @@ def view_row(rows: TrainingRows, index: int, *, room: int) -> RowView:
         return view
     _add_prompt(view, plan, processing)
     try:
-        for part in _media(plan, view, room):
+        for part in _media(plan, boxes, view, room):
             if isinstance(part, SoundView):
                 view.sounds.append(part)
             else:
@@ -138,7 +142,8 @@ def _shortened_text(text: str) -> str:
 
 def _add_prompt(view: RowView, plan: Plan, processing: Processing) -> None:
     encoded = plan.encoded
-    weights = [float(label != IGNORE_INDEX) for label in encoded.labels]
+    learned = [float(label != IGNORE_INDEX) for label in encoded.labels]
+    weights = [one * weight for one, weight in zip(learned, encoded.weights or learned, strict=True)]
     parts = prompt_parts(encoded.input_ids, weights, processing.tokenizer, processing.style)
     view.prompt = shortened(parts, _LONGEST_PROMPT)
     cut_off = len(plan.pictures) - len(encoded.media_spans)
@@ -172,7 +177,9 @@ def shortened(parts: Sequence[PromptPart], most: int) -> list[PromptPart]:
     return [*before, gap, *after]
 
 
-def _media(plan: Plan, view: RowView, room: int) -> Iterator[PictureView | SoundView]:
+def _media(
+    plan: Plan, boxes: Sequence[Sequence[PixelBox]], view: RowView, room: int
+) -> Iterator[PictureView | SoundView]:
     """The row's media one by one, each with its share of the room that is left."""
     images = sum(picture.kind == "image" for picture in plan.pictures)
     for number, (picture, layouts) in enumerate(zip(plan.pictures, plan.layouts, strict=True)):
@@ -184,9 +191,18 @@ def _media(plan: Plan, view: RowView, room: int) -> Iterator[PictureView | Sound
             yield _sound(picture, share)
         elif picture.kind == "image":
             name = f"image {number + 1} of {images}" if images > 1 else "image"
-            yield _picture(next(iter(picture.frames())), layouts[0], name, share)
+            shown = _picture(next(iter(picture.frames())), layouts[0], name, share)
+            yield replace(shown, boxes=_in_fractions(boxes[number], *picture.sizes[0]))
         else:
             yield from _frames(picture, layouts, share)
+
+
+def _in_fractions(boxes: Sequence[PixelBox], width: int, height: int) -> tuple[PixelBox, ...]:
+    """(name, left, top, width, height) as fractions of a picture."""
+    return tuple(
+        (name, left / width, top / height, (right - left) / width, (bottom - top) / height)
+        for name, left, top, right, bottom in boxes
+    )
 
 
 def _frames(video: Picture, layouts: Sequence[ImageLayout], room: int) -> Iterator[PictureView]:
