@@ -1,6 +1,7 @@
 """inspect_data.py: what it reports, writes and shows."""
 
 import json
+import re
 import sys
 
 import numpy as np
