@@ -77,7 +77,7 @@ def imports_torch(pid):
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_ctrl_c_before_training_is_one_line_and_code_130(small, tmp_path, processes):
-    """During the imports, which take seconds; the check of rows and loading go the same way."""
+    """During the imports, which take seconds; the later stages have tests of their own."""
     run = LiveRun(arguments(small, tmp_path / "out"), processes=processes)
     run.wait_for(lambda: imports_torch(run.process.pid), limit=live_runs.LIMIT)
     run.process.send_signal(signal.SIGINT)
@@ -109,6 +109,18 @@ def test_ctrl_c_in_the_check_of_rows_ends_with_its_workers(small, tmp_path):
     code, printed = run.end(limit=AT_ONCE)
     assert code == 130, printed
     assert printed.count("SIGINT") == 1
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_weights_are_loaded_waits_for_none_of_them(small, tmp_path):
+    reached = tmp_path / "reached"
+    run = LiveRun(arguments(small, tmp_path / "out"), faults={"slow_weights": [str(reached), 1]})
+    run.wait_for(reached.exists, limit=live_runs.LIMIT)
+    run.process.send_signal(signal.SIGINT)
+    code, printed = run.end(limit=AT_ONCE)
+    assert code == 130, printed
+    assert "nothing is saved" in printed
     assert "Traceback" not in printed
 
 

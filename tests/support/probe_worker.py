@@ -13,6 +13,7 @@
     {"hang": [rank, step]}                    a row that never comes
     {"slow": seconds}                         every batch takes longer; there is a file "slow" when one has begun
     {"slow_check": seconds}                   ... every row of the check does
+    {"slow_weights": ["file", seconds]}       ... every tensor of the checkpoint does; there is this file then
     {"full_disk": step}                       writing that step's checkpoint fails for want of space
 
 Ranks count from 0, steps from 1.
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune"))
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import core_model_loading
 
 import finetune
 from minicpm_tune.data import row_check
@@ -134,6 +136,12 @@ def slow_check(rows, index, check=row_check.check_row):
     return check(rows, index)
 
 
+def slow_weights(tensor, *args, copy=core_model_loading._materialize_copy, **kwargs):
+    Path(FAULTS["slow_weights"][0]).touch()
+    time.sleep(FAULTS["slow_weights"][1])
+    return copy(tensor, *args, **kwargs)
+
+
 def more_memory_than_there_is(*_, **__):
     torch.empty(10**15)
 
@@ -143,6 +151,8 @@ def main():
     finetune.CPMTrainer = Probed
     if "slow_check" in FAULTS:
         row_check.check_row = slow_check
+    if "slow_weights" in FAULTS:
+        core_model_loading._materialize_copy = slow_weights
     if FAULTS.get("memory_in") == "loading":
         finetune.load_model = more_memory_than_there_is
     command_lines = json.loads(sys.argv[-1]) if FAULTS.get("several") else [sys.argv[1:]]

@@ -23,6 +23,8 @@ from minicpm_tune.checkpoints.weight_files import WeightFileError
 from minicpm_tune.models.quantization import finish_loading, loading_arguments, loading_quantization
 from minicpm_tune.safe_loading import unreadable_files_as_messages
 
+logger = logging.getLogger(__name__)
+
 
 def load_model(
     name_or_path: str | Path,
@@ -101,9 +103,6 @@ def keep_present_blocks(model: Any) -> None:
     model._no_split_modules = {type(module).__name__ for module in model.modules()} & set(
         model._no_split_modules or ()
     )
-
-
-logger = logging.getLogger(__name__)
 
 
 def add_token_rows(model: PreTrainedModel, tokens: Mapping[str, int]) -> None:

@@ -228,8 +228,8 @@ def _old_names(width: int) -> str:
 if __name__ == "__main__":
     answer_or_check(sys.argv[1:])
 
-
 logger = logging.getLogger(__name__)
+
 
 # The launchers' variables. A launcher exports LAUNCHER, its path, and LAUNCHER_FLAGS, how many of finetune.py's words
 # came from the user; what the user set in the environment is still there.

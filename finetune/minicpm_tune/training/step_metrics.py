@@ -18,6 +18,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from minicpm_tune.batch import IGNORE_INDEX
 
+logger = logging.getLogger(__name__)
+
 _KIB = 1024
 _SUMMED = ("loss_sum", "weight_sum", "token_count", "correct_count")  # of a model's output
 
@@ -157,8 +159,6 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / _KIB**3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB**2
 
-
-logger = logging.getLogger(__name__)
 
 CURVE_FILE = "loss.png"
 _SHARE = 0.01  # of the run's time that drawing may take
