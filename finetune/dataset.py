@@ -52,8 +52,12 @@ class SupervisedDataset(Dataset):
         self, data_path: str | Path, processing: Processing, *, max_samples: int | None = None
     ) -> None:
         self.processing = processing
+        arguments = processing.arguments
         self.mixture = Mixture(
-            str(data_path), given_num=processing.arguments.given_num, max_samples=max_samples
+            str(data_path),
+            given_num=arguments.given_num,
+            max_samples=max_samples,
+            columns=arguments.columns,
         )
         self.bad_rows = BadRowLog()
         self.left_out: set[int] = set()

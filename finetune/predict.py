@@ -50,6 +50,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(prog="predict.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--data_path", required=True, help="The rows, in any form that training takes.")
+    parser.add_argument("--columns", help="New names for columns or keys, as JSON; see finetune.py.")
     parser.add_argument("--output", required=True, help="The file to write: one JSON object per row.")
     parser.add_argument("--batch_size", type=count, default=4, help="Rows that each process answers at once.")
     parser.add_argument("--limit", type=count, help="Answer only the first LIMIT rows. Unset: all.")
@@ -114,7 +115,7 @@ def _open_rows(values: argparse.Namespace, processing: Processing, file: Predict
     from dataset import SupervisedDataset
     from minicpm_tune.answering.prediction import PredictionRows
 
-    arguments = replace(processing.arguments, on_bad_row=values.on_bad_row)
+    arguments = replace(processing.arguments, on_bad_row=values.on_bad_row, columns=values.columns)
     rows = SupervisedDataset(values.data_path, replace(processing, arguments=arguments))
     rows.bad_rows.path = file.bad_rows_path
     return PredictionRows(

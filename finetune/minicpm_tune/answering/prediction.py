@@ -34,6 +34,7 @@ from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.grounding import Box, Ref
 from minicpm_tune.data.media.sources import check_source
 from minicpm_tune.data.row_check import problems_text
+from minicpm_tune.data.row_forms import as_conversation
 from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.data.turns import Turn, media_of
@@ -152,7 +153,8 @@ class PredictionRows:
         return None
 
     def _parse(self, index: int) -> ParsedRow:
-        return self.processing.parse(_with_answer(self.rows.mixture.read(index)))
+        row = as_conversation(self.rows.mixture.read(index), answered=False)
+        return self.processing.parse(_with_answer(row))
 
     def _question(self, index: int) -> Question:
         row = self._parse(index)

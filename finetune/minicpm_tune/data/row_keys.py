@@ -14,7 +14,7 @@ from minicpm_tune.errors import RowError
 
 NOTHING: tuple[Any, ...] = (None, "", [], {}, ())  # Parquet fills in such values for keys that a row lacks
 
-_ROW_KEYS = {
+ROW_KEYS = {
     "conversations", "messages", "image", "images", "video", "videos", "id", "system", "system_prompt",
     "literal_control_tokens", "objects",
 }  # fmt: skip
@@ -36,7 +36,7 @@ _REFUSED_ROW_KEYS = {
     "y2], ...]}",
     "tools": _TOOLS,
     "functions": _TOOLS,
-    "history": "earlier turns belong into 'conversations' or 'messages'",
+    "history": "earlier turns belong into 'conversations' or 'messages', beside which it stands",
     "rejected": _PAIRS,
     "rejected_response": _PAIRS,
     "chosen": _PAIRS,
@@ -89,7 +89,7 @@ def read_row_keys(row: Mapping[str, Any], *, model: str, hears: bool = False) ->
     """
     _refuse_audio(row, "the row", model, known={"audio", "audios"} if hears else set())
     _refuse(row, _REFUSED_ROW_KEYS, "the row")
-    unknown = _unknown(row, _ROW_KEYS | {"audio", "audios"})
+    unknown = _unknown(row, ROW_KEYS | {"audio", "audios"})
     has_media = _has_media(row)
     for key in unknown:
         facts = has_media and _ABOUT_MEDIA.fullmatch(key)
@@ -98,7 +98,8 @@ def read_row_keys(row: Mapping[str, Any], *, model: str, hears: bool = False) ->
             raise RowError(
                 "media",
                 f"the row has {key!r}, expected its media under 'image', 'images', 'video' or 'videos'. Rename the key "
-                '(several images: \'images\': ["a.png", "b.png"], with an <image> in the text for each).',
+                '(several images: \'images\': ["a.png", "b.png"], with an <image> in the text for each), or have '
+                f'--columns \'{{"{key}": "image"}}\' do so.',
             )
     return unknown
 
@@ -217,6 +218,6 @@ def type_name(value: Any) -> str:
     return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def name_list(keys: Iterable[Any]) -> str:
+def name_list(keys: Iterable[Any], *, most: int = 8) -> str:
     """Some keys, for messages."""
-    return ", ".join(repr(str(key)) for key in list(keys)[:8]) or "(none)"
+    return ", ".join(repr(str(key)) for key in list(keys)[:most]) or "(none)"

@@ -2,8 +2,8 @@
 
 Accepted: the official form (``conversations`` with role/content, ``image`` a path or a dictionary of
 ``<image_00>`` placeholders), ``messages`` with strings or lists of typed parts, ShareGPT / LLaVA
-(``from``/``value``), and InternLM-XComposer's ``<ImageHere>``. A row is used exactly as written, or refused
-with a ``RowError`` that says what was found, what was expected and what to do.
+(``from``/``value``), InternLM-XComposer's ``<ImageHere>``, and the pairs of ``row_forms.py``. A row is used exactly as
+written, or refused with a ``RowError`` that says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box
+from minicpm_tune.data.row_forms import as_conversation, form_names
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,
@@ -85,6 +86,7 @@ def parse_row(
         raise RowError(
             "form", f"the row is {type_name(row)}, expected an object with 'conversations'. Fix or remove it."
         )
+    row = as_conversation(row)
     literal = row.get("literal_control_tokens")
     literal = (
         literal_control_tokens if literal is None else _switch(literal, "the row: 'literal_control_tokens'")
@@ -109,7 +111,7 @@ def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
     if not given:
         raise RowError(
             "form",
-            f"the row has the keys {name_list(row)}, expected 'conversations' or 'messages'. Add the conversation.",
+            form_names(row),
         )
     if len(given) > 1 and row["conversations"] not in NOTHING and row["messages"] not in NOTHING:
         raise RowError(

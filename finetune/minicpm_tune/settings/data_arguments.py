@@ -45,8 +45,8 @@ class DataArguments(RowLimits):
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "The training rows: JSON, JSONL, Parquet or a Hugging Face datasets folder, with #count or :weight "
-            "behind it; several, separated by commas; or a .txt list of them (docs/data.md)."
+            "help": "The training rows: JSON, JSONL, CSV, Parquet or a Hugging Face datasets folder, with #count or "
+            ":weight behind it; several, separated by commas; or a .txt list of them (docs/data.md)."
         },
     )
     eval_data_path: str | None = field(
@@ -74,6 +74,14 @@ class DataArguments(RowLimits):
         default=None,
         metadata={
             "help": "The same for each file of --eval_data_path, or for what --eval_split holds out of each."
+        },
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "New names for the columns of a table or the keys of rows, as JSON: "
+            '\'{"query": "user", "response": "assistant", "image_path": "image"}\'. The names are those of '
+            "docs/data.md, section Forms; in a mixture, each file is renamed where it has the columns."
         },
     )
     image_folder: str | None = field(

@@ -1,14 +1,16 @@
-"""Rows of Parquet files and of data sets saved by Hugging Face datasets, read through that library.
+"""Rows of Parquet and CSV files, and of data sets saved by Hugging Face datasets, read through that library.
 
 It memory-maps Arrow files, which gives single rows without decoding their neighbors. A data set on disk is such a
-file already; a Parquet file is converted once into the cache folder.
+file already; a Parquet or CSV file is converted once into the cache folder.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,14 @@ class ArrowRows:
         path: What messages call it; its folder is what relative paths start from.
         files: The files whose states decide its rows.
         rows: The data set. Images and sounds in it stay as stored, {bytes, path}.
+        text_cells: Whether it comes from a file in which everything is text.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path], rows: datasets.Dataset) -> None:
-        self.path, self.files = path, files
+    def __init__(
+        self, path: Path, files: Sequence[Path], rows: datasets.Dataset, *, text_cells: bool = False
+    ) -> None:
+        self.path, self.files, self.text_cells = path, files, text_cells
+        self.columns: Sequence[str] | None = rows.column_names
         self._rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
@@ -58,18 +64,60 @@ def open_parquet(path: Path) -> ArrowRows:
     Raises:
         DataError: When it is not a Parquet file.
     """
+    with _converting(path, "Parquet"):
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder()))
+    return ArrowRows(path, [path], rows)
+
+
+def open_csv(path: Path) -> ArrowRows:
+    """Open a CSV file (``.csv``, with commas) or a TSV file (``.tsv``, with tabs); its first line names the columns.
+
+    Raises:
+        DataError: When it can't be read.
+    """
+    separator = "\t" if path.suffix == ".tsv" else ","
+    # As text: "007" stays as it is, and an answer "NA" or "None" is no missing value.
+    texts = datasets.Features(dict.fromkeys(_header(path, separator), datasets.Value("string")))
+    with _converting(path, "CSV"):
+        rows = datasets.Dataset.from_csv(
+            str(path), cache_dir=str(cache_folder()), features=texts, sep=separator, keep_default_na=False
+        )
+    return ArrowRows(path, [path], rows, text_cells=True)
+
+
+def _header(path: Path, separator: str) -> list[str]:
+    """The names in a CSV file's first line."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=separator)
+            names, first = next(lines, []), next(lines, [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"--data_path {path}: not readable as CSV ({error}). Save it as UTF-8, with commas (.csv) or tabs (.tsv)."
+        ) from error
+    # pandas would take the first cells of longer lines as names of the rows, and shift the others.
+    if len(first) > len(names) or len(set(names)) < len(names) or not all(names):
+        raise DataError(
+            f"--data_path {path}: the first line has the names {names}, and the second has {len(first)} cells, "
+            "expected a name for each column, all different. Fix the first line."
+        )
+    return names
+
+
+@contextmanager
+def _converting(path: Path, kind: str) -> Iterator[None]:
+    """Keep the library's progress bars off the screen, and make its errors a message."""
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder()))
+        yield
     except _READ_ERRORS as error:
         raise DataError(
-            f"--data_path {path}: not readable as Parquet ({error.__cause__ or error}). Write the file again."
+            f"--data_path {path}: not readable as {kind} ({error.__cause__ or error}). Write the file again."
         ) from error
     finally:
         if not silent:
             datasets.enable_progress_bars()
-    return ArrowRows(path, [path], rows)
 
 
 def open_saved(path: Path) -> ArrowRows | None:

@@ -40,6 +40,8 @@ class JsonRows:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: Sequence[Path] = [path]
+        self.columns: Sequence[str] | None = None
+        self.text_cells = False
         self._lines_path, spans_path = _index(path)
         self._spans = np.load(spans_path, mmap_mode="r")
         self._file: IO[bytes] | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minicpm_tune.batch import Origin
+from minicpm_tune.data.files.columns import name_columns, read_columns
 from minicpm_tune.data.files.row_files import FirstRows, Rows, open_rows
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_path import MixtureSource, read_data_path
@@ -46,16 +47,25 @@ class Mixture:
         data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
         given_num: Whether the amounts in it count; else every row stands once.
         max_samples: The rows that are taken of each file at most, the first ones; None: all.
+        columns: What ``--columns`` takes, see ``files/columns.py``.
 
     Raises:
         DataError: When a file can't be read, or its share is no row.
     """
 
-    def __init__(self, data_path: str, *, given_num: bool = True, max_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        data_path: str,
+        *,
+        given_num: bool = True,
+        max_samples: int | None = None,
+        columns: str | None = None,
+    ) -> None:
         self.files: list[DataFile] = []
         self._given_num = given_num
-        for source in read_data_path(data_path):
-            rows = open_rows(source.path)
+        sources = read_data_path(data_path)
+        opened = name_columns([open_rows(source.path) for source in sources], read_columns(columns))
+        for source, rows in zip(sources, opened, strict=True):
             if max_samples is not None and max_samples < len(rows):
                 rows = FirstRows(rows, max_samples)
             if max_samples is not None and source.count is not None:

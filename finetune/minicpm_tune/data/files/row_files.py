@@ -1,4 +1,4 @@
-"""A path -> rows: JSON, JSONL, Parquet, a folder, or several files by a pattern."""
+"""A path -> rows: JSON, JSONL, CSV, Parquet, a folder, or several files by a pattern."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from minicpm_tune.data.files.json_rows import JsonRows
 from minicpm_tune.errors import DataError
 
+TABLES = (".csv", ".tsv")
 _UTF_8 = "Save the file as UTF-8 (in an editor, or with: iconv -f UTF-16 -t UTF-8)"
 # How files start that are given in the place of JSON, what they are, and what to do.
 _OTHER_FILES = (
@@ -34,10 +35,14 @@ class Rows(Protocol):
     Attributes:
         path: What messages call it.
         files: The files whose states decide its rows.
+        columns: The columns of a table; None where every row has keys of its own.
+        text_cells: Whether every value in it is a text, as in a CSV file.
     """
 
     path: Path
     files: Sequence[Path]
+    columns: Sequence[str] | None
+    text_cells: bool
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -59,6 +64,11 @@ class JoinedRows:
     def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
         self.path = path
         self.files: Sequence[Path] = [file for part in parts for file in part.files]
+        tables = [part.columns for part in parts if part.columns is not None]
+        self.columns: Sequence[str] | None = None
+        if len(tables) == len(parts):
+            self.columns = list(dict.fromkeys(name for table in tables for name in table))
+        self.text_cells = all(part.text_cells for part in parts)
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 
@@ -80,6 +90,7 @@ class FirstRows:
 
     def __init__(self, rows: Rows, count: int) -> None:
         self.path, self.files = rows.path, rows.files
+        self.columns, self.text_cells = rows.columns, rows.text_cells
         self._rows, self._count = rows, count
 
     def __len__(self) -> int:
@@ -93,7 +104,7 @@ def open_rows(path: str | Path) -> Rows:
     """Open a data file, a folder, or files by a pattern with ``*``.
 
     Args:
-        path: A JSON list, JSONL or Parquet file, a folder of Parquet files, a data set saved by Hugging Face
+        path: A JSON list, JSONL, Parquet, CSV or TSV file, a folder of Parquet files, a data set saved by Hugging Face
             datasets, or a pattern.
 
     Raises:
@@ -108,6 +119,7 @@ def open_rows(path: str | Path) -> Rows:
         raise DataError(
             f"--data_path {path}: no such file, expected rows. Fix the path (looked at {path.absolute()})."
         )
+    rows: Rows
     if path.is_dir() or path.suffix == ".parquet":
         rows = _arrow_rows(path)
     elif path.stat().st_size == 0:
@@ -116,7 +128,7 @@ def open_rows(path: str | Path) -> Rows:
         )
     else:
         _check_is_text(path)
-        rows = JsonRows(path)
+        rows = _arrow_rows(path) if path.suffix in TABLES else JsonRows(path)
     if not len(rows):
         raise DataError(
             f"--data_path {path}: the file has no rows, expected some. Write rows into it, or fix the path."
@@ -130,14 +142,16 @@ def _check_is_text(path: Path) -> None:
         start = file.read(512)
     for magic, kind, remedy in _OTHER_FILES:
         if start.startswith(magic):
-            raise DataError(f"--data_path {path}: found {kind}, expected JSON, JSONL or Parquet. {remedy}.")
+            raise DataError(
+                f"--data_path {path}: found {kind}, expected JSON, JSONL, CSV or Parquet. {remedy}."
+            )
 
 
 def _arrow_rows(path: Path) -> Rows:
     # Imported here: datasets takes two seconds, which JSON files need not wait for.
-    from minicpm_tune.data.files.arrow_rows import open_parquet, open_parquet_folder, open_saved
+    from minicpm_tune.data.files.arrow_rows import open_csv, open_parquet, open_parquet_folder, open_saved
 
     if not path.is_dir():
-        return open_parquet(path)
+        return open_csv(path) if path.suffix in TABLES else open_parquet(path)
     saved = open_saved(path)
     return JoinedRows(path / "rows", open_parquet_folder(path)) if saved is None else saved
