@@ -28,6 +28,8 @@ from minicpm_tune.data.grounding import intersection_over_union
 QUESTION = "Where is the <ref-object>?"
 PARTS = {"train": 9600, "eval": 48, "held_out": 100}
 SHAPES = ("circle", "square")
+DARK = ("red", "green", "blue", "purple", "black")  # the shapes, keys of COLORS
+PALE = ("white", "pink", "sky", "mint")  # the grounds, keys of BACKGROUNDS
 TENTHS = 10
 SIDES = (4, 7)  # tenths of the picture
 PICTURE = (84, 112)  # pixels; up to 112 x 112 a picture is not cut into slices
@@ -63,8 +65,8 @@ def draw_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
 def draw(rng: random.Random) -> tuple[Image.Image, str, list[float]]:
     """A picture, the name of its shape, and the shape's box in pixels."""
     width, height = rng.randint(*PICTURE), rng.randint(*PICTURE)
-    image = Image.new("RGB", (width, height), shade(BACKGROUNDS[rng.choice(list(BACKGROUNDS))][1], rng))
-    color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+    image = Image.new("RGB", (width, height), shade(BACKGROUNDS[rng.choice(PALE)][1], rng))
+    color, shape = rng.choice(DARK), rng.choice(SHAPES)
     across, down = rng.randint(*SIDES), rng.randint(*SIDES)
     left, top = rng.randint(0, TENTHS - across), rng.randint(0, TENTHS - down)
     box = [
@@ -73,7 +75,7 @@ def draw(rng: random.Random) -> tuple[Image.Image, str, list[float]]:
     ]  # fmt: skip
     pencil = ImageDraw.Draw(image)
     (pencil.ellipse if shape == "circle" else pencil.rectangle)(box, fill=shade(COLORS[color][1], rng))
-    return image, f"{color} {shape}", box
+    return image, f"{color} shape", box
 
 
 def row(name: str, image: str, shape: str, box: list[float]) -> dict[str, Any]:

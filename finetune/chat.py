@@ -123,7 +123,7 @@ class Conversation:
         found = find_model(choice)
         self.processing = found.processing
         self.options = ImageOptions.of(found.processing.arguments, found.processing.generation, folder=Path())
-        self.messages: list[dict[str, Any]] = []
+        self.reset()
         self.shown: list[Any] = []
         self.failed: str | None = None  # what could not be shown with the next question
         self.known: set[Path] = set()  # every file that was shown
@@ -132,12 +132,12 @@ class Conversation:
             for path in getattr(values, kind):
                 self.show(kind, path)
         self.model, _ = load_for_inference(choice, found)
-        self.reset()
 
     def reset(self) -> None:
         """Forget what was said."""
+        self.seen: Any = None  # the last picture that was shown, on which --draw draws
         system = self.values.system_prompt
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def clear(self) -> None:
         """Show nothing with the next question."""
@@ -165,6 +165,8 @@ class Conversation:
         """
         self.failed = path
         self.shown.append(self._decoded(kind, path))
+        if kind == "image":
+            self.seen = self.shown[-1]
         self.failed = None
         if file := self.find(path):
             self.known.add(file)
@@ -226,6 +228,29 @@ class Conversation:
         _say("\n" if streams else text + "\n")
         self.messages = [*asked, {"role": "assistant", "content": text}]
         self.clear()
+        if self.values.draw:
+            self._draw(text)
+
+    def _draw(self, text: str) -> None:
+        """Draw the boxes of an answer on the last picture."""
+        from minicpm_tune.answering.chat import MessageError
+        from minicpm_tune.data.grounding import draw_boxes, pixel_boxes
+
+        if self.seen is None:
+            _note("No picture was shown, so nothing is drawn.")
+            return
+        [picture] = self.seen.frames()
+        boxes = pixel_boxes(text, picture.size, self.processing.generation.box_form)
+        if not boxes:
+            _note("The answer has no box, so nothing is drawn.")
+            return
+        try:
+            draw_boxes(picture, boxes).save(self.values.draw)
+        except OSError as error:
+            raise MessageError(
+                f"--draw {self.values.draw}: it can't be written ({error.strerror}). Name a file where you may write."
+            ) from error
+        _note(f"boxes drawn: {self.values.draw}")
 
     def _show_named_files(self, question: str) -> None:
         """Show the pictures whose paths a question mentions, unless they were shown before."""
@@ -287,10 +312,16 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--question", action="append", default=[],
         help="A question; several are the turns of one conversation. Unset: questions are read line by line.",
     )  # fmt: skip
+    parser.add_argument(
+        "--draw",
+        help="Draw the boxes and points of every answer on the last picture shown, and write it to this file.",
+    )
     add_model_flags(parser)
     add_generation_flags(parser, sampling=True, max_new_tokens=2048)
     values = parser.parse_args(argv)
     check_generation_flags(parser, values)
+    if values.draw and _kind_of(values.draw) != "image":
+        parser.error(f"--draw {values.draw}: expected the name of a picture, such as found.png")
     return values
 
 

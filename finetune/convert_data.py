@@ -64,8 +64,8 @@ FORMS: dict[str, tuple[Callable[[], CommandParser], Callable[[argparse.Namespace
 }
 
 
-def main(argv: list[str]) -> int:
-    """Convert one file; the exit code is 1 when nothing was written, or after a message for a user's mistake."""
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; ``convert`` of the result does the work."""
     word, rest = (argv[0], argv[1:]) if argv else ("", [])
     if word not in FORMS:
         parser = CommandParser(prog="convert_data.py", description=(__doc__ or "").partition("\n")[0])
@@ -74,7 +74,15 @@ def main(argv: list[str]) -> int:
         )
         parser.parse_args(argv)
     flags, convert = FORMS[word]
-    return run_command(convert, flags().parse_args(rest), interrupted="Interrupted; nothing was written.")
+    values = flags().parse_args(rest)
+    values.convert = convert
+    return values
+
+
+def main(argv: list[str]) -> int:
+    """Convert one file; the exit code is 1 when nothing was written, or after a message for a user's mistake."""
+    values = parse_flags(argv)
+    return run_command(values.convert, values, interrupted="Interrupted; nothing was written.")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--show", type=int, nargs="+", default=[], metavar="N",
         help="Only print these rows as the model will see them: the prompt with placeholders folded and supervised "
         "text in [[ ]]. The slices are drawn to sample_N.png in the current folder, the log-mel frames of audio to "
-        "sample_N_audio.png. Rows are numbered from 0, through all files.",
+        "sample_N_audio.png, boxes on their picture to sample_N_boxes.png. Rows are numbered from 0, through all "
+        "files.",
     )  # fmt: skip
     output.add_argument(
         "--workers", type=int, help="Processes that read rows. Default: one per core, at most 16."
@@ -191,7 +192,26 @@ def show(rows: SupervisedDataset, index: int) -> bool:
             path = Path(f"sample_{index}{end}.png")
             sheet.save(path)
             sys.stdout.write(f"{name}: {path}\n")
+    _draw_boxes(rows, index)
     return True
+
+
+def _draw_boxes(rows: SupervisedDataset, index: int) -> None:
+    """Draw the boxes of a row on its pictures."""
+    from minicpm_tune.data.grounding import draw_boxes
+    from minicpm_tune.data.media.images import Picture
+
+    row = rows.parse(index)
+    pictures = rows.open_media(index, row.sources)
+    found = rows.processing.boxes(row.turns, pictures)
+    drawn = 0
+    for picture, boxes in zip(pictures, found, strict=True):
+        if boxes and isinstance(picture, Picture):
+            path = Path(f"sample_{index}_boxes{drawn or ''}.png")
+            [image] = picture.frames()
+            draw_boxes(image, boxes).save(path)
+            sys.stdout.write(f"boxes: {path}\n")
+            drawn += 1
 
 
 def _heard(sample: Sample) -> str:

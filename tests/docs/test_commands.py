@@ -72,7 +72,15 @@ def takes(words, folder, monkeypatch):
     read_command_line(list(words))
 
 
-SMALL = ("chat.py", "predict.py", "merge_lora.py", "quantize.py", "inspect_data.py", "plan_memory.py")
+SMALL = (
+    "chat.py",
+    "predict.py",
+    "merge_lora.py",
+    "quantize.py",
+    "inspect_data.py",
+    "plan_memory.py",
+    "convert_data.py",
+)
 
 
 @of(*SMALL)

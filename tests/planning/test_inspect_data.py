@@ -227,6 +227,24 @@ def test_show_prints_the_prompt_and_draws_the_slices(tmp_path, capsys, monkeypat
         inspect(flags(path, "--show", "9"))
 
 
+def test_show_draws_the_boxes_on_their_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 40), "white").save("a.png")
+    found = {
+        "image": "a.png",
+        "conversations": chat("Where?", "<bbox>"),
+        "objects": {"bbox": [[6, 4, 30, 20]]},
+    }
+    path = write_rows(tmp_path, [found, GOOD[0]])
+    assert inspect(flags(path, "--show", "0", "1")) == 0
+    text = capsys.readouterr().out
+    assert "[[<box>100 100 500 500</box><|im_end|>]]" in text
+    assert text.count("boxes: ") == text.count("boxes: sample_0_boxes.png") == 1
+    colored = (np.asarray(Image.open("sample_0_boxes.png")) != 255).any(axis=2)
+    down, across = colored.nonzero()
+    assert (across.min(), down.min(), across.max(), down.max()) == (6, 4, 30, 20)
+
+
 def audio_row(wave, text="What is it?"):
     return {
         "audio": str(GOLDENS / "audio" / f"{wave}.wav"),
