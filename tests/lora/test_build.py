@@ -1,16 +1,24 @@
 """What trains: LoRA targets, and what an adapter saves."""
 
+import copy
+
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora import build
 from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
-from minicpm_tune.lora.build import adapted_modules, add_adapter
+from minicpm_tune.lora.build import (
+    adapted_modules,
+    add_adapter,
+    restore_output_layer,
+    set_frozen_copies_aside,
+)
 from minicpm_tune.lora.loading import load_adapter
 from minicpm_tune.models.parameter_parts import count_parts
 from minicpm_tune.settings.argument_groups import LoraArguments
-from support.golden_models import SIX, golden_model
+from support.golden_models import SIX, full_batch, golden_model
 
 
 def trained_parts(model, generation):
@@ -91,7 +99,9 @@ def test_what_matches_nothing_is_refused(options, message):
 
 def test_an_adapter_continues_where_it_was_saved(tmp_path):
     model, _ = golden_model("v2_6")
-    wrapped = add_adapter(model, GENERATIONS["v2_6"], LoraArguments(lora_r=4), vision=True, resampler=True)
+    wrapped = add_adapter(
+        model, GENERATIONS["v2_6"], LoraArguments(lora_r=4, lora_dropout=0.0), vision=True, resampler=True
+    )
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -130,3 +140,73 @@ def test_the_untrained_copies_of_an_adapter_are_not_counted_twice():
     }
     assert after["vision"].trainable == after["vision"].total
     assert after["llm"].trainable == 0
+
+
+def switched_off(model, batch):
+    with torch.no_grad(), model.disable_adapter():
+        return model(**batch).loss.item()
+
+
+def test_frozen_copies_of_trained_modules_are_no_part_of_the_model(tmp_path):
+    model, about = golden_model("v2_6")
+    batch, _ = full_batch("v2_6", "sliced", about)
+    with torch.no_grad():
+        before = model(**batch).loss.item()
+    wrapped = add_adapter(
+        model, GENERATIONS["v2_6"], LoraArguments(lora_r=4, lora_dropout=0.0), vision=True, resampler=True
+    )
+    held = sum(parameter.nbytes for parameter in wrapped.parameters())
+    copies = sum(
+        parameter.nbytes for name, parameter in wrapped.named_parameters() if ".original_module." in name
+    )
+    state = set(get_peft_model_state_dict(wrapped))
+    set_frozen_copies_aside(wrapped)
+    assert copies > 0
+    assert sum(parameter.nbytes for parameter in wrapped.parameters()) == held - copies
+    assert not [name for name in wrapped.state_dict() if "original_module" in name]
+    assert set(get_peft_model_state_dict(wrapped)) == state
+
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * torch.randn_like(parameter))
+        trained = wrapped(**batch).loss.item()
+    assert trained != pytest.approx(before, rel=1e-4)
+    assert switched_off(wrapped, batch) == before
+    with torch.no_grad():
+        assert wrapped(**batch).loss.item() == trained
+    copied = copy.deepcopy(wrapped)
+    assert switched_off(copied, batch) == before
+
+    wrapped.save_pretrained(tmp_path / "adapter")
+    fresh, _ = golden_model("v2_6")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    restore_output_layer(loaded)
+    with torch.no_grad():
+        assert loaded.train()(**batch).loss.item() == trained
+        merged = wrapped.merge_and_unload()
+        assert merged(**batch).loss.item() == pytest.approx(trained, rel=1e-5)
+
+
+def test_a_further_adapter_starts_from_the_frozen_copies():
+    model, _ = golden_model("v2_6")
+    start = model.resampler.query.detach().clone()
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], LoraArguments(lora_r=4), vision=False, resampler=True)
+    set_frozen_copies_aside(wrapped)
+    torch.nn.init.zeros_(wrapped.base_model.model.resampler.query)
+    wrapped.add_adapter("second", wrapped.peft_config["default"])
+    assert torch.equal(wrapped.base_model.model.resampler.modules_to_save["second"].query, start)
+
+
+def test_a_frozen_copy_comes_to_the_device_of_the_trained_module_while_it_is_used(monkeypatch):
+    model, _ = golden_model("v2_6")
+    lora = LoraArguments(lora_modules_to_save=["resampler"])
+    wrapped = add_adapter(model, GENERATIONS["v2_6"], lora, vision=False, resampler=True)
+    set_frozen_copies_aside(wrapped)
+    wrapped.to("meta")
+    original, moves = wrapped.base_model.model.resampler.original_module, []
+    assert original.query.device.type == "cpu"
+    monkeypatch.setattr(original, "to", lambda device: moves.append(str(device)))
+    with wrapped.disable_adapter():
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]

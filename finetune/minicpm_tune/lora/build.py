@@ -121,6 +121,45 @@ def restore_output_layer(wrapped: PeftModel) -> None:
                 copy.__class__ = LMHead
 
 
+class _CopyAside(ModulesToSaveWrapper):
+    """PEFT's wrapper of a module trained in full, with the frozen original beside the model instead of in it.
+
+    Whatever moves, saves, or divides the model does not see the original: it stays on the CPU. When the adapter is
+    switched off, it comes to where the trained copy is, and goes back afterwards.
+    """
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module as it was before training."""
+        return self.__dict__["aside"]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the trained module and the original."""
+        super().enable_adapters(enabled)
+        trained = next(self.modules_to_save.parameters())
+        self.original_module.to("cpu" if enabled else trained.device)
+
+
+def set_frozen_copies_aside(model: PeftModel) -> None:
+    """Keep the originals of modules that train in full out of the GPU's memory: 1.9 GiB of MiniCPM-V 2.6.
+
+    PEFT needs them when the adapter is switched off and when another is added, and never in training. Under ZeRO-3
+    they stay: each process holds a share of them, which only modules within the model can gather.
+
+    Args:
+        model: The model on the CPU, with its adapter.
+    """
+    for module in model.modules():
+        if type(module) is not ModulesToSaveWrapper:
+            continue
+        original = module.original_module
+        if any(hasattr(parameter, "ds_id") for parameter in original.parameters()):
+            continue
+        del module.original_module
+        module.__dict__["aside"] = original
+        module.__class__ = _CopyAside
+
+
 def _remember_start(model: PeftModel) -> None:
     """Keep a copy of an adapter whose start changed the base weights; see ``saving.fit_to_original_base``."""
     config: Any = model.peft_config["default"]

@@ -42,6 +42,7 @@ from minicpm_tune.lora.build import (
     log_adapted_modules,
     modules_of_new_tokens,
     restore_output_layer,
+    set_frozen_copies_aside,
     translated_pattern,
 )
 from minicpm_tune.safe_loading import unreadable_files_as_messages
@@ -182,11 +183,13 @@ def new_or_continued_adapter(
         AdapterError: As ``build.add_adapter`` and ``loading.load_adapter``.
     """
     if lora.lora_weight_path:
-        return load_adapter(
+        wrapped = load_adapter(
             model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
         )
-    wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
-    log_adapted_modules(wrapped)
+    else:
+        wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
+        log_adapted_modules(wrapped)
+    set_frozen_copies_aside(wrapped)
     return wrapped
 
 
