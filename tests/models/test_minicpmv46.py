@@ -45,7 +45,10 @@ def _one_thread():
         yield
 
 
-@pytest.fixture(params=NATIVE)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("v4_7_moe", "ocr_1")]
+
+
+@pytest.fixture(params=[*NATIVE, *SLOW])
 def name(request):
     return request.param
 
@@ -256,7 +259,7 @@ def test_video_frames_are_scattered_and_placed_like_images_of_their_kind(name):
     pixels, sizes = normalized(sample), sample["tgt_sizes"]
     inputs = {"input_ids": ids[None], "pixel_values": pixels[..., : 14 * 32], "target_sizes": sizes[:1]}
     inputs |= {"pixel_values_videos": pixels[..., 14 * 32 :], "target_sizes_videos": sizes[1:]}
-    if name == "v4_7":
+    if name.startswith("v4_7"):
         inputs["mm_token_type_ids"] = (ids == PAD_IMAGE).int()[None] + 2 * (ids == 13).int()[None]
     batch = without_labels(batch_of([[sample]]))
     with torch.no_grad():

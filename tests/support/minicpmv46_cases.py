@@ -1,4 +1,4 @@
-"""Small models of 4.6 and 4.7, and batches for them, shared by the tests of the native generations."""
+"""Small models of the family minicpmv46, and batches for them, shared by the tests of the native generations."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ from minicpm_tune.models.loading import model_class
 from support.paths import GOLDENS
 
 NATIVE = ("v4_6", "v4_7")
+# Those without goldens of their own: the ones they share images and prompts with, and what their config has besides.
+_EXPERTS = {
+    "model_type": "qwen3_5_moe_text", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+_DERIVED = {"v4_7_moe": ("v4_7", {}, _EXPERTS), "ocr_1": ("v4_6", {"model_type": "minicpm_ocr"}, {})}
 SLICED = ((8, 8), (4, 8), (4, 8), (4, 8), (4, 8))  # patches: an overview and 2 x 2 slices
 # Token ids of the goldens' tokenizer.
 IMAGE, IMAGE_END, SLICE, SLICE_END, PAD_IMAGE, NEWLINE = 6, 7, 8, 9, 12, 216
@@ -39,13 +45,21 @@ def fill_by_name(model):
             parameter.copy_(torch.from_numpy(np.asarray(noise, dtype=np.float32)))
 
 
-def golden_config(name, *, mode="16x", attention="sdpa"):
-    config = AutoConfig.from_pretrained(GOLDENS / name, downsample_mode=mode)
+def golden_config(name, *, mode="16x", attention="sdpa", **text):
+    """The configuration of a golden model; ``text`` are settings of the LLM."""
+    source, own, experts = _DERIVED.get(name, (name, {}, {}))
+    content = json.loads((GOLDENS / source / "config.json").read_text()) | own | {"downsample_mode": mode}
+    content["text_config"] |= experts | text
+    del content["vision_config"]["model_type"]
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
     config._attn_implementation = attention
+    # One expert after the other: the only way that also computes in fp64.
+    config.text_config._experts_implementation = "eager"
     return config
 
 
 def our_model(name, **options):
+    """Our model; ``options`` as of ``golden_config``."""
     model = model_class(GENERATIONS[name])(golden_config(name, **options))
     fill_by_name(model)
     return model.train()
@@ -59,7 +73,8 @@ def transformers_model(name, **options):
 
 def golden_sample(name, case, mode="16x"):
     """A golden case as a sample of ours, and the pixels as transformers' own processor normalizes them."""
-    golden = json.loads((GOLDENS / name / "processor.json").read_text())["cases"][case]
+    source = _DERIVED.get(name, (name,))[0]
+    golden = json.loads((GOLDENS / source / "processor.json").read_text())["cases"][case]
     ids = torch.tensor(golden["input_ids"])
     labels = ids.clone()
     labels[:-20] = -100
@@ -164,7 +179,7 @@ def released_inputs(name, sample, pixels):
     inputs = {"input_ids": sample["input_ids"][None], "labels": sample["labels"][None], "use_cache": False}
     if pixels is not None:
         inputs |= {"pixel_values": pixels, "target_sizes": sample["tgt_sizes"]}
-        if name == "v4_7":
+        if name.startswith("v4_7"):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == PAD_IMAGE).int()
     return inputs
 

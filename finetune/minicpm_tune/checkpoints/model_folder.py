@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from minicpm_tune.checkpoints.model_generations import XCOMPOSER2_TYPES, Generation, detect_generation
+from minicpm_tune.checkpoints.generation_detection import NATIVE_TYPES, XCOMPOSER2_TYPES, detect_generation
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import add_tokens, build_tokenizer
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.errors import UserError
@@ -136,12 +139,27 @@ def added_tokens(folder: str | Path) -> list[str]:
 
 
 def read_generation(folder: str | Path) -> Generation:
-    """Tell a model folder's generation from its files; see ``model_generations.detect_generation``."""
+    """Tell a model folder's generation from its files; see ``generation_detection``."""
     config = read_config(folder)
     # These alone are told apart by their tensors as well.
     by_weights = config["model_type"] in (*XCOMPOSER2_TYPES, "minicpmo") and has_weights(Path(folder))
     tensors = tensor_names(Path(folder)) if by_weights else ()
-    return detect_generation(config, added_tokens(folder), tensors)
+    # Their inference is the template's own default; that of the others is what the released chat() asks for.
+    thinks = config["model_type"] in NATIVE_TYPES and _opens_thoughts(Path(folder))
+    return detect_generation(config, added_tokens(folder), tensors, thinks=thinks)
+
+
+def _opens_thoughts(folder: Path) -> bool:
+    """Whether the chat template, asked for nothing, lets the answer start with thoughts."""
+    template = _chat_template(folder, read_settings(folder, "tokenizer_config.json"))
+    if not isinstance(template, str):
+        return False
+    question = [{"role": "user", "content": "?"}]
+    try:
+        (prompt,), _ = render_jinja_template([question], chat_template=template, add_generation_prompt=True)
+    except TemplateError:
+        return False  # ``data/prompts.py`` tells what is wrong with it
+    return prompt.rstrip().endswith("<think>")
 
 
 def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:

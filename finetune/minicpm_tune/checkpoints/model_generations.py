@@ -9,11 +9,8 @@ Source: the released config.json, modeling and processing files of each checkpoi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
-
-from minicpm_tune.errors import UserError
 
 # What adapters and data-parallel training put around a parameter's own name.
 _WRAPPERS = re.compile(
@@ -57,15 +54,6 @@ _XCOMPOSER2_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '[UNUSED_TOKEN_146]assistant\\n' }}{% endif %}"
 )
-
-
-# Values of model_type: as released; and in derivatives and the official 4-bit files.
-XCOMPOSER2_TYPES = ("internlmxcomposer2", "internlm")
-# Keys of V-2's config.json that V-1.0 lacks.
-_V2_SLICING = {"slice_mode", "max_slice_nums", "scale_resolution"}
-# config.json of 7b and vl-7b; 4khd has 16384.
-_XC2_MAX_LENGTH = 4096
-_XC2_SMALL_IMAGE = 224  # pixels: 7b; vl-7b has 490
 
 
 @dataclass(frozen=True)
@@ -130,6 +118,7 @@ class Generation:
             ``<slice>`` wrapper (V-2, 2.5) or ``slice`` without one.
         turn_end: The token that ends an answer.
         thinking: True when the template takes ``enable_thinking``.
+        thinks: Whether inference thinks unless it is told not to.
         frames: How inference takes frames from a video: ``step`` (every so many), ``packs`` (several share a
             placeholder and carry ``temporal_ids``) or ``seconds``; None: not trained on video.
         video_ids: Whether videos are numbered as images are; transformers' processor of 4.6 does so.
@@ -159,6 +148,8 @@ class Generation:
         output_layer: Last part of the output layer's name.
         ties_output: Whether the output layer has the weight of the embeddings.
         exact: Linear layers inside the LLM that are never quantized and get no adapter, by last name.
+        expert_parameters: Ends of the names of the parameters that hold the weights of all experts of a layer; empty:
+            there are no experts.
     """
 
     name: str
@@ -174,6 +165,7 @@ class Generation:
     slice_tag: str = "slice"
     turn_end: str = "<|im_end|>"
     thinking: bool = False
+    thinks: bool = False
     frames: str | None = "step"
     video_ids: bool = False
     image_ids_beside_video: bool = False
@@ -197,6 +189,7 @@ class Generation:
     output_layer: str = "lm_head"
     ties_output: bool = False
     exact: tuple[str, ...] = ()
+    expert_parameters: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to: a key of ``modules``, or ``lora``.
@@ -231,14 +224,13 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _minicpmv46(name: str, title: str, *, video_ids: bool, token_types: bool) -> Generation:
-    """A row of the two generations that transformers itself has."""
+def _minicpmv46(name: str, title: str, *, llm: str = "qwen3_5", **own: Any) -> Generation:
+    """A row of the models that transformers itself has."""
     return Generation(
-        name, title, "qwen", ("qwen", "qwen2"), "qwen3_5", family="minicpmv46", vision="transformers",
-        positions="table", thinking=True, frames="seconds",
-        video_ids=video_ids, image_ids_beside_video=True, upright_images=True, content_parts=True,
-        token_types=token_types, downsampling=DOWNSAMPLING, modules=_MINICPMV46_MODULES, slicing="minicpmv46",
-        saved_name_parts=2, ties_output=True,
+        name, title, "qwen", ("qwen", "qwen2"), llm, family="minicpmv46", vision="transformers",
+        positions="table", thinking=True, frames="seconds", image_ids_beside_video=True, upright_images=True,
+        content_parts=True, downsampling=DOWNSAMPLING, modules=_MINICPMV46_MODULES, slicing="minicpmv46",
+        saved_name_parts=2, **own,
     )  # fmt: skip
 
 
@@ -282,167 +274,19 @@ GENERATIONS: dict[str, Generation] = {
             "o4_5", "MiniCPM-o 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, modules=_OMNI_MODULES,
             adapter_parts=("embeddings", "resampler", "vision", "audio"), hearing=Hearing(False, "<|tts_bos|>"),
         ),
-        _minicpmv46("v4_6", "MiniCPM-V 4.6", video_ids=True, token_types=False),
-        _minicpmv46("v4_7", "MiniCPM-V 4.7", video_ids=False, token_types=True),
+        _minicpmv46("v4_6", "MiniCPM-V 4.6", video_ids=True, ties_output=True),
+        _minicpmv46(
+            "v4_6_thinking", "MiniCPM-V 4.6-Thinking", video_ids=True, ties_output=True, thinks=True
+        ),
+        _minicpmv46("v4_7", "MiniCPM-V 4.7", token_types=True, ties_output=True),
+        _minicpmv46(
+            "v4_7_moe", "MiniCPM-V 4.7-35B-A3B", llm="qwen3_5_moe", token_types=True,
+            exact=("shared_expert_gate",),
+            expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        ),
+        _minicpmv46("ocr_1", "MiniCPM-OCR 1.0", video_ids=True, ties_output=True),
         _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", slicing="square"),
         _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", slicing="square"),
         _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", slicing="tiles"),
     )
 }  # fmt: skip
-
-
-class UnknownCheckpointError(UserError):
-    """A config.json that is none of the generations this project trains."""
-
-
-class LlmTypeError(UserError):
-    """An --llm_type that contradicts the checkpoint."""
-
-
-def detect_generation(
-    config: dict[str, Any], tokens: Collection[str] = (), tensors: Collection[str] = ()
-) -> Generation:
-    """Tell the generation of a checkpoint from its config.json, never from its path.
-
-    The model type decides 4.6 and 4.7; ``version`` decides the rest where it is present;
-    V-2, which has none, is known by its MiniCPM scalings and its top-level slice fields. A
-    checkpoint of 2.6 or later without ``version`` is told apart by what its LLM needs: biases
-    on q, k, v (2.6), the Llama form (4), or Qwen3's think tokens (4.5). MiniCPM-V 1.0 and
-    InternLM-XComposer 2.5 share a model type with one of these, and are refused by name.
-
-    Args:
-        config: The parsed config.json.
-        tokens: The tokenizer's special tokens; used only when the config leaves two generations.
-        tensors: Names of the stored weights, where they are at hand: 4khd and MiniCPM-o 4.5 have some that their
-            relatives lack.
-
-    Returns:
-        The row of ``GENERATIONS``.
-
-    Raises:
-        UnknownCheckpointError: When no generation fits; the message names what was looked at.
-
-    Example:
-        >>> detect_generation({"model_type": "minicpmv", "version": 2.6}).title
-        'MiniCPM-V 2.6'
-    """
-    model_type = str(config.get("model_type", ""))
-    by_type = {"minicpmv4_6": "v4_6", "minicpmv4_7": "v4_7"}
-    if model_type in by_type:
-        return GENERATIONS[by_type[model_type]]
-    _refuse_relatives(config, tensors)
-    if model_type == "minicpmo":
-        return GENERATIONS[_omni_model(config, tensors)]
-    if model_type in XCOMPOSER2_TYPES:
-        return GENERATIONS[_xcomposer2_model(config, tensors)]
-    if model_type != "minicpmv":
-        raise UnknownCheckpointError(
-            f"config.json: model_type is {model_type or 'missing'!r}, expected 'minicpmv', 'minicpmo', "
-            "'minicpmv4_6' or 'minicpmv4_7' (MiniCPM-V), or 'internlmxcomposer2' or 'internlm' "
-            "(InternLM-XComposer2). Give --model_name_or_path such a checkpoint."
-        )
-    by_version = {"2.5": "v2_5", "2.6": "v2_6", "4": "v4", "4.0": "v4", "4.5": "v4_5"}
-    version = config.get("version")
-    if version is not None:
-        if str(version) in by_version:
-            return GENERATIONS[by_version[str(version)]]
-        raise UnknownCheckpointError(
-            f"config.json: version is {version!r}, expected one of {', '.join(by_version)}, or none for V-2. "
-            "Use a release of this tool that knows that generation."
-        )
-    return GENERATIONS[_generation_without_version(config, tokens)]
-
-
-def _refuse_relatives(config: dict[str, Any], tensors: Collection[str]) -> None:
-    """Refuse models that look like one of the generations in config.json, and are another."""
-    if config.get("model_type") == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
-        title = "MiniCPM-V 1.0"
-    elif "2d5" in _class_names(config) or (
-        config.get("model_type") == "internlm2" and "XComposer2" in _class_names(config)
-    ):
-        title = "InternLM-XComposer 2.5"
-    else:
-        return
-    known = ", ".join(row.title for row in GENERATIONS.values())
-    raise UnknownCheckpointError(
-        f"config.json: this is {title}, which can't be trained here; expected one of {known}. Give "
-        "--model_name_or_path another checkpoint."
-    )
-
-
-def _omni_model(config: dict[str, Any], tensors: Collection[str]) -> str:
-    """By its version; without one by o-4.5's Qwen3 LLM, which has norms on queries and keys and names its head size."""
-    by_version = {"2.6": "o2_6", "4.5": "o4_5"}
-    version = config.get("version")
-    if version is None:
-        norms = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
-        return "o4_5" if norms or config.get("head_dim") is not None else "o2_6"
-    if str(version) not in by_version:
-        raise UnknownCheckpointError(
-            f"config.json: model_type is 'minicpmo' and version is {version!r}, expected one of "
-            f"{', '.join(by_version)}. Use a release of this tool that knows that generation."
-        )
-    return by_version[str(version)]
-
-
-def _class_names(config: dict[str, Any]) -> str:
-    """The names of the released classes and files, in one text."""
-    return " ".join(
-        [*(config.get("architectures") or ()), *map(str, (config.get("auto_map") or {}).values())]
-    )
-
-
-def _xcomposer2_model(config: dict[str, Any], tensors: Collection[str]) -> str:
-    """4khd by its separators, its class, its longer ``max_length``, or as the one without an image size.
-
-    The other two by the size of their image.
-    """
-    names = _class_names(config)
-    if "XComposer2" not in names and "InternLM2ForCausalLM" not in names:
-        raise UnknownCheckpointError(
-            f"config.json: model_type is {config['model_type']!r} and architectures is "
-            f"{config.get('architectures')!r}, expected InternLMXComposer2ForCausalLM. Give --model_name_or_path an "
-            "InternLM-XComposer2 checkpoint."
-        )
-    if tensors:
-        tiles = "plora_glb_GN" in tensors
-    else:
-        tiles = (
-            "4khd" in names.lower()
-            or config.get("max_length", 0) > _XC2_MAX_LENGTH
-            or "img_size" not in config
-        )
-    if tiles:
-        return "xc2_4khd_7b"
-    return "xc2_7b" if config.get("img_size", 0) <= _XC2_SMALL_IMAGE else "xc2_vl_7b"
-
-
-def _generation_without_version(config: dict[str, Any], tokens: Collection[str]) -> str:
-    if "scale_emb" in config or "vision_encoder" in config:
-        return "v2"
-    if config.get("batch_3d_resampler") or "<think>" in tokens:
-        return "v4_5"
-    if "<|start_header_id|>" in tokens or config.get("vision_config", {}).get("model_type") == "idefics2":
-        return "v2_5"
-    if "<|endoftext|>" in tokens or "max_window_layers" in config:
-        return "v2_6"
-    if "head_dim" in config or "mlp_bias" in config:
-        return "v4"
-    raise UnknownCheckpointError(
-        "config.json: model_type is 'minicpmv', and nothing else tells the generation (looked at "
-        "version, scale_emb, vision_encoder, batch_3d_resampler, vision_config.model_type, "
-        'max_window_layers, head_dim). Add the checkpoint\'s "version" to its config.json.'
-    )
-
-
-def check_llm_type(generation: Generation, llm_type: str) -> None:
-    """Refuse an ``--llm_type`` that contradicts the checkpoint.
-
-    Raises:
-        LlmTypeError: When the value belongs to another generation; the message says which is right.
-    """
-    if llm_type != "auto" and llm_type not in generation.accepted_llm_types:
-        raise LlmTypeError(
-            f"--llm_type {llm_type} does not fit this checkpoint, which is {generation.title}: expected "
-            f"--llm_type {' or '.join(generation.accepted_llm_types)} (or auto, the default)."
-        )

@@ -281,6 +281,12 @@ class SampleLayout:
         return torch.cat([torch.arange(length) for length in self.samples]).to(self.device, non_blocking=True)
 
     @cached_property
+    def sample_of_token(self) -> Tensor:
+        """[N] number of the sample that each real token belongs to, counted over all rows."""
+        numbers = torch.arange(len(self.samples)).repeat_interleave(torch.tensor(self.samples))
+        return numbers.to(self.device, non_blocking=True)
+
+    @cached_property
     def ends(self) -> Tensor:
         """[samples + 1] int32, where the samples end among the N real tokens, from 0."""
         ends = torch.tensor([0, *self.samples]).cumsum(0).to(torch.int32)

@@ -43,7 +43,8 @@ class MiniCPMVOutput(ModelOutput):
     """What a forward gives.
 
     Attributes:
-        loss: ``loss_sum / weight_sum``, or ``loss_sum / num_items_in_batch``. With labels.
+        loss: ``loss_sum / weight_sum``, or ``loss_sum / num_items_in_batch``. With labels. Of a mixture of experts it
+            can hold more, see ``of``.
         logits: [B, T, V]. Without labels only.
         loss_sum: fp32 scalar, summed cross entropy in nats, weighted. With labels.
         weight_sum: fp32 scalar, see ``SupervisedLoss``. With labels.
@@ -69,12 +70,22 @@ class MiniCPMVOutput(ModelOutput):
         found: SupervisedLoss,
         num_items_in_batch: Tensor | int | None,
         new_features: NewFeatures | None = None,
+        *,
+        balance: Tensor | None = None,
     ) -> MiniCPMVOutput:
-        """Make the output of a forward with labels. Without ``num_items_in_batch`` the loss is the batch's mean."""
+        """Make the output of a forward with labels.
+
+        Args:
+            found: The sums of the batch.
+            num_items_in_batch: What they are divided by; None: the batch's own sum of weights.
+            new_features: See the class.
+            balance: A mixture of experts: what ``loss`` holds beside the cross entropies, summed as they are.
+        """
         whole = found.weight_sum if num_items_in_batch is None else num_items_in_batch
         whole = torch.as_tensor(whole, device=found.loss_sum.device)
+        total = found.loss_sum if balance is None else found.loss_sum + balance
         return cls(
-            loss=found.loss_sum / torch.where(whole > 0, whole, 1),  # a sum of weights may be below 1
+            loss=total / torch.where(whole > 0, whole, 1),  # a sum of weights may be below 1
             loss_sum=found.loss_sum,
             weight_sum=found.weight_sum,
             token_count=found.token_count,

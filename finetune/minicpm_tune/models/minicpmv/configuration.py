@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
-from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
+from minicpm_tune.checkpoints.generation_detection import detect_generation
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.released_format import ReleasedConfig
 
 # Top-level keys of the released config.json that belong to the LLM.

@@ -1,9 +1,10 @@
-"""MiniCPM-V 4.6 and 4.7: transformers' own classes, behind this project's batches.
+"""MiniCPM-V 4.6 and 4.7 and MiniCPM-OCR: transformers' own classes, behind this project's batches.
 
 modeling     the two classes: training forward, generation, saving
 vision       tower and merger, run once on all slices of a batch
 layout       where samples and placeholders stand in a batch
 delta_net    the recurrent layer, with packed samples kept apart
+experts      the loss that balances the experts of a mixture
 """
 
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.models.minicpmv46 import modeling
 
+_CLASSES = {
+    "v4_6": modeling.MiniCPMV4_6ForConditionalGeneration,
+    "v4_6_thinking": modeling.MiniCPMV4_6ForConditionalGeneration,
+    "v4_7": modeling.MiniCPMV4_7ForConditionalGeneration,
+    "v4_7_moe": modeling.MiniCPMV4_7ForConditionalGeneration,
+    "ocr_1": modeling.MiniCPMOcrForConditionalGeneration,
+}
+
 
 def model_class(generation: Generation) -> Any:
     """The model class of a generation of this family."""
-    classes = {
-        "v4_6": modeling.MiniCPMV4_6ForConditionalGeneration,
-        "v4_7": modeling.MiniCPMV4_7ForConditionalGeneration,
-    }
-    return classes[generation.name]
+    return _CLASSES[generation.name]

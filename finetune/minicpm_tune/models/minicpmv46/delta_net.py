@@ -1,4 +1,4 @@
-"""The gated delta-net layer of 4.6 and 4.7 for training: samples of a packed row stay apart.
+"""The gated delta-net layer of Qwen3.5 for training: samples of a packed row stay apart.
 
 transformers 5.23 isolates packed samples in this layer only where both flash-linear-attention and
 causal-conv1d are installed, and refuses elsewhere. Here the isolation needs neither; where
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 from transformers.utils.generic import maybe_autocast
 
 from minicpm_tune.models.minicpmv46.layout import SpreadLayout
@@ -31,13 +32,29 @@ _kernel_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
 _torch_rule = inspect.unwrap(_kernel_rule)
 
 
-class PackedDeltaNet(Qwen3_5GatedDeltaNet):
-    """transformers' layer with a second forward, used when it is told the samples of the batch.
+class _PackedForward(nn.Module):
+    """A second forward for transformers' layer, used when it is told the samples of the batch.
 
     The second forward calls every submodule once, whatever the batch holds: under ZeRO-3 each such
     call is a collective, and ranks have different batches. It ignores padding and sample
     boundaries only in the two steps that mix tokens, the convolution and the delta rule.
     """
+
+    # Made by transformers' layer.
+    in_proj_qkv: nn.Linear
+    in_proj_a: nn.Linear
+    in_proj_b: nn.Linear
+    in_proj_z: nn.Linear
+    out_proj: nn.Linear
+    conv1d: nn.Conv1d
+    norm: nn.Module
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    activation: str
+    key_dim: int
+    value_dim: int
+    head_k_dim: int
+    head_v_dim: int
 
     def forward(
         self,
@@ -107,16 +124,31 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
         return [part.unflatten(-1, (-1, width)) for part, width in zip(parts, widths, strict=True)]
 
 
+class PackedDeltaNet(_PackedForward, Qwen3_5GatedDeltaNet):
+    """The layer of a dense model."""
+
+
+class PackedMoeDeltaNet(_PackedForward, Qwen3_5MoeGatedDeltaNet):
+    """The layer of a mixture of experts: the same under another name."""
+
+
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    Qwen3_5GatedDeltaNet: PackedDeltaNet,
+    Qwen3_5MoeGatedDeltaNet: PackedMoeDeltaNet,
+}
+
+
 def _kernel_at_hand(states: Tensor) -> bool:
     return _HAS_KERNEL and states.is_cuda
 
 
-def use_packed_delta_nets(language_model: nn.Module) -> None:
+def use_packed_delta_nets(language_model: Any) -> None:
     """Give every delta-net layer of an LLM the forward that knows samples, keeping its parameters.
 
     Classes are changed in place: the parameters stay the same objects, so that loading, tying and
     ZeRO-3's partitioning never see a difference.
     """
-    for module in language_model.modules():
-        if type(module) is Qwen3_5GatedDeltaNet:
-            module.__class__ = PackedDeltaNet
+    for layer in language_model.layers:
+        if hasattr(layer, "linear_attn"):
+            # Of another kind packed samples would run into each other, without an error.
+            layer.linear_attn.__class__ = _PACKED[type(layer.linear_attn)]

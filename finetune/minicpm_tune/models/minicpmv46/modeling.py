@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 and 4.7: transformers' own classes behind the batch form of this project.
+"""MiniCPM-V 4.6 and 4.7 and MiniCPM-OCR: transformers' own classes behind the batch form of this project.
 
 Loading, saving, key names, configuration and generation stay transformers' own; the classes here carry
 the same names, so that what they save is what transformers saves. What is added is the training
@@ -15,12 +15,13 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.minicpm_ocr import modeling_minicpm_ocr
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
@@ -33,6 +34,7 @@ from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
+from minicpm_tune.models.minicpmv46.experts import balance_losses, sample_weights
 from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SpreadLayout
 from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
 
@@ -40,8 +42,24 @@ from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modul
 _KINDS = ((1, "image", "target_sizes"), (2, "video", "target_sizes_videos"))
 
 
+class _LlmOutput(NamedTuple):
+    """What the LLM gave for a batch.
+
+    Attributes:
+        hidden: [B, T, D] last hidden states.
+        samples: The samples of the batch.
+        router_logits: Every layer's [tokens of all samples, experts]; empty where nothing asks for them.
+        new_features: The vision tower's features that are to be cached.
+    """
+
+    hidden: Tensor
+    samples: SpreadLayout
+    router_logits: tuple[Tensor, ...]
+    new_features: NewFeatures | None
+
+
 class _TrainingForward(ReleasedModel, ChatMixin):
-    """What is added to 4.6 and 4.7; stands before transformers' class in the order of bases."""
+    """What is added to transformers' classes; stands before transformers' class in the order of bases."""
 
     accepts_loss_kwargs = True
     # Made by transformers' class.
@@ -123,25 +141,37 @@ class _TrainingForward(ReleasedModel, ChatMixin):
             _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
         )
         vision = VisionInput(pixel_values, slice_sources, known_features)
-        hidden, new = self._last_hidden(input_ids, host, vision, tgt_sizes)
+        balances = labels is not None and getattr(self.config.text_config, "output_router_logits", False)
+        output = self._last_hidden(input_ids, host, vision, tgt_sizes, router_logits=balances)
         if labels is None:
-            return MiniCPMVOutput(logits=self.lm_head(hidden))
+            return MiniCPMVOutput(logits=self.lm_head(output.hidden))
         if position_ids is not None and supervised is None:
             # A sample's first token has nothing in front of it to be predicted from.
             labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
-        found = supervised_loss(self.lm_head, hidden, labels, supervised, loss_weights)
-        return MiniCPMVOutput.of(found, num_items_in_batch, new)
+        found = supervised_loss(self.lm_head, output.hidden, labels, supervised, loss_weights)
+        balance = None
+        if balances:
+            weights = sample_weights(labels, output.samples, supervised, loss_weights)
+            balance = self._balance_loss(output, weights)
+        return MiniCPMVOutput.of(found, num_items_in_batch, output.new_features, balance=balance)
+
+    def _balance_loss(self, output: _LlmOutput, weights: Tensor) -> Tensor:
+        """The loss of the experts' use; ``weights`` are those of the samples' cross entropies."""
+        config = self.config.text_config
+        losses = balance_losses(output.router_logits, output.samples, per_token=config.num_experts_per_tok)
+        return config.router_aux_loss_coef * (losses * weights).sum()
 
     def _last_hidden(
-        self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any
-    ) -> tuple[Tensor, NewFeatures | None]:
-        """[B, T, D] last hidden states of a batch, and the vision tower's features to be cached.
+        self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any, *, router_logits: bool
+    ) -> _LlmOutput:
+        """Run tower and LLM on a batch.
 
         Args:
-            input_ids: As in ``forward``, like the last two.
+            input_ids: As in ``forward``, like ``vision`` and ``tgt_sizes``.
             host: [2 or 3, B, T] ids, mask and positions on the CPU.
             vision: What there is of the slices.
             tgt_sizes: See ``forward``.
+            router_logits: Whether they are asked for.
         """
         config = self.config
         ids, mask, *positions = host
@@ -151,7 +181,9 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
         runs = PlaceholderRuns.of(kinds, grids, mode=config.downsample_mode)
         embeddings, new = self._embed(input_ids, vision, runs)
-        return self._run_llm(embeddings, samples, self._rope(ids, mask, samples, runs)), new
+        rope = self._rope(ids, mask, samples, runs)
+        hidden, logits = self._run_llm(embeddings, samples, rope, router_logits=router_logits)
+        return _LlmOutput(hidden, samples, logits, new)
 
     def save_pretrained(
         self,
@@ -175,13 +207,16 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
         return flat.view_as(embeddings), new
 
-    def _run_llm(self, embeddings: Tensor, samples: SpreadLayout, rope: Tensor | None) -> Tensor:
+    def _run_llm(
+        self, embeddings: Tensor, samples: SpreadLayout, rope: Tensor | None, *, router_logits: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
 
         Args:
             embeddings: [B, T, D].
             samples: The samples of the rows.
             rope: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
+            router_logits: Whether each layer's [tokens of all samples, experts] are given too.
         """
         plain = samples.positions.expand(3, -1) if rope is None else rope
         # The first of the four rows is what transformers tells packed samples by.
@@ -190,14 +225,16 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         given = arguments["attention_mask"]
         if given is not None:  # by kind of layer; the delta nets know the samples by themselves
             arguments["attention_mask"] = {"full_attention": given, "linear_attention": None}
-        hidden = self.model.language_model(
+        if router_logits:
+            arguments["output_router_logits"] = True
+        output = self.model.language_model(
             inputs_embeds=samples.take(embeddings)[None],
             position_ids=positions,
             use_cache=False,  # with a cache transformers would not keep packed samples apart
             samples=samples,
             **arguments,
-        ).last_hidden_state
-        return samples.put(hidden[0])
+        )
+        return samples.put(output.last_hidden_state[0]), output.router_logits if router_logits else ()
 
     def _rope(self, ids: Tensor, mask: Tensor, samples: SpreadLayout, runs: PlaceholderRuns) -> Tensor | None:
         return None
@@ -301,6 +338,12 @@ class MiniCPMV4_6ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801, 
     _TrainingForward, modeling_minicpmv4_6.MiniCPMV4_6ForConditionalGeneration
 ):
     """MiniCPM-V 4.6."""
+
+
+class MiniCPMOcrForConditionalGeneration(  # type: ignore[misc]
+    _TrainingForward, modeling_minicpm_ocr.MiniCPMOcrForConditionalGeneration
+):
+    """MiniCPM-OCR 1.0: 4.6 under other names."""
 
 
 class MiniCPMV4_7ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from minicpm_tune.checkpoints.model_generations import Generation, detect_generation
+from minicpm_tune.checkpoints.generation_detection import detect_generation
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.released_format import ReleasedConfig
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.checkpoints.xcomposer2_geometry import position_rows, square_side

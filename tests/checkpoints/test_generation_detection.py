@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from minicpm_tune.checkpoints.model_generations import (
-    GENERATIONS,
+from minicpm_tune.checkpoints.generation_detection import (
     UnknownCheckpointError,
     check_llm_type,
     detect_generation,
 )
+from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from support.paths import GOLDENS
 
 
