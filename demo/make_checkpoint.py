@@ -168,11 +168,19 @@ def _config(config: Json, size: Size, ids: dict[str, int]) -> Json:
         "num_hidden_layers": layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": text["num_attention_heads"] if "scale_emb" in text else size.kv_heads,
-        "intermediate_size": size.ffn,
         "vocab_size": max(ids.values()) + 1,
         # With the released 0.02, made for far wider layers, a narrow model starts to learn much later.
         "initializer_range": size.width**-0.5,
     }
+    if "num_experts" in text:
+        text |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": size.ffn // 4,
+            "shared_expert_intermediate_size": size.ffn // 4,
+        }
+    else:
+        text["intermediate_size"] = size.ffn
     if "layer_types" in text:
         text["layer_types"] = ["full_attention" if n % 4 == 3 else "linear_attention" for n in range(layers)]
     if "head_dim" in text:

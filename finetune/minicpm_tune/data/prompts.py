@@ -125,9 +125,9 @@ class PromptWriter:
         if self.generation.prompt == "minicpm":
             pieces = self._minicpm_history(history)
         else:
-            pieces = self._template_history(history, thinking=wish == "true" or bool(thoughts))
-        if thoughts:
-            thoughts = _fit_think_block(pieces, thoughts)
+            thinking = wish == "true" or bool(thoughts) or (wish == "auto" and self.generation.thinks)
+            pieces = self._template_history(history, thinking=thinking)
+        thoughts = _fit_think_block(pieces, thoughts, closing=self._think_form[1])
         pieces += self._speech_header(history)
         parts = [*thoughts, *parts]
         if self.generation.prompt == "template" and self._trims:
@@ -137,18 +137,20 @@ class PromptWriter:
         pieces.append(Piece(end, answer.weight))
         return [*pieces, Piece(_AFTER_TURN_END[end])]
 
-    def generation_pieces(self, turns: Sequence[Turn], *, thinking: bool = False) -> list[Piece]:
+    def generation_pieces(self, turns: Sequence[Turn], *, thinking: bool | None = None) -> list[Piece]:
         """Write the prompt that inference gives for the next answer.
 
         Args:
             turns: The conversation so far; its last turn is the user's.
-            thinking: Whether the model is asked to think first.
+            thinking: Whether the model is asked to think first; None: as its inference does by default.
 
         Returns:
             The pieces; which of them a training run would supervise is of no matter here.
         """
         if self.generation.prompt == "minicpm":
             return self._minicpm_history(turns)
+        if thinking is None:
+            thinking = self.generation.thinks
         return [*self._template_history(turns, thinking=thinking), *self._speech_header(turns)]
 
     # --- parts of a turn ---
@@ -357,15 +359,26 @@ def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or r"(?!)")
 
 
-def _fit_think_block(before: list[Piece], thoughts: list[Part]) -> list[Part]:
-    """Make the end of the prompt and the thoughts behind it fit each other."""
-    prompt = before[-1].text
-    if _EMPTY_THOUGHTS.search(prompt):  # a template that cannot ask for thoughts
-        before[-1] = Piece(_EMPTY_THOUGHTS.sub("", prompt))
-    elif _OPEN_THOUGHTS.search(prompt):  # a template that writes the opening tag itself
+def _fit_think_block(before: list[Piece], thoughts: list[Part], *, closing: str) -> list[Part]:
+    """Make the end of the prompt and the thoughts behind it fit each other.
+
+    Args:
+        before: The prompt; its end can change.
+        thoughts: The answer's thoughts; none: the answer has none.
+        closing: What the template writes behind thoughts.
+
+    Returns:
+        What the answer starts with.
+    """
+    prompt = before[-1].text if before else ""
+    if _OPEN_THOUGHTS.search(prompt):  # a template that writes the opening tag itself
+        if not thoughts:
+            return [closing]  # the answer learns to end the thoughts that the prompt has opened
         first = thoughts[0]
         assert isinstance(first, str), thoughts
         return [re.sub(r"\A\s*<think>\s*", "", first), *thoughts[1:]]
+    if thoughts and _EMPTY_THOUGHTS.search(prompt):  # a template that cannot ask for thoughts
+        before[-1] = Piece(_EMPTY_THOUGHTS.sub("", prompt))
     return thoughts
 
 
