@@ -53,9 +53,7 @@ def balance_losses(router_logits: Sequence[Tensor], samples: SampleLayout, *, pe
     return experts * (sent / rows * (likely / rows)).sum(dim=-1)
 
 
-def sample_weights(
-    labels: Tensor, samples: SampleLayout, places: Any = None, weights: Any = None
-) -> Tensor:
+def sample_weights(labels: Tensor, samples: SampleLayout, places: Any = None, weights: Any = None) -> Tensor:
     """How much each sample counts in the loss: the sum of the weights of its supervised tokens.
 
     Args:
