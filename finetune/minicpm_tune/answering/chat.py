@@ -54,7 +54,7 @@ def chat(
     stream: bool = False,
     max_slice_nums: int | None = None,
     use_image_id: bool | None = None,
-    enable_thinking: bool = False,
+    enable_thinking: bool | None = None,
     temporal_ids: Sequence[Sequence[int]] | None = None,
     context: Any = _NOT_GIVEN,
     **options: Any,
@@ -79,7 +79,7 @@ def chat(
         stream: Whether the answer comes in pieces, as an iterator.
         max_slice_nums: Most slices an image is cut into; None takes the checkpoint's.
         use_image_id: Whether images are numbered; None does as the checkpoint was trained.
-        enable_thinking: Whether the model thinks first (V-4.5 and later).
+        enable_thinking: Whether the model thinks first (V-4.5 and later); None: as it does by itself.
         temporal_ids: V-4.5: the images are the frames of one video; their time indices, pack by pack.
         context: V-2's calling form passes it and gets its triple.
         **options: Generation options that replace those of ``sampling``.
@@ -143,7 +143,7 @@ def _own_processing(model: Any) -> Processing:
     return model.processing
 
 
-def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool, **given: Any) -> Sample:
+def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool | None, **given: Any) -> Sample:
     turns, pictures = read_messages(
         msgs,
         joined_by=processing.generation.image_end,

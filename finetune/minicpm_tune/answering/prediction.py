@@ -72,7 +72,7 @@ class PredictionRows:
 
     Args:
         rows: The data set.
-        thinking: Whether the model is asked to think first.
+        thinking: Whether the model is asked to think first; None: as the rows are trained.
         system_prompt: Put in front of rows without a system turn; empty for none.
         metrics: What answers are compared by; None: error rates only where the row has audio, the others always;
             those of boxes need an expected answer with boxes.
@@ -82,7 +82,7 @@ class PredictionRows:
         self,
         rows: TrainingRows,
         *,
-        thinking: bool = False,
+        thinking: bool | None = None,
         system_prompt: str = "",
         metrics: Sequence[str] | None = None,
     ) -> None:

@@ -142,7 +142,8 @@ class PromptWriter:
 
         Args:
             turns: The conversation so far; its last turn is the user's.
-            thinking: Whether the model is asked to think first; None: as its inference does by default.
+            thinking: Whether the model is asked to think first; None: as ``enable_thinking`` says, and with ``auto``
+                as the model does by itself.
 
         Returns:
             The pieces; which of them a training run would supervise is of no matter here.
@@ -150,7 +151,8 @@ class PromptWriter:
         if self.generation.prompt == "minicpm":
             return self._minicpm_history(turns)
         if thinking is None:
-            thinking = self.generation.thinks
+            wish = self.arguments.enable_thinking
+            thinking = self.generation.thinks if wish == "auto" else wish == "true"
         return [*self._template_history(turns, thinking=thinking), *self._speech_header(turns)]
 
     # --- parts of a turn ---

@@ -239,14 +239,15 @@ class Processing:
         turns: Sequence[Turn],
         pictures: Sequence[Picture | Clip | Image.Image],
         *,
-        thinking: bool = False,
+        thinking: bool | None = None,
     ) -> Sample:
         """Turn a conversation into what inference gives the model to answer.
 
         Args:
             turns: The conversation so far; its last turn is the user's.
             pictures: Its pictures, or decoded images in mode RGB, by ``Media.index``.
-            thinking: Whether the model is asked to think first (4.5 and later).
+            thinking: Whether the model is asked to think first (4.5 and later); None: as training asks, and
+                by default as the model does by itself.
 
         Returns:
             A sample without labels.

@@ -223,7 +223,7 @@ def share(text: str) -> float:
     return float(text)
 
 
-def add_switch(parser: argparse._ActionsContainer, name: str, *, default: bool, help: str) -> None:
+def add_switch(parser: argparse._ActionsContainer, name: str, *, default: bool | None, help: str) -> None:
     """Add a flag that is set by its name alone, or by ``true`` or ``false`` behind it."""
     parser.add_argument(name, type=switch, nargs="?", const=True, default=default, help=help)
 
@@ -298,7 +298,11 @@ def add_generation_flags(parser: argparse.ArgumentParser, *, sampling: bool, max
     ):
         group.add_argument(f"--{name}", type=kind, help=f"Unset: {text}.")
     group.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
-    add_switch(group, "--enable_thinking", default=False, help="Let the model think first (V-4.5 and later).")
+    add_switch(
+        group, "--enable_thinking", default=None,
+        help="Let the model think first (V-4.5 and later). Unset: only if its chat template does so by itself, as that "
+        "of MiniCPM-V 4.6-Thinking.",
+    )  # fmt: skip
     group.add_argument("--system_prompt", default="", help="A system message in front of every conversation.")
 
 

@@ -113,9 +113,10 @@ class DataArguments(RowLimits):
     enable_thinking: str = field(
         default="auto",
         metadata={
-            "help": "Thinking mode of V-4.5, 4.6 and 4.7. auto: an answer that holds <think>...</think> is trained "
-            "with it, any other behind the empty think block. true: every prompt asks for thoughts. false: every "
-            "prompt has the empty think block, and thoughts in answers are left out.",
+            "help": "Thinking mode of V-4.5 and later. auto: an answer that holds <think>...</think> is trained with "
+            "it, any other behind the empty think block. Every prompt of V-4.6-Thinking opens thoughts, and an answer "
+            "without any learns to close them. true: every prompt asks for thoughts. false: every prompt has the "
+            "empty think block, and thoughts in answers are left out.",
             "choices": ["auto", "true", "false"],
         },
     )
