@@ -122,8 +122,9 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
     if training.use_lora:
         check_adapter(
-            lora, folder, generation, **training.tuned_around_llm, adds_tokens=bool(processing.new_tokens)
-        )
+            lora, folder, generation, **training.tuned_around_llm, adds_tokens=bool(processing.new_tokens),
+            downsample_mode=processing.media.downsample_mode,
+        )  # fmt: skip
     return folder, processing
 
 

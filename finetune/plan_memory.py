@@ -49,7 +49,8 @@ def render(values: Namespace) -> str:
     generation = read_generation(folder)
     if values.downsample_mode and not generation.downsampling:
         raise PlanError(
-            f"--downsample_mode: {generation.title} has none, expected MiniCPM-V 4.6 or 4.7. Leave it out."
+            f"--downsample_mode: {generation.title} has none, expected MiniCPM-V 4.6, 4.7 or MiniCPM-OCR. Leave it "
+            "out."
         )
     parts = plan(folder, training)
     lines = [
@@ -91,7 +92,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     add("--model_max_length", type=count, default=2048, help="Length of a row, in tokens.")
     add("--batch_size", type=count, default=1, help="Rows per GPU in each forward.")
     add("--max_slice_nums", type=count, default=9, help="Most slices a row's image is cut into.")
-    add("--downsample_mode", choices=["4x", "16x"], help="As in finetune.py, for 4.6 and 4.7.")
+    add("--downsample_mode", choices=["4x", "16x"], help="As in finetune.py, for 4.6, 4.7, and OCR.")
     add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
     add_switch(

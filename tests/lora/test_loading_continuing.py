@@ -74,6 +74,25 @@ def test_an_adapter_of_any_family_can_be_continued(name, tmp_path):
     check(tmp_path / "adapter", name=name)
 
 
+def test_an_adapter_is_continued_in_its_own_downsample_mode(tmp_path):
+    saved_adapter(tmp_path / "adapter", "v4_6", complete=False)
+    complete_adapter_folder(
+        tmp_path / "adapter", base=checkpoint("v4_6"), generation=GENERATIONS["v4_6"], downsample_mode="4x"
+    )
+
+    def check_mode(mode):
+        lora = LoraArguments(lora_weight_path=str(tmp_path / "adapter"))
+        check_adapter(
+            lora, checkpoint("v4_6"), GENERATIONS["v4_6"], vision=False, resampler=True, downsample_mode=mode
+        )
+
+    check_mode("4x")
+    with pytest.raises(
+        AdapterError, match="trained with --downsample_mode 4x, this run has 16x. Give --downsample_mode 4x"
+    ):
+        check_mode("16x")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -53,6 +53,7 @@ class ModelChoice:
         max_image_pixels: Most pixels an image may have; 0 for no limit.
         exif_orientation: ``auto`` as the generation's inference does, ``apply`` or ``ignore``.
         literal_control_tokens: Whether control texts, such as ``<|im_end|>``, are plain text.
+        audio_prompt: ``chat`` or ``plain`` for MiniCPM-o; None: ``chat``.
         enable_thinking: Whether the model thinks first; None: as it does by itself.
         allow_other_base: Whether the adapter may go on a model it was not trained on.
     """
@@ -74,6 +75,7 @@ class ModelChoice:
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     exif_orientation: str = "auto"
     literal_control_tokens: bool = False
+    audio_prompt: str | None = None
     enable_thinking: bool | None = None
     allow_other_base: bool = False
 

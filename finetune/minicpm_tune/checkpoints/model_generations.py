@@ -129,6 +129,7 @@ class Generation:
         content_parts: Whether the chat template takes a message as a list of texts and images.
         token_types: Whether the model takes ``mm_token_type_ids``.
         downsampling: What each value of ``downsample_mode`` joins; empty: there is no such setting.
+        downsample_mode: The value where a checkpoint's files name none.
         modules: Part -> names of the modules (or parameters) that hold it. A parameter belongs to the
             first part one of whose names it starts with.
         hearing: How audio is written; None: the generation takes none.
@@ -174,6 +175,7 @@ class Generation:
     content_parts: bool = False
     token_types: bool = False
     downsampling: dict[str, Downsampling] = field(default_factory=dict)
+    downsample_mode: str = "16x"
     hearing: Hearing | None = None
     modules: dict[str, tuple[str, ...]] = field(default_factory=lambda: _RELEASED_MODULES)
     slicing: str = "adaptive"
@@ -284,7 +286,7 @@ GENERATIONS: dict[str, Generation] = {
             exact=("shared_expert_gate",),
             expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         ),
-        _minicpmv46("ocr_1", "MiniCPM-OCR 1.0", video_ids=True, ties_output=True),
+        _minicpmv46("ocr_1", "MiniCPM-OCR 1.0", video_ids=True, ties_output=True, downsample_mode="4x"),
         _xcomposer2("xc2_7b", "InternLM-XComposer2 7B", slicing="square"),
         _xcomposer2("xc2_vl_7b", "InternLM-XComposer2-VL 7B", slicing="square"),
         _xcomposer2("xc2_4khd_7b", "InternLM-XComposer2-4KHD 7B", slicing="tiles"),

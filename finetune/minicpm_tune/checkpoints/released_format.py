@@ -22,7 +22,7 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import write_added_tokens
 from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors, weight_files
 
-PROCESSOR_FILE = "processor_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 class ReleasedConfig(PreTrainedConfig):
@@ -149,12 +149,15 @@ class ReleasedModel:
 
 
 def set_downsample_mode(folder: Path, mode: str) -> None:
-    """Write 4.6's and 4.7's ``downsample_mode`` into a folder's processor settings, which go before config.json's."""
-    path = folder / PROCESSOR_FILE
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for part in settings.values():
-        if isinstance(part, dict) and "downsample_mode" in part:
+    """Write the family's ``downsample_mode`` into a folder's processor settings, which go before config.json's."""
+    for path in (folder / name for name in PROCESSOR_FILES if (folder / name).is_file()):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        named = [part for part in (settings, *settings.values()) if _names_mode(part)]
+        for part in named:
             part["downsample_mode"] = mode
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if named:
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _names_mode(settings: Any) -> bool:
+    return isinstance(settings, dict) and "downsample_mode" in settings

@@ -261,7 +261,7 @@ class PromptWriter:
     def _speaks(self, turns: Sequence[Turn]) -> bool:
         return (
             self.generation.hearing is not None
-            and self.arguments.audio_prompt == "chat"
+            and self.arguments.audio_prompt != "plain"
             and any(media.kind == "audio" for media in media_of(turns))
         )
 

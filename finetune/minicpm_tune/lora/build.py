@@ -50,6 +50,7 @@ def add_adapter(
         AdapterError: When a pattern matches nothing, or names layers that the model does not have.
     """
     _check_layers(model, generation, lora)
+    check_experts(generation, lora)
     targets = target_modules(model, generation, lora)
     saved = lora.modules_to_save
     if saved is None:
@@ -67,6 +68,7 @@ def add_adapter(
         lora_dropout=lora.lora_dropout,
         bias=cast(Any, lora.lora_bias),  # argparse has seen to the value
         target_modules=targets,
+        target_parameters=_expert_parameters(model, generation, lora),
         modules_to_save=saved or None,
         layer_replication=lora.layer_replication,
         use_rslora=lora.use_rslora,
@@ -83,6 +85,48 @@ def add_adapter(
     restore_output_layer(wrapped)
     _remember_start(wrapped)
     return wrapped
+
+
+def check_experts(generation: Generation, lora: LoraArguments) -> None:
+    """Refuse ``--lora_experts`` where there are none, or with what PEFT can't do for them (0.21).
+
+    Raises:
+        AdapterError: With the flag to change.
+    """
+    if not lora.lora_experts:
+        return
+    if not generation.expert_parameters:
+        raise AdapterError(
+            f"--lora_experts true: {generation.title} has no experts, expected MiniCPM-V 4.7-35B-A3B. Leave the flag "
+            "out."
+        )
+    for flag, value, expected in (
+        ("lora_dropout", lora.lora_dropout, 0),
+        ("use_dora", lora.use_dora, False),
+        ("init_lora_weights", lora.init_lora_weights, "true"),
+    ):
+        if value != expected and not (flag == "init_lora_weights" and value == "gaussian"):
+            raise AdapterError(
+                f"--lora_experts true: found --{flag} {value}, expected {str(expected).lower()}: the weights of all "
+                f"experts are one tensor, whose adapters know nothing else. Set --{flag} {str(expected).lower()}."
+            )
+
+
+def _expert_parameters(model: nn.Module, generation: Generation, lora: LoraArguments) -> list[str] | None:
+    """What PEFT is given to adapt the experts: ends of names, or whole names where layers are chosen."""
+    if not lora.lora_experts:
+        return None
+    if lora.lora_layers_to_transform is None:
+        return list(generation.expert_parameters)
+    layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
+    numbers = set(lora.lora_layers_to_transform)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith(generation.expert_parameters)
+        and (found := layer.match(name))
+        and int(found[1]) in numbers
+    ]
 
 
 def log_adapted_modules(model: PeftModel) -> None:

@@ -37,6 +37,7 @@ from minicpm_tune.lora.adapter_folders import (
 )
 from minicpm_tune.lora.build import (
     add_adapter,
+    check_experts,
     default_modules_to_save,
     layers_reachable,
     log_adapted_modules,
@@ -157,6 +158,7 @@ _PROPERTIES = {
     "lora_layer_replication": "layer_replication",
     "lora_layers_to_transform": "layers_to_transform",
     "lora_layers_pattern": "layers_pattern",
+    "lora_experts": "target_parameters",
 }
 
 
@@ -226,6 +228,7 @@ def check_adapter(
     resampler: bool,
     audio: bool = False,
     adds_tokens: bool = False,
+    downsample_mode: str | None = None,
 ) -> None:
     """Check what an adapter run asks for, as far as possible before weights are loaded.
 
@@ -240,10 +243,12 @@ def check_adapter(
         resampler: ``--tune_resampler``.
         audio: ``--tune_audio``.
         adds_tokens: Whether the run adds tokens.
+        downsample_mode: The run's; None for models without.
 
     Raises:
         AdapterError: With every contradiction.
     """
+    check_experts(generation, lora)
     saved = lora.modules_to_save
     if saved is None:
         saved = default_modules_to_save(
@@ -272,7 +277,11 @@ def check_adapter(
             "on the result."
         )
     check_base(adapter, base, generation, allow_other_base=lora.allow_other_base)
-    problems = [*_other_properties(adapter, lora, generation), *_other_saved_modules(adapter, saved)]
+    problems = [
+        *_other_properties(adapter, lora, generation),
+        *_other_saved_modules(adapter, saved),
+        *_other_mode(adapter, downsample_mode),
+    ]
     if problems:
         raise AdapterError(f"--lora_weight_path {adapter.path}: " + " ".join(problems))
     logger.info(
@@ -291,11 +300,23 @@ def _other_properties(adapter: AdapterFolder, lora: LoraArguments, generation: G
             continue
         if flag == "lora_target_modules":
             wanted = translated_pattern(wanted, generation)
+        if flag == "lora_experts":  # always a change: the default is false
+            if not adapter.config.get("target_parameters"):
+                yield "--lora_experts is True, but the adapter has none for experts: leave the flag out."
+            continue
         if flag == "lora_layer_replication":
             wanted = [list(pair) for pair in lora.layer_replication or []]
         found = adapter.config.get(name)
         if found != wanted:
             yield f"--{flag} is {getattr(lora, flag)}, but the adapter has {found}: leave the flag out."
+
+
+def _other_mode(adapter: AdapterFolder, mode: str | None) -> Iterator[str]:
+    if adapter.downsample_mode not in (None, mode):
+        yield (
+            f"it was trained with --downsample_mode {adapter.downsample_mode}, this run has {mode}. Give "
+            f"--downsample_mode {adapter.downsample_mode}, or train a new adapter."
+        )
 
 
 def _other_saved_modules(adapter: AdapterFolder, wanted: list[str]) -> Iterator[str]:

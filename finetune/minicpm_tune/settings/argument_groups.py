@@ -281,6 +281,12 @@ class LoraArguments:
             "language model."
         },
     )
+    lora_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "MiniCPM-V 4.7-35B-A3B: adapt the experts too, each with a rank of its own; needs --lora_dropout 0."
+        },
+    )
     lora_weight_path: str = field(
         default="", metadata={"help": "Folder of an adapter to continue from. Empty: a new adapter."}
     )

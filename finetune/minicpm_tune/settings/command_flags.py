@@ -268,8 +268,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--downsample_mode", choices=["4x", "16x"],
-        help="MiniCPM-V 4.6 and 4.7: 4x sees four times the tokens of 16x. Unset: that of the adapter's training, "
-        "else the checkpoint's.",
+        help="MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: 4x sees four times the tokens of 16x. Unset: that of the adapter's "
+        "training, else the checkpoint's.",
+    )  # fmt: skip
+    group.add_argument(
+        "--audio_prompt", choices=["chat", "plain"],
+        help="MiniCPM-o: the form of a conversation with audio, as in its training. Unset: chat.",
     )  # fmt: skip
 
 

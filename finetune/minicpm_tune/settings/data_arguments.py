@@ -120,11 +120,11 @@ class DataArguments(RowLimits):
             "choices": ["auto", "true", "false"],
         },
     )
-    audio_prompt: str = field(
-        default="chat",
+    audio_prompt: str | None = field(
+        default=None,
         metadata={
-            "help": "MiniCPM-o: the prompt of a conversation with audio. chat: the speech form that the released "
-            "chat() writes. plain: the form without speech tokens, which vLLM and other trainers use.",
+            "help": "MiniCPM-o: the prompt of a conversation with audio. chat (default): the speech form that the "
+            "released chat() writes. plain: the form without speech tokens, which vLLM and other trainers use.",
             "choices": ["chat", "plain"],
         },
     )
@@ -186,9 +186,9 @@ class DataArguments(RowLimits):
     stack_frames: int | None = field(
         default=None,
         metadata={
-            "help": "MiniCPM-V 4.6 and 4.7: frames that are shown per second of a film. Those after the first of each "
-            "second share one composite picture, so that every number above 1 doubles the pictures. Default: the "
-            "checkpoint's, which is 1."
+            "help": "MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: frames that are shown per second of a film. Those after the "
+            "first of each second share one composite picture, so that every number above 1 doubles the pictures. "
+            "Default: the checkpoint's, which is 1."
         },
     )
     given_num: bool = field(
@@ -200,8 +200,8 @@ class DataArguments(RowLimits):
     downsample_mode: str | None = field(
         default=None,
         metadata={
-            "help": "MiniCPM-V 4.6 and 4.7: how many patches become one token. 4x gives four times the tokens of 16x, "
-            "for fine detail and counting. Default: the checkpoint's.",
+            "help": "MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: how many patches become one token. 4x gives four times the "
+            "tokens of 16x, for fine detail and counting. Default: the checkpoint's, 4x for MiniCPM-OCR.",
             "choices": ["4x", "16x"],
         },
     )

@@ -34,8 +34,8 @@ _READERS: dict[str, Reader] = {
 }
 # Flags that only some ways of slicing know: those ways, their models, and what the others should do.
 _SPECIAL_FLAGS = {
-    "downsample_mode": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7", "Leave it out"),
-    "stack_frames": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7", "Leave it out"),
+    "downsample_mode": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7 or MiniCPM-OCR", "Leave it out"),
+    "stack_frames": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7 or MiniCPM-OCR", "Leave it out"),
     "img_size": (("square", "tiles"), "InternLM-XComposer2", "Leave it out"),
     "hd_num": (("square", "tiles"), "InternLM-XComposer2", "Use --max_slice_nums"),
 }
@@ -55,6 +55,10 @@ def read_media_rules(folder: Path, generation: Generation, arguments: DataArgume
     if arguments.max_slice_nums is not None and arguments.max_slice_nums < 1:
         raise DataError(
             f"--max_slice_nums: found {arguments.max_slice_nums}, expected at least 1. Use 1 to never cut images."
+        )
+    if arguments.audio_prompt is not None and generation.hearing is None:
+        raise DataError(
+            f"--audio_prompt: {generation.title} takes no audio, expected MiniCPM-o 2.6 or 4.5. Leave it out."
         )
     for flag, (ways, models, advice) in _SPECIAL_FLAGS.items():
         if getattr(arguments, flag) is not None and generation.slicing not in ways:

@@ -1,6 +1,6 @@
-"""The slicing rules of MiniCPM-V 4.6 and 4.7, taken from transformers' own image processor.
+"""The slicing rules of MiniCPM-V 4.6 and 4.7 and MiniCPM-OCR, taken from transformers' own image processor.
 
-Both use ``MiniCPMV4_6ImageProcessorPil``: sides are multiples of 4 patches (2 with downsample mode 4x),
+They use ``MiniCPMV4_6ImageProcessorPil``: sides are multiples of 4 patches (2 with downsample mode 4x),
 because the vision tower merges patches before the language model sees them. Only its size rules
 are used here; resizing and cutting is ``layouts.cut_into_patches``, which gives the same pixels.
 """
@@ -30,6 +30,7 @@ class MergedSliceRules:
         scale_resolution: Side of the square the encoder was trained on, in pixels.
         patch_size: Side of a patch, in pixels.
         downsample_mode: ``16x`` or ``4x``: patches that become one token.
+        upsizes: Whether an image that is not cut is enlarged to ``scale_resolution`` where it is smaller.
 
     Example:
         >>> MergedSliceRules(max_slice_nums=9).layout(1200, 500).tgt_sizes
@@ -43,11 +44,13 @@ class MergedSliceRules:
         scale_resolution: int = 448,
         patch_size: int = 14,
         downsample_mode: str = "16x",
+        upsizes: bool = True,
     ) -> None:
         self.max_slice_nums = max_slice_nums
         self.scale_resolution = scale_resolution
         self.patch_size = patch_size
         self.downsample_mode = downsample_mode
+        self.upsizes = upsizes
         self._processor = MiniCPMV4_6ImageProcessorPil()
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -56,7 +59,9 @@ class MergedSliceRules:
         size = (height, width)
         shared = (self.scale_resolution, self.patch_size, self.downsample_mode)
         cut = self._processor.get_sliced_grid(size, self.max_slice_nums, self.scale_resolution)
-        overview_height, overview_width = self._processor.find_best_resize(size, *shared, cut is None)
+        overview_height, overview_width = self._processor.find_best_resize(
+            size, *shared, cut is None and self.upsizes
+        )
         overview = Size(overview_width, overview_height)
         if cut is None:
             return ImageLayout(overview, None, None, self.patch_size)
@@ -71,6 +76,7 @@ class MergedSliceRules:
             scale_resolution=self.scale_resolution,
             patch_size=self.patch_size,
             downsample_mode=self.downsample_mode,
+            upsizes=self.upsizes,
         )
 
 
@@ -79,10 +85,9 @@ def read_rules(
 ) -> MediaRules:
     """Read the rules; what the released processor is configured with goes before the model's config."""
     processor = read_settings(folder, "processor_config.json")
-    settings = processor.get("image_processor", {})
-    mode = (
-        arguments.downsample_mode or settings.get("downsample_mode") or config.get("downsample_mode", "16x")
-    )
+    settings = processor.get("image_processor") or read_settings(folder, "preprocessor_config.json")
+    default = config.get("downsample_mode", generation.downsample_mode)
+    mode = arguments.downsample_mode or settings.get("downsample_mode") or default
     if mode not in generation.downsampling:
         raise DataError(f"--downsample_mode: found {mode!r}, expected 16x or 4x. Choose one of the two.")
     rules = MergedSliceRules(
@@ -90,6 +95,7 @@ def read_rules(
         scale_resolution=settings.get("scale_resolution", 448),
         patch_size=settings.get("patch_size", 14),
         downsample_mode=mode,
+        upsizes=_upsizes(folder, settings),
     )
     image_ids = settings.get("use_image_id", True)
     style = PlaceholderStyle(
@@ -109,7 +115,20 @@ def read_rules(
         "use_image_id": image_ids,
     }
     log_assumed(folder, "processor_config.json", used, config)
-    return MediaRules(rules, style, _video_rules(processor.get("video_processor", {}), arguments), mode)
+    video = processor.get("video_processor") or read_settings(folder, "video_preprocessor_config.json")
+    return MediaRules(rules, style, _video_rules(video, arguments), mode)
+
+
+def _upsizes(folder: Path, settings: dict[str, Any]) -> bool:
+    """MiniCPM-OCR's ``small_image_upsize``; the others always enlarge small images."""
+    wish = settings.get("small_image_upsize", "always")
+    if wish not in ("always", "never"):
+        raise DataError(
+            f"{folder}: the processor's settings have small_image_upsize {wish!r}, expected always or never: "
+            "adaptive sizes depend on what is in the picture, and can't be planned here. Set it to always in "
+            "processor_config.json, which goes with the trained model, so that inference does the same."
+        )
+    return wish == "always"
 
 
 def _video_rules(settings: dict[str, Any], arguments: DataArguments) -> VideoRules:

@@ -324,7 +324,7 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
     given = [name for name, value in arguments.items() if value is not None and value is not False]
     unknown = [name for name in given if name not in ("return_dict", "use_cache")]
     if unknown:
-        raise TypeError(f"The training forward of MiniCPM-V 4.6 and 4.7 does not know {', '.join(unknown)}.")
+        raise TypeError(f"The training forward of the family minicpmv46 does not know {', '.join(unknown)}.")
 
 
 def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
