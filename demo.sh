@@ -10,7 +10,8 @@ on two CPU cores, installation included, and needs no GPU.
 
     bash demo.sh                       MiniCPM-V 2.6 learns to answer questions about colors
     bash demo.sh --task find           it learns to point at shapes, with boxes
-    bash demo.sh --generation v4_5     another MiniCPM-V: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_7,
+    bash demo.sh --generation v4_5     another MiniCPM: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7
+                                       v4_7_moe ocr_1,
                                        or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
     bash demo.sh --steps 200           steps of each run (200; for find 400)
     bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>, with a task in front of it
@@ -49,7 +50,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-case " v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_7 xc2_7b xc2_vl_7b xc2_4khd_7b " in
+case " v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7 v4_7_moe ocr_1 xc2_7b xc2_vl_7b xc2_4khd_7b " in
     *" $GENERATION "*) ;;
     *)
         echo "--generation is '$GENERATION', which is no model of the demo. bash demo.sh --help lists them." >&2

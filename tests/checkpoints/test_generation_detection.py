@@ -1,6 +1,7 @@
 """The generation is read from config.json, and a contradicting --llm_type is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,17 +10,40 @@ from minicpm_tune.checkpoints.generation_detection import (
     check_llm_type,
     detect_generation,
 )
+from minicpm_tune.checkpoints.model_folder import read_generation
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from support.paths import GOLDENS
+from support.paths import LAYOUTS
 
 
 def config_of(generation):
-    return json.loads((GOLDENS / generation / "config.json").read_text())
+    return json.loads((LAYOUTS / generation / "config.json").read_text())
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_released_config_tells_the_generation(generation):
-    assert detect_generation(config_of(generation)).name == generation
+    thinks = generation == "v4_6_thinking"  # the chat template says so
+    assert detect_generation(config_of(generation), thinks=thinks).name == generation
+
+
+def test_the_chat_template_tells_a_model_that_thinks_by_itself(tmp_path):
+    folder = shutil.copytree(LAYOUTS / "v4_6", tmp_path / "model")
+    assert read_generation(folder).name == "v4_6"
+    template = folder / "chat_template.jinja"
+    template.write_text((LAYOUTS / "v4_6_thinking" / "chat_template.jinja").read_text())
+    assert read_generation(folder).name == "v4_6_thinking"
+    shutil.copy(LAYOUTS / "v4_7_moe" / "config.json", folder)
+    found = read_generation(folder)
+    assert (found.name, found.thinks) == ("v4_7_moe", True)
+    template.write_text("{% if messages %}")  # broken, which is reported where it is used
+    assert not read_generation(folder).thinks
+
+
+@pytest.mark.parametrize("model_type", ["minicpmv4_6", "minicpmv4_7"])
+def test_an_llm_that_is_not_known_is_no_silent_guess(model_type):
+    config = {"model_type": model_type, "text_config": {"model_type": "qwen4_text"}}
+    message = rf"is '{model_type}' and text_config.model_type is 'qwen4_text', expected qwen3_5_text"
+    with pytest.raises(UnknownCheckpointError, match=message):
+        detect_generation(config)
 
 
 @pytest.mark.parametrize("generation", ["v2_5", "v2_6", "v4", "v4_5"])

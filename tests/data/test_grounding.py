@@ -44,7 +44,7 @@ def test_the_makers_form_is_written_with_the_tokens_that_the_model_has(picture, 
     ids = rows[0]["input_ids"].tolist()
     for tag in ("<ref>", "</ref>", "<box>", "</box>"):
         assert ids.count(vocabulary.get(tag, -1)) == (tag in vocabulary)
-    assert ("<box>" in vocabulary) == (name not in ("v4_6", "v4_7"))
+    assert ("<box>" in vocabulary) == (GENERATIONS[name].family != "minicpmv46")
 
 
 def test_a_model_without_tokens_for_boxes_gets_brackets(picture):

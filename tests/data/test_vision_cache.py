@@ -68,7 +68,7 @@ class Run:
 
     def _count(self, module, args, kwargs):
         pixels = args[0]
-        self.patches += pixels.shape[0] if self.row.name not in ("v4_6", "v4_7") else pixels.shape[-1] // 14
+        self.patches += pixels.shape[0] if self.row.family != "minicpmv46" else pixels.shape[-1] // 14
 
     def keep(self, folder="kept"):
         cache = open_cache(

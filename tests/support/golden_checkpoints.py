@@ -11,11 +11,13 @@ from tempfile import mkdtemp
 
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.settings.data_arguments import DataArguments
-from support.paths import GOLDENS
+from support.paths import GOLDENS, LAYOUTS
 from support.rows import turns_of
 
 ALL = ("v2", "v2_5", "v2_6", "o2_6", "v4", "v4_5", "v4_6", "v4_7")
 WITH_GOLDENS = ALL[1:]
+# Without goldens of their own, and whose tokenizer they have.
+_RELATIVES = {"v4_6_thinking": "v4_6", "v4_7_moe": "v4_7", "ocr_1": "v4_6"}
 
 
 @cache
@@ -23,9 +25,12 @@ def checkpoint_folder(name: str) -> Path:
     """A folder with a golden generation's config and tokenizer files, as a checkpoint has them."""
     folder = Path(mkdtemp(prefix=f"minicpmv-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shutil.copy(GOLDENS / name / "config.json", folder)
-    for file in (GOLDENS / name / "tokenizer").iterdir():
+    golden = GOLDENS / _RELATIVES.get(name, name)
+    for file in (golden / "config.json", *(golden / "tokenizer").iterdir()):
         shutil.copy(file, folder)
+    if name in _RELATIVES:
+        for file in (LAYOUTS / name).iterdir():
+            shutil.copy(file, folder)
     return folder
 
 

@@ -7,5 +7,6 @@ ROOT = TESTS.parent
 FINETUNE = ROOT / "finetune"
 BENCHMARKS = ROOT / "benchmarks"
 SUPPORT = TESTS / "support"
+LAYOUTS = ROOT / "demo" / "layouts"
 GOLDENS = TESTS / "goldens"
 IMAGES = GOLDENS / "images"

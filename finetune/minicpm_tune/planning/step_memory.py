@@ -120,6 +120,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tens
 class AttentionInstead(TorchFunctionMode):
     """Calls ``attention`` wherever torch's own scaled-dot-product attention is called while it is entered.
 
+    The product of experts and their tokens is replaced too, where the meta device has none (all but bf16, torch 2.13).
+
     torch suspends it during the backward; what checkpointing computes again enters its own, see
     ``checkpointing_options``.
     """
@@ -130,7 +132,14 @@ class AttentionInstead(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         called = self.attention if func is F.scaled_dot_product_attention else func
+        if func is F.grouped_mm and args[0].dtype != torch.bfloat16:
+            called = _grouped_product
         return called(*args, **(kwargs or {}))
+
+
+def _grouped_product(tokens: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
+    """[N, D], [E, D, F] -> [N, F], with the memory of ``F.grouped_mm`` in forward and backward."""
+    return tokens @ weights[0]
 
 
 def checkpointing_options(attention: Attention) -> dict[str, Any]:
