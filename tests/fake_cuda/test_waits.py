@@ -37,7 +37,9 @@ def test_a_step_runs_where_no_value_can_be_read_back(tmp_path, name, packing, mo
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none on that device
     folder = make_checkpoint(tmp_path, name, size="tiny")
     model = build_on_meta(folder, GENERATIONS[name]).train()
-    if GENERATIONS[name].expert_parameters:  # the product of experts and their tokens has no other dtype there
+    if GENERATIONS[
+        name
+    ].expert_parameters:  # the product of experts and their tokens has no other dtype there
         model = model.to(torch.bfloat16)
     batch = moved(made_batch(folder, name, packing=packing), "meta")
     batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64, device="meta")

@@ -88,7 +88,7 @@ def test_an_adapter_is_continued_in_its_own_downsample_mode(tmp_path):
 
     check_mode("4x")
     with pytest.raises(
-        AdapterError, match="trained with --downsample_mode 4x, this run has 16x. Give --downsample_mode 4x"
+        AdapterError, match=r"trained with --downsample_mode 4x, this run has 16x\. Give --downsample_mode 4x"
     ):
         check_mode("16x")
 
