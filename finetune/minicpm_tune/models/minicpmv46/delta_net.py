@@ -47,7 +47,7 @@ class _PackedForward(nn.Module):
     in_proj_z: nn.Linear
     out_proj: nn.Linear
     conv1d: nn.Conv1d
-    norm: nn.Module
+    norm: Any
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     activation: str
