@@ -156,10 +156,10 @@ def _opens_thoughts(folder: Path) -> bool:
         return False
     question = [{"role": "user", "content": "?"}]
     try:
-        prompts, _ = render_jinja_template([question], chat_template=template, add_generation_prompt=True)
+        rendered: Any = render_jinja_template([question], chat_template=template, add_generation_prompt=True)
     except TemplateError:
         return False  # ``data/prompts.py`` tells what is wrong with it
-    return prompts[0].rstrip().endswith("<think>")
+    return rendered[0][0].rstrip().endswith("<think>")
 
 
 def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
