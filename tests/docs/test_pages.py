@@ -11,7 +11,7 @@ from support.pages import PAGES, commands, name_of, prose, read
 from support.paths import FINETUNE, ROOT
 
 LONGEST_README = 220  # lines
-COMMANDS = ("chat", "predict", "merge_lora", "quantize", "inspect_data", "plan_memory")
+COMMANDS = ("chat", "predict", "merge_lora", "quantize", "inspect_data", "plan_memory", "convert_data coco")
 # Flags of other programs that pages name outside of commands.
 OTHER_PROGRAMS = {
     "--all", "--generation", "--jinja", "--mmproj", "--chat-template-kwargs", "--minicpmv_version", "--base",
@@ -63,7 +63,8 @@ def known_flags():
     """Every flag of finetune.py, of old guides, and of the commands."""
     flags = {"--help", "--help-all", "--version", *flag_names()}
     for command in COMMANDS:
-        done = processes.run([sys.executable, FINETUNE / f"{command}.py", "--help"], limit=100)
+        name, *form = command.split()
+        done = processes.run([sys.executable, FINETUNE / f"{name}.py", *form, "--help"], limit=100)
         flags |= set(re.findall(r"--\w+", done.stdout))
     return flags
 
