@@ -2,7 +2,7 @@
 
 import pytest
 
-from minicpm_tune.data.row_forms import as_conversation
+from minicpm_tune.data.files.row_forms import as_conversation
 from minicpm_tune.data.row_parsing import parse_row
 from minicpm_tune.errors import RowError
 

@@ -2,8 +2,8 @@
 
 Accepted: the official form (``conversations`` with role/content, ``image`` a path or a dictionary of
 ``<image_00>`` placeholders), ``messages`` with strings or lists of typed parts, ShareGPT / LLaVA
-(``from``/``value``), InternLM-XComposer's ``<ImageHere>``, and the pairs of ``row_forms.py``. A row is used exactly as
-written, or refused with a ``RowError`` that says what was found, what was expected and what to do.
+(``from``/``value``), InternLM-XComposer's ``<ImageHere>``, and the pairs of ``files/row_forms.py``. A row is used
+exactly as written, or refused with a ``RowError`` that says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minicpm_tune.data.files.row_forms import as_conversation, form_names
 from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box
-from minicpm_tune.data.row_forms import as_conversation, form_names
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,

@@ -89,7 +89,8 @@ _CONTROL = (
     r"<audio>|<bbox>|<ref-object>|<\|\w+\|>|</?s>|<unk>|</image>|</?slice>|</?image_id>|</?(?:ref|box|quad|point)>|"
     r"</?think>|</?tool_(?:call|response)>|</?img>|<用户>|<AI>|\[UNUSED_TOKEN_\d+\]"
 )
-_ESCAPED = rf"\\(?:{_MARK}|{_CONTROL})"
+ESCAPABLE = rf"(?:{_MARK}|{_CONTROL})"
+_ESCAPED = rf"\\{ESCAPABLE}"
 # Placeholders of other programs. Those of _LOOSE are also tags of HTML and XML, and mean an image only beside one.
 _FOREIGN = (
     r"<(?:image|img|picture|photo|video|audio)s?[ _#:-]*\d+>|<\|(?:image|video|audio)(?:_\d+)?\|>|<img>[^<>]*</img>|"

@@ -1,6 +1,6 @@
 """``--columns``: which column of a table, or key of a row, is the question, the answer, the picture.
 
-The flag renames the columns of every file that has them; what the new names mean, ``data/row_forms.py`` and
+The flag renames the columns of every file that has them; what the new names mean, ``files/row_forms.py`` and
 ``data/row_parsing.py`` know. In a CSV file every cell is a text, so lists, objects and weights are read out of theirs.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.data import row_forms
+from minicpm_tune.data.files import row_forms
 from minicpm_tune.data.files.row_files import Rows
 from minicpm_tune.data.row_keys import ROW_KEYS, name_list
 from minicpm_tune.errors import DataError, RowError
