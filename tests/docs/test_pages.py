@@ -11,7 +11,10 @@ from support.pages import PAGES, commands, name_of, prose, read
 from support.paths import FINETUNE, ROOT
 
 LONGEST_README = 220  # lines
-COMMANDS = ("chat", "predict", "merge_lora", "quantize", "inspect_data", "plan_memory", "convert_data coco")
+COMMANDS = (
+    "chat", "predict", "merge_lora", "quantize", "inspect_data", "plan_memory", "convert_data coco",
+    "convert_data rows",
+)  # fmt: skip
 # Flags of other programs that pages name outside of commands.
 OTHER_PROGRAMS = {
     "--all", "--generation", "--jinja", "--mmproj", "--chat-template-kwargs", "--minicpmv_version", "--base",
