@@ -45,7 +45,7 @@ def coco_parser() -> CommandParser:
 def convert_coco(values: argparse.Namespace) -> int:
     """Write the rows of a COCO file; 1 when there is none."""
     # Imported here: what reads images takes seconds that --help need not wait for.
-    from minicpm_tune.data.coco import CocoFile
+    from minicpm_tune.data.files.coco import CocoFile
     from minicpm_tune.files import whole_file
 
     output = Path(values.output).expanduser()

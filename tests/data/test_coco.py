@@ -7,7 +7,7 @@ from PIL import Image
 
 import convert_data
 from dataset import SupervisedDataset
-from minicpm_tune.data.coco import CocoFile
+from minicpm_tune.data.files.coco import CocoFile
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
 from support.golden_checkpoints import processing
