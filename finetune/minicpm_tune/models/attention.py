@@ -68,7 +68,7 @@ def attend_within_slices(
         out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
         start, query_start = stop, query_stop
-    return torch.cat(mixed)
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # a single one needs no copy
 
 
 def _varlen(
@@ -143,15 +143,13 @@ def attend_within_samples(
             parts, sample_ends, sample_ends, longest, longest, scale=scaling, causal=True, groups=groups
         )
         return mixed[None], None
-    mixed = torch.cat(
-        [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-            for q, k, v in zip(
-                *(part.split(list(sample_lengths), dim=2) for part in (query, key, value)), strict=True
-            )
-        ],
-        dim=2,
-    )
+    samples = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        for q, k, v in zip(
+            *(part.split(list(sample_lengths), dim=2) for part in (query, key, value)), strict=True
+        )
+    ]
+    mixed = samples[0] if len(samples) == 1 else torch.cat(samples, dim=2)
     return mixed.transpose(1, 2), None
 
 

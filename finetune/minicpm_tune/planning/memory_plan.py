@@ -2,8 +2,8 @@
 
 What a run holds throughout (weights, gradients, optimizer) is counted from the model's parameters and the rules of
 ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054; buffers as
-deepspeed 0.19 allocates them). What comes and goes in a step is found by running the step on the meta device, see
-``planning/step_memory.py``. What neither sees (the CUDA context, NCCL, memory that the allocator holds but can't
+deepspeed 0.19 allocates them). What comes and goes in a step is found by running the step on tensors without
+contents, see ``planning/step_memory.py``. What neither sees (the CUDA context, NCCL, memory that the allocator holds but can't
 use) is a surcharge.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from minicpm_tune.checkpoints.model_folder import read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.build import add_adapter
-from minicpm_tune.models.parameter_parts import freeze
+from minicpm_tune.models.parameter_parts import freeze, raise_precision_of_trained
 from minicpm_tune.planning.step_memory import (
     LABELS,
     Attention,
@@ -67,6 +66,7 @@ class Training:
             too, ZeRO-3).
         model_max_length: Tokens of a row.
         batch_size: Rows per GPU.
+        gradient_accumulation_steps: Micro-batches of an optimizer step.
         max_slice_nums: Most slices of a row's image, the overview not counted.
         downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None: the checkpoint's.
         tune_vision: Whether the vision tower trains.
@@ -84,6 +84,7 @@ class Training:
     offload: str = "none"
     model_max_length: int = 2048
     batch_size: int = 1
+    gradient_accumulation_steps: int = 1
     max_slice_nums: int = 9
     downsample_mode: str | None = None
     tune_vision: bool = True
@@ -109,7 +110,13 @@ class Training:
                 f"--offload all moves the weights too, which needs ZeRO-3, but --zero is {self.zero}. Set --zero "
                 "to 3, or --offload to optimizer."
             )
-        for name in ("gpus", "model_max_length", "batch_size", "max_slice_nums"):
+        for name in (
+            "gpus",
+            "model_max_length",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_slice_nums",
+        ):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name} is {getattr(self, name)}, expected at least 1. Raise it.")
 
@@ -140,12 +147,11 @@ def plan(
     config, generation = read_config(folder), read_generation(folder)
     model = _prepared(folder, generation, training)
     held = _held(model, training, hidden=_hidden_size(config))
+    update = _optimizer_step(model, training)
     peak = _forward_backward(model, generation, training, loss=loss, attention=attention)
-    passing = peak.total() + held["gathered weights"]
-    step = _optimizer_step(model, training)
-    if step > peak.total():
-        peak = Counter({"optimizer step": step})
-    parts = {**held, **{label: peak[label] for label in (*LABELS, "optimizer step")}}
+    passing = peak.total() - peak["gradients"] + held["gathered weights"]
+    peak = max(peak, update, key=Counter.total)
+    parts = {**held, **{label: held.get(label, 0) + peak[label] for label in (*LABELS, "optimizer step")}}
     parts["surcharge"] = (
         CUDA_BYTES + NCCL_BYTES * (training.gpus > 1) + round(FRAGMENTATION[training.zero] * passing)
     )
@@ -180,6 +186,9 @@ def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Mo
                 vision=training.tune_vision,
                 resampler=training.tune_resampler,
             )
+    if training.zero == 0:
+        raise_precision_of_trained(model)
+    else:  # DeepSpeed casts what adapters add
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[training.precision])
@@ -199,11 +208,13 @@ def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int
     count = sum(parameter.numel() for parameter in trained)
     state = OPTIMIZERS[training.optim] * count
     if training.zero == 0:
-        found = _held_without_deepspeed(model, training)
-        return found | {
-            "weights": weights + scales + found["weights"],
-            "optimizer": state,
+        return {
+            "weights": weights + scales,
             "gathered weights": 0,
+            "gradients": 0 if _keeps_gradients(training) else 4 * count,
+            "optimizer": state,
+            # DistributedDataParallel keeps a second copy in its buckets.
+            "communication": 4 * count * (training.gpus > 1),
         }
     share = 0 if training.offload != "none" else 1 / training.gpus
     settings = _zero_settings(training)
@@ -227,21 +238,9 @@ def _held(model: nn.Module, training: Training, *, hidden: int) -> dict[str, int
     }
 
 
-def _held_without_deepspeed(model: nn.Module, training: Training) -> dict[str, int]:
-    """Trained weights are held in fp32; autocast keeps 16-bit copies of their matrices during the forward."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
-    # Embeddings are looked up as they are, unless the output layer shares them.
-    cast = {
-        id(parameter): parameter.numel()
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad and parameter.dim() > 1 and not isinstance(module, nn.Embedding)
-    }
-    matrices = sum(cast.values())
-    more = 0 if training.precision == "fp32" else 2 * count + 2 * matrices
-    # DistributedDataParallel keeps a second copy in its buckets.
-    return {"weights": more, "gradients": 4 * count, "communication": 4 * count * (training.gpus > 1)}
+def _keeps_gradients(training: Training) -> bool:
+    """Whether gradients come and go with every backward: without DeepSpeed, where a step has one."""
+    return training.zero == 0 and training.gradient_accumulation_steps == 1
 
 
 def _zero_settings(training: Training) -> dict[str, Any]:
@@ -249,17 +248,17 @@ def _zero_settings(training: Training) -> dict[str, Any]:
     return read_deepspeed_config(f"ds_config_zero{training.zero}.json")["zero_optimization"]
 
 
-def _optimizer_step(model: nn.Module, training: Training) -> int:
-    """What AdamW makes during its step: fp32 gradients (DeepSpeed) and the denominators of all weights."""
+def _optimizer_step(model: nn.Module, training: Training) -> Counter[str]:
+    """What there is during AdamW's step: fp32 gradients (DeepSpeed) and the denominators of all weights."""
     if training.offload != "none":
-        return 0
+        return Counter()
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if training.zero == 0:
-        return 4 * count
+        return Counter({"gradients": 4 * count * _keeps_gradients(training), "optimizer step": 4 * count})
     count = -(-count // training.gpus)
     if training.zero == 3:
         count = min(count, _zero_settings(training)["sub_group_size"])
-    return 8 * count
+    return Counter({"optimizer step": 8 * count})
 
 
 def _forward_backward(
@@ -280,10 +279,17 @@ def _forward_backward(
         length=training.model_max_length,
         slices=training.max_slice_nums + 1,
     )
-    # ZeRO-3 joins a gradient with others in one buffer before it sends their shares.
-    copy = torch.empty_like if training.zero == 3 else _nothing
-    step = partial(loss, model, batch)
-    return measure_step(model, generation, step, attention=attention, after_gradient=copy)
+    return measure_step(
+        model,
+        generation,
+        batch,
+        loss,
+        attention=attention,
+        autocast=None if training.zero or training.precision == "fp32" else DTYPES[training.precision],
+        keep_gradients=_keeps_gradients(training),
+        # ZeRO-3 joins a gradient with others in one buffer before it sends their shares.
+        after_gradient=torch.empty_like if training.zero == 3 else _nothing,
+    )
 
 
 def _nothing(_: Tensor) -> None:

@@ -1,16 +1,20 @@
 """The memory of one training step, found by running the step on a model and a batch without numbers.
 
-Tensors on the meta device have shapes and no contents, so a step of an 8B model runs in seconds on any machine
-and needs no weights. Every storage that the step makes is counted from its creation to its end; the highest sum is
-the peak. The step that runs is the training code itself, checkpointing and chunked loss included, so nothing here
-has to follow changes of the model.
+What would be on the GPU is a ``FakeTensor`` of torch: it has a shape, a dtype and a device and no numbers, so a step
+of an 8B model runs in seconds on any machine and needs no weights. Every storage that the step makes is counted from
+its creation to its end; the highest sum is the peak. The step that runs is the training code itself, checkpointing,
+autocast and chunked loss included, so nothing here has to follow changes of the model.
+
+The tensors say that they are on the CPU: a build of torch without CUDA knows no GPU, the meta device has no autocast,
+and a CUDA build would take memory of the card. Where the CPU would do something else than a GPU, ``LikeGpu`` does
+what a GPU does. ``tests/fake_cuda/test_step_memory.py`` compares the result with the same step on a CUDA device.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,25 +23,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.collating import data_collator
+from minicpm_tune.models.batch_layout import PATCH, to_autocast_dtype
 from minicpm_tune.models.loading import model_class
 from minicpm_tune.models.loss import LMHead
+from minicpm_tune.models.minicpmv.audio import MEL_BINS, Segment
 
 Attention = Callable[..., Tensor]
 
-LABELS = ("vision", "activations", "logits")
-# Operators that need the values of an index on the CPU to know the shape of their output.
-_NEED_VALUES = (torch.ops.aten.index.Tensor, torch.ops.aten._to_copy.default)
+LABELS = ("vision", "audio", "activations", "logits", "16-bit copies", "gradients")
+# What autocast computes in fp32 on a GPU and as it comes on a CPU, of what the models call (torch 2.13,
+# ATen/autocast_mode.h).
+_FP32_ON_GPU = frozenset(
+    "layer_norm group_norm softmax log_softmax softplus exp log log1p pow rsqrt reciprocal cumsum cumprod prod "
+    "sum norm logsumexp cosine_similarity".split()
+)
 
 
-class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is entered.
+class StepMeter(TorchDispatchMode):
+    """Runs on tensors without contents what has one among its arguments, and counts the bytes of all it makes.
+
+    What has none (token ids, sizes, positions on the CPU) runs for real, so that code can look at it.
 
     Attributes:
         label: What new storages are counted as.
@@ -50,50 +64,83 @@ class StorageMeter(TorchDispatchMode):
         self.label = "activations"
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self._fake = FakeTensorMode()
         self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._labels: dict[int, str] = {}  # of the storages that are counted
+        self._weights: set[int] = set()
 
-    def leave_out(self, model: nn.Module) -> None:
-        """Do not count a model's own parameters and buffers."""
-        for tensor in [*model.parameters(), *model.buffers()]:
-            storage = tensor.untyped_storage()
-            self._known[storage._cdata] = storage
+    def take(self, model: nn.Module) -> None:
+        """Give a model of the meta device tensors of this meter; its own tensors do not count."""
+        taken: dict[int, Tensor] = {}
+        for store in (store for module in model.modules() for store in (module._parameters, module._buffers)):
+            for name, value in store.items():
+                if value is None:
+                    continue
+                if id(value) not in taken:
+                    taken[id(value)] = self._own(value)
+                store[name] = taken[id(value)]  # type: ignore[assignment]
+
+    def _own(self, value: Tensor) -> Tensor:
+        with self._fake:
+            made = torch.empty(value.shape, dtype=value.dtype)
+        storage = made.untyped_storage()
+        self._known[storage._cdata] = storage
+        if isinstance(value, nn.Parameter):
+            self._weights.add(storage._cdata)
+            return nn.Parameter(made, requires_grad=value.requires_grad)
+        return made
+
+    def put(self, value: Any) -> Any:
+        """A tensor of the batch as it arrives on the device; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        with self._fake:
+            made = torch.empty(value.shape, dtype=value.dtype)
+        self._count(made.untyped_storage(), self.label)
+        return made
+
+    def recount(self, tensor: Tensor, label: str) -> None:
+        """Count a tensor that the step has made as something else."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._labels:
+            size = tensor.untyped_storage().nbytes()
+            self.live.subtract({self._labels[key]: size})
+            self.live[label] += size
+            self._labels[key] = label
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and count what it made."""
         kwargs = kwargs or {}
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
-        if func not in _NEED_VALUES and any(tensor.is_meta for tensor in tensors):
-            if any(not tensor.is_meta and tensor.dim() for tensor in tensors):
-                # Token ids, sizes and positions are real, so that code can look at them.
-                args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
-            if tensor.is_meta:
-                self._count(tensor.untyped_storage())
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)]
+        if not given:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, self._without_contents, (args, kwargs))
+        with self._fake:
+            result = func(*args, **kwargs)
+        label = self.label
+        if func is torch.ops.aten._to_copy.default and given[0].untyped_storage()._cdata in self._weights:
+            label = "16-bit copies"
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                self._count(tensor.untyped_storage(), label)
         return result
 
-    def _count(self, storage: Any) -> None:
-        if storage._cdata in self._known:
+    def _without_contents(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
+
+    def _count(self, storage: Any, label: str) -> None:
+        key = storage._cdata
+        if key in self._known:
             return
-        self._known[storage._cdata] = storage
-        label, size = self.label, storage.nbytes()
-        self.live[label] += size
+        self._known[key] = storage
+        self._labels[key] = label
+        self.live[label] += storage.nbytes()
         if self.live.total() > self.peak.total():
             self.peak = Counter(self.live)
-        weakref.finalize(storage, self.live.subtract, {label: size})
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments or results of an operator, which nest at most once."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from (part for part in value if isinstance(part, Tensor))
-
-
-def _as_meta(tensor: Tensor) -> Tensor:
-    return tensor.to("meta") if tensor.device.type == "cpu" and tensor.dim() else tensor
+    def _forget(self, key: int, size: int) -> None:
+        self.live.subtract({self._labels.pop(key): size})
 
 
 class _LinearMemoryAttention(torch.autograd.Function):
@@ -101,7 +148,9 @@ class _LinearMemoryAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        rows, heads, length, _ = query.shape
+        # Heads lie beside each other within a token, as in what these kernels give.
+        out = query.new_empty((rows, length, heads, value.shape[-1])).transpose(1, 2)
         row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, row_sums)
         return out
@@ -112,18 +161,21 @@ class _LinearMemoryAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Stands in for ``F.scaled_dot_product_attention``, which makes all scores on the meta device."""
-    return _LinearMemoryAttention.apply(query, key, value)
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stands in for ``F.scaled_dot_product_attention``, which has no fused kernel for every mask on a CPU."""
+    return _LinearMemoryAttention.apply(*(to_autocast_dtype(part) for part in (query, key, value)))
 
 
-class AttentionInstead(TorchFunctionMode):
-    """Calls ``attention`` wherever torch's own scaled-dot-product attention is called while it is entered.
+class LikeGpu(TorchFunctionMode):
+    """Computes as on a GPU what torch computes otherwise on a CPU, while it is entered.
 
-    The product of experts and their tokens is replaced too, where the meta device has none (all but bf16, torch 2.13).
+    The product of experts and their tokens is replaced too, where a CPU has none (all but bf16, torch 2.13).
 
     torch suspends it during the backward; what checkpointing computes again enters its own, see
     ``checkpointing_options``.
+
+    Args:
+        attention: Called wherever torch's own scaled-dot-product attention is called.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -131,10 +183,25 @@ class AttentionInstead(TorchFunctionMode):
         self.attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = self.attention if func is F.scaled_dot_product_attention else func
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
         if func is F.grouped_mm and args[0].dtype != torch.bfloat16:
-            called = _grouped_product
-        return called(*args, **(kwargs or {}))
+            return _grouped_product(*args, **kwargs)
+        if func.__name__ in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(FakeTensor, _in_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """What is dropped is remembered as one byte per number."""
+        return torch.native_dropout(input, p, train=True)[0] if training and p else input
+
+
+def _in_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _grouped_product(tokens: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
@@ -143,39 +210,60 @@ def _grouped_product(tokens: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor
 
 
 def checkpointing_options(attention: Attention) -> dict[str, Any]:
-    """Options of activation checkpointing under which the backward calls the same attention as the forward."""
-    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AttentionInstead(attention))}
+    """Options of activation checkpointing under which the backward computes what the forward did."""
+    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), LikeGpu(attention))}
 
 
 def measure_step(
     model: nn.Module,
     generation: Generation,
-    loss: Callable[[], Tensor],
+    batch: dict[str, Any],
+    loss: Callable[[Any, dict[str, Any]], Tensor],
     *,
     attention: Attention = fused_attention,
+    autocast: torch.dtype | None = None,
+    keep_gradients: bool = False,
     after_gradient: Callable[[Tensor], object] = lambda gradient: None,
 ) -> Counter[str]:
-    """Run forward and backward on the meta device and measure the peak of what they make.
-
-    A parameter's gradient is dropped as soon as it is complete, because the caller counts complete gradients by
-    the rules of ZeRO; the one being made counts here.
+    """Run forward and backward on tensors without contents and measure the peak of what they make.
 
     Args:
-        model: On the meta device, in training mode, possibly with an adapter.
+        model: On the meta device, in training mode, possibly with an adapter. Its tensors are replaced.
         generation: Its generation.
+        batch: What its forward takes, on the CPU.
         loss: Runs the forward.
         attention: Called instead of ``F.scaled_dot_product_attention``.
+        autocast: What autocast computes in; None: there is no autocast.
+        keep_gradients: Whether gradients stay and count, as where an optimizer step follows every backward. Otherwise
+            a parameter's gradient is dropped as soon as it is complete, and the caller counts complete ones.
         after_gradient: Called with every complete gradient; what it makes counts.
 
     Returns:
         Label of ``LABELS`` -> bytes at the peak.
     """
-    meter = StorageMeter()
-    meter.leave_out(model)
-    handles = [*_label_parts(model, generation, meter), *_drop_gradients(model, after_gradient)]
+    meter = StepMeter()
+    meter.take(model)
+
+    def complete(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "a hook behind the gradient ran before it"
+        after_gradient(parameter.grad)
+        if keep_gradients:
+            meter.recount(parameter.grad, "gradients")
+        else:
+            parameter.grad = None
+
+    handles = [*_label_parts(model, generation, meter)]
+    handles += [
+        parameter.register_post_accumulate_grad_hook(complete)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    inputs = {name: meter.put(value) for name, value in batch.items()}
+    casts = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
     try:
-        with AttentionInstead(attention), meter:
-            value = loss()
+        with LikeGpu(attention), meter:
+            with casts:
+                value = loss(model, inputs)
             meter.label = "logits"
             value.backward()
     finally:
@@ -184,46 +272,38 @@ def measure_step(
     return meter.peak
 
 
-def _drop_gradients(model: nn.Module, after_gradient: Callable[[Tensor], object]) -> Iterator[Any]:
-    def drop(parameter: Tensor) -> None:
-        assert parameter.grad is not None, "a hook behind the gradient ran before it"
-        after_gradient(parameter.grad)
-        parameter.grad = None
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            yield parameter.register_post_accumulate_grad_hook(drop)
-
-
-def _label_parts(model: nn.Module, generation: Generation, meter: StorageMeter) -> Iterator[Any]:
+def _label_parts(model: nn.Module, generation: Generation, meter: StepMeter) -> Iterator[Any]:
     """Tell the meter which part runs: by hooks in the forward, by gradients that are done in the backward."""
     for name, module in model.named_modules():
         plain = name.removeprefix("base_model.model.")
         if plain in generation.modules["vision"]:
             yield module.register_forward_pre_hook(partial(_enter, meter, "vision"))
+        elif plain in generation.modules.get("audio", ()):
+            yield module.register_forward_pre_hook(partial(_enter, meter, "audio"))
         elif plain in generation.modules["resampler"]:
             yield module.register_forward_hook(partial(_leave_vision, meter))
         elif isinstance(module, LMHead):
             yield module.register_forward_pre_hook(partial(_enter_head, meter))
 
 
-def _enter(meter: StorageMeter, label: str, *_: Any) -> None:
+def _enter(meter: StepMeter, label: str, *_: Any) -> None:
     meter.label = label
 
 
-def _leave_vision(meter: StorageMeter, _module: nn.Module, _inputs: Any, output: Any) -> None:
+def _leave_vision(meter: StepMeter, _module: nn.Module, _inputs: Any, output: Any) -> None:
     meter.label = "activations"
     if isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(partial(_enter, meter, "vision"))  # the LLM's backward is done
 
 
-def _enter_head(meter: StorageMeter, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _enter_head(meter: StepMeter, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
     meter.label = "logits"
     if inputs and inputs[0].requires_grad:
         inputs[0].register_hook(partial(_enter, meter, "activations"))  # the output layer's backward is done
 
 
 _TAG_TOKENS = 2  # tokens around a placeholder
+_SEGMENT_SECONDS, _MEL_PER_SECOND = 30, 100  # the encoder's longest segment, and its frames
 
 
 class QuantizedShape(nn.Linear):
@@ -252,7 +332,7 @@ class QuantizedShape(nn.Linear):
 
     def values(self) -> Tensor:
         """[out_features, in_features], as dequantizing makes them."""
-        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return self.weight.new_empty((self.out_features, self.in_features), dtype=self.dtype)
 
 
 class _Dequantized(torch.autograd.Function):
@@ -317,9 +397,15 @@ def largest_image(
 
 
 def largest_batch(
-    model: PreTrainedModel, generation: Generation, *, rows: int, length: int, slices: int
+    model: PreTrainedModel,
+    generation: Generation,
+    *,
+    rows: int,
+    length: int,
+    slices: int,
+    audio_seconds: int = 0,
 ) -> dict[str, Any]:
-    """A batch of full rows, each with one image of as many full slices as fit.
+    """A batch of full rows, each with one image of as many full slices as fit, and audio before it.
 
     Args:
         model: On the meta device; gives sizes and token ids.
@@ -327,28 +413,51 @@ def largest_batch(
         rows: Rows of the batch.
         length: Tokens of a row.
         slices: Slices of a row's image, the overview included.
+        audio_seconds: Seconds of audio of a row, for models that hear.
 
     Returns:
-        Arguments of the model's forward: pixels on the meta device, the rest real. Every token that is
-        not a placeholder is supervised.
+        Arguments of the model's forward, on the CPU. Every token that is not a placeholder is supervised.
     """
-    config = model.config
-    input_ids = torch.zeros(rows, length, dtype=torch.int64)
-    labels = input_ids.clone()
-    sizes, bounds, start = [], [], 1
-    for size, tokens in largest_image(model, generation, slices=slices, room=length - 1):
-        input_ids[:, start : start + tokens] = getattr(config, "image_token_id", 0)
-        labels[:, start : start + tokens] = IGNORE_INDEX
+    start = 1
+    sample: Sample = {"input_ids": torch.zeros(length, dtype=torch.int64), **_audio(model, audio_seconds)}
+    if "audio_bound" in sample:
+        start = int(sample["audio_bound"].max()) + _TAG_TOKENS
+    sizes, bounds = [], []
+    for size, tokens in largest_image(model, generation, slices=slices, room=length - start):
         sizes.append(size)
         bounds.append((start, start + tokens))
         start += tokens + _TAG_TOKENS
-    all_sizes = torch.tensor(sizes * rows).reshape(-1, 2)
-    all_bounds = [(row, *bound) for row in range(rows) for bound in bounds]
-    patches = int(all_sizes.prod(dim=1).sum())
+    sample["tgt_sizes"] = torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2)
+    sample["image_bound"] = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2)
+    patches = sum(height * width for height, width in sizes)
+    sample["pixel_values"] = torch.zeros((3, PATCH, PATCH * patches), dtype=torch.uint8)
+    sample["labels"] = sample["input_ids"].clone()
+    types = torch.zeros_like(sample["input_ids"])
+    for first, end in [*bounds, *sample.get("audio_bound", torch.zeros(0, 2)).int().tolist()]:
+        sample["input_ids"][first:end] = getattr(model.config, "image_token_id", 0)
+        sample["labels"][first:end] = IGNORE_INDEX
+        types[first:end] = 1
+    if generation.token_types:
+        sample["mm_token_type_ids"] = types
+    batch: dict[str, Any] = {**data_collator([sample] * rows)}
+    del batch["provenance"]
+    return batch
+
+
+def _audio(model: Any, seconds: int) -> dict[str, Tensor]:
+    """The audio of a sample, in segments of 30 s, at its beginning."""
+    if not seconds:
+        return {}
+    lengths = [
+        _MEL_PER_SECOND * min(_SEGMENT_SECONDS, seconds - start)
+        for start in range(0, seconds, _SEGMENT_SECONDS)
+    ]
+    tokens = [Segment(frames, max(lengths)).tokens(model.config.audio_pool) for frames in lengths]
+    ends = torch.tensor(tokens).cumsum(0)
     return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "pixel_values": torch.empty(3, 14, 14 * patches, dtype=torch.uint8, device="meta"),
-        "tgt_sizes": all_sizes,
-        "image_bound": torch.tensor(all_bounds).reshape(-1, 3),
+        "audio_values": torch.zeros((MEL_BINS, sum(lengths)), dtype=torch.float32),
+        "audio_segments": torch.tensor(
+            [(frames, max(lengths), kept) for frames, kept in zip(lengths, tokens, strict=True)]
+        ),
+        "audio_bound": torch.stack([ends - torch.tensor(tokens), ends], dim=1) + 1,
     }
