@@ -2,8 +2,8 @@
 
     python finetune/plan_memory.py --model_name_or_path openbmb/MiniCPM-V-2_6 --method lora --gpus 2 --zero 2
 
-Only the checkpoint's config.json is read. The training step runs on torch's meta device, where tensors have no
-contents: a plan of an 8B model takes about ten seconds and a gigabyte of RAM, on the CPU.
+Only the checkpoint's config.json is read. The training step runs on tensors without contents: a plan of an 8B model
+takes about ten seconds and a gigabyte of RAM, on the CPU.
 
 Imports that take seconds stand where they are used, so that ``--help`` and messages come at once.
 """
@@ -91,9 +91,17 @@ def parse_flags(argv: list[str]) -> Namespace:
     )  # fmt: skip
     add("--model_max_length", type=count, default=2048, help="Length of a row, in tokens.")
     add("--batch_size", type=count, default=1, help="Rows per GPU in each forward.")
+    add(
+        "--gradient_accumulation_steps",
+        type=count,
+        default=1,
+        help="Forwards per optimizer step. Without DeepSpeed, more than one keeps gradients during the next forward.",
+    )
     add("--max_slice_nums", type=count, default=9, help="Most slices a row's image is cut into.")
+    add("--audio_seconds", type=int, default=0, help="MiniCPM-o: seconds of audio of a row.")
     add("--downsample_mode", choices=["4x", "16x"], help="As in finetune.py, for 4.6, 4.7, and OCR.")
     add_switch(parser, "--tune_vision", default=True, help="Whether the vision tower trains.")
+    add_switch(parser, "--tune_audio", default=False, help="MiniCPM-o: whether the audio encoder trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
     add_switch(
         parser,
@@ -102,6 +110,9 @@ def parse_flags(argv: list[str]) -> Namespace:
         help="Whether the backward computes activations again, to save memory.",
     )
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the training.")
+    add_switch(
+        parser, "--fp32_residual_connection", default=None, help="As in finetune.py. Unset: true with fp16."
+    )
     add("--optim", choices=["adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch", help="The optimizer.")
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
     add("--lora_r", type=count, default=64, help="Rank of the adapter.")

@@ -4,12 +4,10 @@ What runs is ``support/fake_cuda_worker.py``, on the device of ``support/fake_cu
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
@@ -20,24 +18,6 @@ LIMIT = 400  # seconds for the jobs of a process; 20 alone on a core
 CARDS = ((7, 5), (8, 6), (9, 0))  # capabilities of a T4, an RTX 3090, an H100
 # The others with the slow tests.
 ONE_OF_A_FAMILY = ("v2_6", "v4_6", "xc2_4khd_7b")
-
-
-@pytest.fixture(scope="session")
-def device(tmp_path_factory):
-    """The compiled device."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to compile a device that does nothing")
-    library = tmp_path_factory.mktemp("fake_cuda") / "device.so"
-    root = Path(torch.__file__).parent
-    headers = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    source = SUPPORT / "fake_cuda_device.cpp"
-    done = processes.run(
-        [compiler, "-std=c++20", "-shared", "-fPIC", *headers, source, "-o", library, *libraries], limit=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return library
 
 
 def steps(device, folder, jobs):

@@ -13,8 +13,9 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.models.quantization import bytes_by_part
 from minicpm_tune.planning import memory_plan
-from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, PlanError, Training, host_bytes, plan
-from minicpm_tune.planning.step_memory import build_on_meta, largest_batch
+from minicpm_tune.planning.largest_batch import PlanError, largest_batch
+from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, Training, host_bytes, plan
+from minicpm_tune.planning.step_memory import build_on_meta
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support import processes
 from support.official_step import official_attention, official_loss
@@ -26,7 +27,7 @@ GIBIBYTE = 2**30
 # Planned over allocated; measured 1.00 to 1.07 for all generations, methods, with and without checkpointing.
 STEP_TOLERANCE = 0.1
 SMALL = {"zero": 0, "precision": "fp32", "model_max_length": 512, "max_slice_nums": 3, "batch_size": 2}
-STEP_PARTS = ("vision", "activations", "logits")
+STEP_PARTS = ("vision", "audio", "activations", "logits")
 # Parameters of the released checkpoints, in thousand millions, as their model pages give them.
 PUBLISHED_SIZES = {"v2": 3.43, "v2_5": 8.54, "v2_6": 8.10, "v4": 4.06, "v4_5": 8.70}
 # The official table: GiB per A100, ZeRO-3, optimizer and weights offloaded, length 2048, batch 1.
@@ -99,7 +100,7 @@ def test_a_planned_step_is_what_a_real_one_allocates(name, options, tmp_path):
 
 
 def test_what_is_held_is_what_real_tensors_take(tmp_path):
-    training = Training(**SMALL, method="lora")
+    training = Training(**SMALL, method="lora", gradient_accumulation_steps=2)
     planned = plan(GOLDENS / "v2_6", training)
     model = real_model(GENERATIONS["v2_6"], save_golden("v2_6", tmp_path), training)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,7 +114,7 @@ def test_what_is_held_is_what_real_tensors_take(tmp_path):
 
 
 def test_a_whole_training_step_stays_within_the_plan(tmp_path):
-    training = Training(**SMALL, method="full")
+    training = Training(**SMALL, method="full", gradient_accumulation_steps=2)
     planned = plan(GOLDENS / "v2_6", training)
     model = real_model(GENERATIONS["v2_6"], save_golden("v2_6", tmp_path), training)
     batch = real_batch(GOLDENS / "v2_6", GENERATIONS["v2_6"], training)
@@ -147,7 +148,8 @@ def test_planned_quantized_weights_are_what_real_ones_take(bits, tmp_path):
 @pytest.mark.parametrize("generation", ["v4_6", "v4_7"])
 def test_generations_of_transformers_are_planned_alike(generation):
     parts = {
-        method: plan(GOLDENS / generation, Training(**SMALL, method=method)) for method in ("full", "qlora")
+        method: plan(GOLDENS / generation, Training(**SMALL, method=method, gradient_accumulation_steps=2))
+        for method in ("full", "qlora")
     }
     assert parts["full"]["activations"] > 0
     assert parts["full"]["gradients"] == parts["full"]["weights"]
@@ -169,7 +171,7 @@ class TestZero:
 
     @pytest.fixture(autouse=True)
     def _no_step(self, monkeypatch):
-        monkeypatch.setattr(memory_plan, "_forward_backward", lambda *_, **__: memory_plan.Counter())
+        monkeypatch.setattr(memory_plan, "step_peak", lambda *_, **__: memory_plan.Counter())
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -177,9 +179,7 @@ class TestZero:
 
     def test_without_deepspeed_everything_is_on_every_gpu(self, folder):
         found = plan(folder, Training(method="full", zero=0, gpus=2))
-        embeddings = 151666 * 3584 + 4900 * 1152
-        vectors = found["weights"] - 4 * self.WEIGHTS - 2 * (self.WEIGHTS - embeddings)
-        assert -(2**22) < vectors < 0  # norms and biases have no 16-bit copy
+        assert found["weights"] == 4 * self.WEIGHTS
         assert found["gradients"] == 4 * self.WEIGHTS
         assert found["communication"] == 4 * self.WEIGHTS
         assert found["optimizer"] == 8 * self.WEIGHTS
@@ -244,11 +244,42 @@ def test_the_official_table_is_reproduced_within_a_quarter(method, tmp_path):
         ),
         ({"zero": 2, "offload": "all"}, "which needs ZeRO-3, but --zero is 2. Set --zero to 3"),
         ({"gpus": 0}, "--gpus is 0, expected at least 1"),
+        ({"audio_seconds": -1}, "--audio_seconds is -1, expected 0 or more"),
     ],
 )
 def test_flags_that_cannot_be_combined_are_refused(options, message):
     with pytest.raises(PlanError, match=message):
         Training(**options)
+
+
+HEARING = {**SMALL, "model_max_length": 256, "batch_size": 1, "gradient_checkpointing": False}
+
+
+class TestAudio:
+    """What a row hears."""
+
+    def test_what_a_row_hears_and_an_encoder_that_trains_are_planned(self):
+        folder = GOLDENS / "o2_6_audio"
+        silent, hearing, tuned = (
+            plan(folder, Training(**HEARING, **more))
+            for more in ({}, {"audio_seconds": 4}, {"audio_seconds": 4, "tune_audio": True})
+        )
+        steps = [sum(one.get(part, 0) for part in STEP_PARTS) for one in (silent, hearing)]
+        assert steps[1] > steps[0]
+        assert hearing["optimizer"] == silent["optimizer"]
+        model = build_on_meta(folder, GENERATIONS["o2_6"])
+        encoder = sum(parameter.numel() for parameter in model.apm.parameters())
+        fixed = model.apm.embed_positions.weight.numel()  # never trains
+        assert tuned["optimizer"] - hearing["optimizer"] == 8 * (encoder - fixed)
+
+    def test_audio_that_does_not_fit_the_row_is_refused(self):
+        training = Training(**HEARING, audio_seconds=30)
+        with pytest.raises(PlanError, match=r"the audio alone takes .* tokens, more than the 256"):
+            plan(GOLDENS / "o2_6_audio", training)
+
+    def test_audio_is_refused_where_nothing_hears(self):
+        with pytest.raises(PlanError, match=r"--audio_seconds 4: MiniCPM-V 2\.6 takes no audio"):
+            plan(GOLDENS / "v2_6", Training(**HEARING, audio_seconds=4))
 
 
 def test_the_command_prints_parts_that_add_up(tmp_path):

@@ -3,8 +3,8 @@
 What a run holds throughout (weights, gradients, optimizer) is counted from the model's parameters and the rules of
 ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054; buffers as
 deepspeed 0.19 allocates them). What comes and goes in a step is found by running the step on tensors without
-contents, see ``planning/step_memory.py``. What neither sees (the CUDA context, NCCL, memory that the allocator holds but can't
-use) is a surcharge.
+contents, see ``planning/step_memory.py``. What neither sees (the CUDA context, NCCL, memory that the allocator
+holds but can't use) is a surcharge.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from minicpm_tune.checkpoints.model_folder import read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.errors import UserError
 from minicpm_tune.lora.build import add_adapter
-from minicpm_tune.models.parameter_parts import freeze, raise_precision_of_trained
+from minicpm_tune.models.autocast import hold_activations_in_16_bit
+from minicpm_tune.models.parameter_parts import check_parts, freeze, raise_precision_of_trained
+from minicpm_tune.planning.largest_batch import PlanError, largest_batch
 from minicpm_tune.planning.step_memory import (
     LABELS,
     Attention,
@@ -30,7 +31,6 @@ from minicpm_tune.planning.step_memory import (
     build_on_meta,
     checkpointing_options,
     fused_attention,
-    largest_batch,
     measure_step,
     quantize_shapes,
 )
@@ -50,10 +50,6 @@ NCCL_BYTES = 3 * _GIBIBYTE // 4
 FRAGMENTATION = {0: 0.1, 2: 0.1, 3: 0.8}
 
 
-class PlanError(UserError):
-    """A training that can't be planned."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What trains, and how; the names are those of the flags.
@@ -68,11 +64,14 @@ class Training:
         batch_size: Rows per GPU.
         gradient_accumulation_steps: Micro-batches of an optimizer step.
         max_slice_nums: Most slices of a row's image, the overview not counted.
+        audio_seconds: Seconds of audio of a row, for MiniCPM-o.
         downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None: the checkpoint's.
         tune_vision: Whether the vision tower trains.
+        tune_audio: Whether the audio encoder of MiniCPM-o trains.
         tune_resampler: Whether the resampler trains.
         gradient_checkpointing: Whether the backward computes activations again.
         precision: ``bf16``, ``fp16`` or ``fp32``.
+        fp32_residual_connection: As the flag of ``finetune.py``.
         quant_bits: 4 or 8, with ``qlora``.
         optim: A key of ``OPTIMIZERS``.
         lora: The adapter's arguments.
@@ -86,14 +85,22 @@ class Training:
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     max_slice_nums: int = 9
+    audio_seconds: int = 0
     downsample_mode: str | None = None
     tune_vision: bool = True
+    tune_audio: bool = False
     tune_resampler: bool = True
     gradient_checkpointing: bool = True
     precision: str = "bf16"
+    fp32_residual_connection: bool | None = None
     quant_bits: int = 4
     optim: str = "adamw_torch"
     lora: LoraArguments = field(default_factory=LoraArguments)
+
+    @property
+    def tuned_around_llm(self) -> dict[str, bool]:
+        """Whether the parts before the language model train, as ``freeze`` and ``add_adapter`` take it."""
+        return {"vision": self.tune_vision, "audio": self.tune_audio, "resampler": self.tune_resampler}
 
     def __post_init__(self) -> None:
         """Refuse flags that can't be combined.
@@ -119,6 +126,8 @@ class Training:
         ):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name} is {getattr(self, name)}, expected at least 1. Raise it.")
+        if self.audio_seconds < 0:
+            raise PlanError(f"--audio_seconds is {self.audio_seconds}, expected 0 or more. Raise it.")
 
 
 def training_loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -145,10 +154,10 @@ def plan(
         Part -> bytes per GPU at the peak, in the order in which they are shown. They add up to the total.
     """
     config, generation = read_config(folder), read_generation(folder)
-    model = _prepared(folder, generation, training)
+    model = prepared_model(folder, generation, training)
     held = _held(model, training, hidden=_hidden_size(config))
     update = _optimizer_step(model, training)
-    peak = _forward_backward(model, generation, training, loss=loss, attention=attention)
+    peak = step_peak(model, generation, training, loss=loss, attention=attention)
     passing = peak.total() - peak["gradients"] + held["gathered weights"]
     peak = max(peak, update, key=Counter.total)
     parts = {**held, **{label: held.get(label, 0) + peak[label] for label in (*LABELS, "optimizer step")}}
@@ -162,32 +171,36 @@ def host_bytes(folder: Path, training: Training) -> int:
     """Bytes that ``--offload`` keeps in the CPU's memory, for all GPUs together."""
     if training.offload == "none":
         return 0
-    model = _prepared(folder, read_generation(folder), training)
+    model = prepared_model(folder, read_generation(folder), training)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     weights = sum(parameter.nbytes for parameter in model.parameters()) * (training.offload == "all")
     return (OPTIMIZERS[training.optim] + 4) * count + sum(parameter.nbytes for parameter in trained) + weights
 
 
-def _prepared(folder: Path, generation: Generation, training: Training) -> nn.Module:
+def prepared_model(folder: Path, generation: Generation, training: Training) -> nn.Module:
     """The model on the meta device, with what trains marked."""
+    check_parts(generation, audio=training.tune_audio)
+    if training.audio_seconds and generation.hearing is None:
+        raise PlanError(
+            f"--audio_seconds {training.audio_seconds}: {generation.title} takes no audio, expected MiniCPM-o 2.6 or "
+            "4.5. Leave the flag out."
+        )
     model: Any = build_on_meta(folder, generation, downsample_mode=training.downsample_mode)
     model = model.to(DTYPES[training.precision])
     if training.method == "qlora":
         quantize_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])
     if training.method == "full":
-        freeze(model, generation, vision=training.tune_vision, resampler=training.tune_resampler, llm=True)
+        freeze(model, generation, **training.tuned_around_llm, llm=True)
     else:
         with torch.device("meta"):
-            model = add_adapter(
-                model,
-                generation,
-                training.lora,
-                vision=training.tune_vision,
-                resampler=training.tune_resampler,
-            )
+            model = add_adapter(model, generation, training.lora, **training.tuned_around_llm)
     if training.zero == 0:
         raise_precision_of_trained(model)
+        in_fp32 = training.fp32_residual_connection
+        hold_activations_in_16_bit(
+            model, residual=not (training.precision == "fp16" if in_fp32 is None else in_fp32)
+        )
     else:  # DeepSpeed casts what adapters add
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -261,14 +274,15 @@ def _optimizer_step(model: nn.Module, training: Training) -> Counter[str]:
     return Counter({"optimizer step": 8 * count})
 
 
-def _forward_backward(
+def step_peak(
     model: Any,
     generation: Generation,
     training: Training,
     *,
-    loss: Callable[[Any, dict[str, Any]], Tensor],
-    attention: Attention,
+    loss: Callable[[Any, dict[str, Any]], Tensor] = training_loss,
+    attention: Attention = fused_attention,
 ) -> Counter[str]:
+    """What forward and backward make, label -> bytes at the peak; the model's tensors are replaced."""
     base = model if training.method == "full" else model.get_base_model()
     if training.gradient_checkpointing:
         base.activation_checkpointing_enable(checkpointing_options(attention))
@@ -278,6 +292,7 @@ def _forward_backward(
         rows=training.batch_size,
         length=training.model_max_length,
         slices=training.max_slice_nums + 1,
+        audio_seconds=training.audio_seconds,
     )
     return measure_step(
         model,

@@ -1,4 +1,4 @@
-"""The memory of one training step, found by running the step on a model and a batch without numbers.
+"""The memory of one training step, found by running the step on tensors without numbers.
 
 What would be on the GPU is a ``FakeTensor`` of torch: it has a shape, a dtype and a device and no numbers, so a step
 of an 8B model runs in seconds on any machine and needs no weights. Every storage that the step makes is counted from
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.collating import data_collator
-from minicpm_tune.models.batch_layout import PATCH, to_autocast_dtype
+from minicpm_tune.models.autocast import to_autocast_dtype
 from minicpm_tune.models.loading import model_class
 from minicpm_tune.models.loss import LMHead
-from minicpm_tune.models.minicpmv.audio import MEL_BINS, Segment
 
 Attention = Callable[..., Tensor]
 
@@ -111,18 +108,17 @@ class StepMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and count what it made."""
         kwargs = kwargs or {}
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)]
-        if not given:
+        given = [value for value in _tensors(args) if isinstance(value, FakeTensor)]
+        if not (given or any(isinstance(value, FakeTensor) for value in kwargs.values())):
             return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, self._without_contents, (args, kwargs))
-        with self._fake:
-            result = func(*args, **kwargs)
+        if any(not isinstance(value, FakeTensor) for value in _tensors(args)):
+            args = tree_map_only(Tensor, self._without_contents, args)
+        result = self._fake.__torch_dispatch__(func, types, args, kwargs)
         label = self.label
         if func is torch.ops.aten._to_copy.default and given[0].untyped_storage()._cdata in self._weights:
             label = "16-bit copies"
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor):
-                self._count(tensor.untyped_storage(), label)
+        for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
+            self._count(tensor.untyped_storage(), label)
         return result
 
     def _without_contents(self, tensor: Tensor) -> Tensor:
@@ -141,6 +137,15 @@ class StepMeter(TorchDispatchMode):
 
     def _forget(self, key: int, size: int) -> None:
         self.live.subtract({self._labels.pop(key): size})
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments or results of an operator, which nest at most once."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from (part for part in value if isinstance(part, Tensor))
 
 
 class _LinearMemoryAttention(torch.autograd.Function):
@@ -302,10 +307,6 @@ def _enter_head(meter: StepMeter, _module: nn.Module, inputs: tuple[Any, ...]) -
         inputs[0].register_hook(partial(_enter, meter, "activations"))  # the output layer's backward is done
 
 
-_TAG_TOKENS = 2  # tokens around a placeholder
-_SEGMENT_SECONDS, _MEL_PER_SECOND = 30, 100  # the encoder's longest segment, and its frames
-
-
 class QuantizedShape(nn.Linear):
     """A linear layer that takes as much memory as a quantized one of bitsandbytes.
 
@@ -372,92 +373,3 @@ def quantize_shapes(model: nn.Module, generation: Generation, *, bits: int, dtyp
         exact = name.rpartition(".")[2] in generation.exact
         if type(module) is nn.Linear and name.startswith(layers) and not exact:
             model.set_submodule(name, QuantizedShape(module, bits=bits, dtype=dtype))
-
-
-def largest_image(
-    model: Any, generation: Generation, *, slices: int, room: int
-) -> list[tuple[tuple[int, int], int]]:
-    """The slices of an image that is cut as often as the limits allow.
-
-    Args:
-        model: A model of any generation.
-        generation: Its generation.
-        slices: Most slices, the overview included.
-        room: Most tokens.
-
-    Returns:
-        For every slice, its (rows, columns) in patches and its tokens; empty when not even one fits.
-    """
-    tags = _TAG_TOKENS if generation.slice_tag else 0
-    for count in range(slices, 0, -1):
-        image = [(grid, model.slice_tokens(grid)) for grid in model.slice_grids(count)]
-        if sum(tokens + tags for _, tokens in image) <= room:
-            return image
-    return []
-
-
-def largest_batch(
-    model: PreTrainedModel,
-    generation: Generation,
-    *,
-    rows: int,
-    length: int,
-    slices: int,
-    audio_seconds: int = 0,
-) -> dict[str, Any]:
-    """A batch of full rows, each with one image of as many full slices as fit, and audio before it.
-
-    Args:
-        model: On the meta device; gives sizes and token ids.
-        generation: Its generation.
-        rows: Rows of the batch.
-        length: Tokens of a row.
-        slices: Slices of a row's image, the overview included.
-        audio_seconds: Seconds of audio of a row, for models that hear.
-
-    Returns:
-        Arguments of the model's forward, on the CPU. Every token that is not a placeholder is supervised.
-    """
-    start = 1
-    sample: Sample = {"input_ids": torch.zeros(length, dtype=torch.int64), **_audio(model, audio_seconds)}
-    if "audio_bound" in sample:
-        start = int(sample["audio_bound"].max()) + _TAG_TOKENS
-    sizes, bounds = [], []
-    for size, tokens in largest_image(model, generation, slices=slices, room=length - start):
-        sizes.append(size)
-        bounds.append((start, start + tokens))
-        start += tokens + _TAG_TOKENS
-    sample["tgt_sizes"] = torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2)
-    sample["image_bound"] = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2)
-    patches = sum(height * width for height, width in sizes)
-    sample["pixel_values"] = torch.zeros((3, PATCH, PATCH * patches), dtype=torch.uint8)
-    sample["labels"] = sample["input_ids"].clone()
-    types = torch.zeros_like(sample["input_ids"])
-    for first, end in [*bounds, *sample.get("audio_bound", torch.zeros(0, 2)).int().tolist()]:
-        sample["input_ids"][first:end] = getattr(model.config, "image_token_id", 0)
-        sample["labels"][first:end] = IGNORE_INDEX
-        types[first:end] = 1
-    if generation.token_types:
-        sample["mm_token_type_ids"] = types
-    batch: dict[str, Any] = {**data_collator([sample] * rows)}
-    del batch["provenance"]
-    return batch
-
-
-def _audio(model: Any, seconds: int) -> dict[str, Tensor]:
-    """The audio of a sample, in segments of 30 s, at its beginning."""
-    if not seconds:
-        return {}
-    lengths = [
-        _MEL_PER_SECOND * min(_SEGMENT_SECONDS, seconds - start)
-        for start in range(0, seconds, _SEGMENT_SECONDS)
-    ]
-    tokens = [Segment(frames, max(lengths)).tokens(model.config.audio_pool) for frames in lengths]
-    ends = torch.tensor(tokens).cumsum(0)
-    return {
-        "audio_values": torch.zeros((MEL_BINS, sum(lengths)), dtype=torch.float32),
-        "audio_segments": torch.tensor(
-            [(frames, max(lengths), kept) for frames, kept in zip(lengths, tokens, strict=True)]
-        ),
-        "audio_bound": torch.stack([ends - torch.tensor(tokens), ends], dim=1) + 1,
-    }
