@@ -261,7 +261,7 @@ class TestAudio:
     def test_what_a_row_hears_and_an_encoder_that_trains_are_planned(self):
         folder = GOLDENS / "o2_6_audio"
         silent, hearing, tuned = (
-            plan(folder, Training(**HEARING, **more))
+            plan(folder, Training(**HEARING, method="full", **more))
             for more in ({}, {"audio_seconds": 4}, {"audio_seconds": 4, "tune_audio": True})
         )
         steps = [sum(one.get(part, 0) for part in STEP_PARTS) for one in (silent, hearing)]

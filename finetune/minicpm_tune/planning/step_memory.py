@@ -117,6 +117,8 @@ class StepMeter(TorchDispatchMode):
         label = self.label
         if func is torch.ops.aten._to_copy.default and given[0].untyped_storage()._cdata in self._weights:
             label = "16-bit copies"
+        elif func is torch.ops.aten.embedding_dense_backward.default:
+            label = "gradients"  # as large as the table; it is known to be one only when it is done
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
             self._count(tensor.untyped_storage(), label)
         return result
