@@ -60,6 +60,7 @@ from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.run_folder import RunFolder
 from minicpm_tune.training.run_plan import log_plan, plan_run
 from minicpm_tune.training.run_record import start_record
+from minicpm_tune.training.run_report import RunReport
 from minicpm_tune.training.step_metrics import LossCurve
 from minicpm_tune.training.trainer_corrections import EarlyStopping
 from trainer import CPMTrainer
@@ -102,6 +103,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
             log_what_comes_next(arguments.training.output_dir, adapter=arguments.training.use_lora)
         output.close()
     record.end(outcome, step=trainer.state.global_step)
+    write_report(trainer)
 
 
 def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
@@ -251,7 +253,9 @@ def build_trainer(
 def add_callbacks(
     trainer: CPMTrainer, training: TrainingArguments, eval_rows: SupervisedDataset | None
 ) -> None:
-    """Add what acts at evaluations, where it is asked for."""
+    """Add what acts at evaluations, where it is asked for, and the run's report."""
+    if training.do_train and training.run_report:
+        trainer.add_callback(RunReport(None if eval_rows is None else PredictionRows(eval_rows)))
     if training.predict_with_generate:
         assert eval_rows is not None  # check_arguments has seen to it
         trainer.add_callback(
@@ -289,6 +293,13 @@ def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:
     if training.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())
     return "finished"
+
+
+def write_report(trainer: CPMTrainer) -> None:
+    """Write the page about the run, now that its record says how it ended."""
+    report = trainer.pop_callback(RunReport)
+    if isinstance(report, RunReport):
+        report.write(trainer.args, trainer.state)
 
 
 def log_bad_rows(datasets: Datasets) -> None:

@@ -183,8 +183,8 @@ class PredictionRows:
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
-        sources = self._parse(index).sources
-        for picture in self.rows.open_media(index, sources[:1]):
+        seen = [source for source in self._parse(index).sources if source.kind != "audio"]
+        for picture in self.rows.open_media(index, seen[:1]):
             return next(iter(picture.frames()))
         return None
 

@@ -110,6 +110,7 @@ function numbersUnderThePointer(area) {
     tip.textContent = [`step ${step}`, ...lines].join("\n");
     tip.hidden = cross.hidden = false;
     cross.style.left = `${100 * share}%`;
+    tip.style.maxWidth = `calc(${100 * Math.max(share, 1 - share)}% - .5rem)`;
     tip.style.left = share < 0.5 ? `calc(${100 * share}% + .5rem)` : "auto";
     tip.style.right = share < 0.5 ? "auto" : `calc(${100 * (1 - share)}% + .5rem)`;
   });

@@ -211,6 +211,13 @@ class RunOptions:
     generation_max_new_tokens: int = field(
         default=128, metadata={"help": "Longest answer, in tokens, with --predict_with_generate true."}
     )
+    run_report: bool = field(
+        default=True,
+        metadata={
+            "help": "Write report.html into --output_dir with every checkpoint and at the end: curves, answers before "
+            "and after training (with --predict_with_generate true), and what the run was made of."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={

@@ -48,7 +48,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, argv: Sequence[str], *, writes: bool = True):
         self.path, self.writes = folder / RUN_RECORD, writes
-        self._starts = _read(self.path)
+        self._starts = read_starts(self.path)
         self._entry: dict[str, Any] = {
             "started": _now(),
             "ended": None,
@@ -145,7 +145,8 @@ def digest(path: Path) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The entries of a ``run.json``, one for every start; none where it can't be read."""
     if not path.is_file():
         return []
     try:

@@ -213,7 +213,7 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="training")
-        axes.plot(steps, _smooth(losses), linewidth=1.6, label="training, running mean")
+        axes.plot(steps, running_mean(losses), linewidth=1.6, label="training, running mean")
     evaluated = [
         (line["step"], line["eval_loss"])
         for line in history
@@ -231,7 +231,7 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
     partial.replace(path)
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Running mean that starts at the plain mean of what there is."""
     smooth, mean = [], 0.0
     for count, value in enumerate(values, start=1):
