@@ -16,12 +16,12 @@ from minicpm_tune.answering import prediction
 from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import score
 from minicpm_tune.answering.prediction import PredictionFile, PredictionFileError, PredictionRows
-from minicpm_tune.answering.prediction_callback import PredictionCallback
+from minicpm_tune.answering.prediction_callback import PredictionCallback, read_answers
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
 from support import processes
 from support.paths import IMAGES, SUPPORT
-from support.rows import picture, write_rows
+from support.rows import chat, picture, write_rows
 from support.tiny_checkpoints import checkpoint, copied, loaded, saved_adapter
 
 TOKENS = 6
@@ -311,6 +311,7 @@ def test_an_evaluation_answers_rows_and_shows_them_in_tensorboard(tmp_path, monk
     text = events.Tensors("predictions/1/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "How many cats are there?" in text
     assert lines[1]["prediction"].split("\n")[0] in text
+    assert read_answers(tmp_path / "out") == [{"step": 0, "answers": lines}]
 
 
 def test_rows_are_spread_over_the_file_and_shared_out(tmp_path, monkeypatch):
@@ -358,6 +359,36 @@ def test_rows_that_the_check_left_out_are_not_answered(data):
     dataset.leave_out(2)
     callback = PredictionCallback(SimpleNamespace(), PredictionRows(dataset), samples=5, batch_size=2)
     assert callback.indices == [0, 1, 3, 4]
+
+
+def test_a_few_rows_are_answered_before_the_first_step_and_later_answers_are_forgotten_on_a_resume(
+    data, tmp_path
+):
+    rows_asked = PredictionRows(SupervisedDataset(data, load_processing(checkpoint("v2_6"))))
+    trainer = SimpleNamespace(is_fsdp_enabled=False, log=lambda logs: None, callback_handler=None)
+    callback = PredictionCallback(trainer, rows_asked, samples=5, batch_size=2)
+    callback.answers = lambda indices=callback.indices: [{"row": index, "scores": None} for index in indices]
+    callback._show = lambda *_, **__: None
+    callback.indices = list(range(10))
+    args = SimpleNamespace(output_dir=str(tmp_path), eval_on_start=False)
+
+    def begin(step, **changes):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        callback.on_train_begin(SimpleNamespace(**vars(args) | changes), state, None)
+        return [(one["step"], len(one["answers"])) for one in read_answers(tmp_path)]
+
+    assert begin(0) == [(0, 8)]
+    for step in (5, 10):
+        callback.on_evaluate(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+    assert begin(5) == [(0, 8), (5, 5)]  # the answers of step 10 are of a step that comes again
+    assert begin(0, eval_on_start=True) == []  # that evaluation is before the first step
+    trainer.is_fsdp_enabled = True
+    assert begin(0) == []
+
+
+def test_the_picture_of_a_row_is_not_its_sound(tmp_path):
+    path = write_rows(tmp_path, [{"audio": "a.wav", "conversations": chat("What?", "A.")}])
+    assert PredictionRows(SupervisedDataset(path, load_processing(checkpoint("o4_5")))).picture(0) is None
 
 
 @pytest.mark.slow
