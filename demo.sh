@@ -13,7 +13,7 @@ on two CPU cores, installation included, and needs no GPU.
     bash demo.sh --generation v4_5     another MiniCPM: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7
                                        v4_7_moe ocr_1,
                                        or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
-    bash demo.sh --steps 200           steps of each run (200; for find 400)
+    bash demo.sh --steps 200           steps of each run (200; for find 500)
     bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>, with a task in front of it
                                        demo_output/<task>_<generation>)
 
@@ -24,6 +24,7 @@ END
 GENERATION=v2_6
 TASK=colors
 STEPS=
+BASE=
 OUTPUT=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -59,7 +60,7 @@ case " v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7 v4_7_moe ocr_1 xc2
 esac
 case $TASK in
     colors) SCRIPT=draw_pictures.py NAME=$GENERATION ;;
-    find) SCRIPT=draw_boxes.py NAME=find_$GENERATION STEPS=${STEPS:-400} ;;
+    find) SCRIPT=draw_boxes.py NAME=find_$GENERATION STEPS=${STEPS:-500} BASE=--local_queries ;;
     *)
         echo "--task is '$TASK', expected colors or find." >&2
         exit 1
@@ -84,7 +85,7 @@ step() { printf '\n=== %s\n' "$*"; }
 mkdir -p "$OUTPUT"
 if [ ! -e "$OUTPUT/base/generation_config.json" ]; then
     step "1. A small checkpoint of $GENERATION with random weights: $OUTPUT/base"
-    python "$ROOT/demo/make_checkpoint.py" "$OUTPUT/base" --generation "$GENERATION"
+    python "$ROOT/demo/make_checkpoint.py" "$OUTPUT/base" --generation "$GENERATION" $BASE
 else
     step "1. The checkpoint is already there: $OUTPUT/base"
 fi

@@ -9,6 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
+import draw_boxes
 from draw_pictures import draw_data_set
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from support import processes
@@ -61,12 +62,27 @@ def test_the_demo_runs_and_uses_again_what_is_there(tmp_path):
     assert (folder / "full" / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_the_demo_points_at_shapes_and_draws_what_it_found(tmp_path):
+    draw_boxes.draw_data_set(tmp_path / "data", sizes=PICTURES, seed=0)
+    done = demo(tmp_path, "--task", "find")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "accuracy.txt").read_text()
+    assert table in done.stdout
+    assert all(word in table for word in ("one box", "before", "after full tuning", "mean overlap"))
+    question = shlex.split(done.stdout.splitlines()[-1])
+    assert question[-2:] == ["--draw", str(tmp_path / "found.png")]
+    asked = processes.run(question, env=processes.environment(), cwd=os.sep, limit=TIME_LIMIT)
+    assert asked.returncode == 0, asked.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--epochs", "2"), "Unknown flag --epochs"),
         (("--generation",), "--generation needs a value"),
         (("--generation", "v9"), "--generation is 'v9', which is no model of the demo"),
+        (("--task", "dig"), "--task is 'dig', expected"),
         (("--steps", "many"), "--steps is 'many', expected a whole number from 1"),
     ],
 )
