@@ -66,3 +66,11 @@ def test_a_box_outside_its_picture_is_found_before_the_model_is_loaded(tmp_path)
     row = {"image": SMALL, "messages": chat("Where?", "<bbox>"), "objects": {"bbox": [[0, 0, 9999, 1]]}}
     with pytest.raises(DataError, match=r"row 0: objects\.bbox 0 is \[0, 0, 9999, 1\], expected 0 to"):
         questions(tmp_path, row).check([0])
+
+
+def test_a_table_with_questions_alone_is_answered(tmp_path):
+    (tmp_path / "test.csv").write_text("prompt,picture\nHow many?,\nWhat?,\n")
+    columns = '{"prompt": "user", "picture": "image"}'
+    rows = PredictionRows(SupervisedDataset(tmp_path / "test.csv", processing("v2_6", columns=columns)))
+    assert rows.check([0, 1]) == [0, 1]
+    assert [(rows[index].text, rows[index].answer) for index in (0, 1)] == [("How many?", None), ("What?", None)]

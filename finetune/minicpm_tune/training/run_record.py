@@ -250,7 +250,7 @@ def write_model_card(
         base
     ).is_dir()  # a name on the hub is a link there; a path on this machine is no one's concern
     name = Path(base).name if is_folder else base
-    files = [f"| {Path(file.rows.path).name} | {len(file.rows)} | {file.samples} |" for file in data.files]
+    files = [f"| {Path(file.rows.path).name} | {file.used} | {file.samples} |" for file in data.files]
     values = [f"| {what} | {value} |" for what, value in _values(config, training, state).items()]
     text = _CARD.format(
         base_model="" if is_folder else f"base_model: {base}\n",
