@@ -73,4 +73,7 @@ def test_a_table_with_questions_alone_is_answered(tmp_path):
     columns = '{"prompt": "user", "picture": "image"}'
     rows = PredictionRows(SupervisedDataset(tmp_path / "test.csv", processing("v2_6", columns=columns)))
     assert rows.check([0, 1]) == [0, 1]
-    assert [(rows[index].text, rows[index].answer) for index in (0, 1)] == [("How many?", None), ("What?", None)]
+    assert [(rows[index].text, rows[index].answer) for index in (0, 1)] == [
+        ("How many?", None),
+        ("What?", None),
+    ]

@@ -186,7 +186,7 @@ def test_a_part_keeps_the_numbers_of_its_rows_and_the_amounts_of_its_files(tmp_p
     assert set(drawn) == {0, 2, 3, 6, 7}
     assert once.epoch_order(seed=1, epoch=0, shuffle=False) == [1, 4, 5, 8] == once.numbers.tolist()
     assert part.origin(6) == (1, 1)
-    with pytest.raises(DataError, match="its share of 0 rows is none"):
+    with pytest.raises(DataError, match="all of its 4 rows are held out, expected at least one"):
         whole.part(np.arange(9) < 5)
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 import convert_data
 from dataset import SupervisedDataset
+from minicpm_tune.data.files.official_rows import OfficialForm
+from minicpm_tune.data.row_parsing import parse_row
 from support.golden_checkpoints import processing
 from support.rows import chat
 
@@ -95,6 +98,21 @@ def test_the_official_form_gives_the_same_samples(folder, generation):
         samples(path, generation), samples(folder / "rows.json", generation), strict=True
     ):
         assert_same(found, expected)
+
+
+CASES = json.loads((Path(__file__).parent / "cases" / "rows.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize("image_end", ["\n", ""])  # MiniCPM-V's, and InternLM-XComposer2's
+def test_every_form_that_people_write_has_an_official_counterpart(folder, image_end):
+    form = OfficialForm(folder / "official.json", folder / "media")
+    for case in CASES:
+        if "prompt" in case:
+            written, _ = form.write(case["row"], folder)
+            expected = parse_row(case["row"], image_end=image_end, hears=True)
+            found = parse_row(written, image_end=image_end, hears=True)
+            assert found.turns == expected.turns, case["case"]
+            assert [source.value for source in found.sources] == [source.value for source in expected.sources]
 
 
 def test_lines_are_written_for_jsonl_and_read_again(folder):

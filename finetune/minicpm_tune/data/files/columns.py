@@ -134,6 +134,8 @@ def name_columns(files: Sequence[Rows], names: Mapping[str, str]) -> list[Rows]:
     Raises:
         DataError: When no file has a column, or a file would have two of one name.
     """
+    if not names:
+        return [NamedRows(rows, {}) if rows.text_cells else rows for rows in files]
     columns = [_columns(rows) for rows in files]
     found = list(dict.fromkeys(name for each in columns for name in each))
     missing = [name for name in names if name not in found]

@@ -77,7 +77,7 @@ class Mixture:
     def _file(self, rows: Rows, source: MixtureSource, used: int) -> DataFile:
         """A file of which so many rows are used."""
         samples = source.samples(used) if self._given_num else used
-        if not samples or not used:
+        if not samples:
             raise DataError(
                 f"--data_path {source.path}: its share of {used} rows is none, expected at least one. Raise its "
                 "weight, or remove it."
@@ -99,6 +99,11 @@ class Mixture:
         part.files = []
         for number, file in enumerate(self.files):
             used = int(chosen[self.first_row(number) : self.ends[number]].sum())
+            if not used and not once:
+                raise DataError(
+                    f"--data_path {file.source.path}: all of its {len(file.rows)} rows are held out, expected at least "
+                    "one to train on. Choose another --eval_split or seed, or give --eval_data_path."
+                )
             one = DataFile(file.rows, used, file.source, used)
             part.files.append(one if once else self._file(file.rows, file.source, used))
         return part
