@@ -75,7 +75,7 @@ def histogram(
         for tick in _ticks(0, top - middle, most=4, whole=whole)
     ]
     if beyond:
-        ticks = [*(tick for tick in ticks if tick[0] < 85), (100.0, f"≥ {shown_number(top - step)}")]
+        ticks = [*(tick for tick in ticks if tick[0] < 75), (100.0, f"≥ {shown_number(top - step)}")]
     line = None
     if mark is not None and mark[0] < top:
         line = (100 * mark[0] / top, mark[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def as_page(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows, 
         problems=problems,
         unlisted=max(len(found.bad) - _LISTED_ROWS, 0),
         cards=cards,
-        groups=Counter(group for groups in chosen.values() for group in groups),
+        groups={name: sum(name in groups for groups in chosen.values()) for name in GROUPS},
         kinds=sorted({card["bad"].kind for card in cards if card["bad"]}),
         image_limit=PAGE_LIMIT // 2**20,
     )
@@ -267,8 +267,8 @@ def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
         *(
             histogram(title, milliseconds[milliseconds > 0] / 1000, unit=" s")
             for title, milliseconds in (
-                ("Video", found.column("video_ms")),
-                ("Audio", found.column("audio_ms")),
+                ("Seconds of video", found.column("video_ms")),
+                ("Seconds of audio", found.column("audio_ms")),
             )
         ),
     ]

@@ -20,7 +20,7 @@ from minicpm_tune.data.samples import Plan, Processing, TrainingRows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import RowError
 from minicpm_tune.pages.page import data_uri, thumbnail
-from minicpm_tune.planning.sample_preview import PromptPart, prompt_parts
+from minicpm_tune.planning.sample_preview import PromptPart, prompt_parts, spectrogram
 
 _SIDES = (896, 448, 224)  # longest side of a picture in a report, in pixels: the first that fits
 _FRAME_SIDE = 320  # the same of a video's frame
@@ -30,7 +30,7 @@ _LONGEST_SOUND = 30  # seconds of a clip in a report
 _SHORTEST_SOUND = 2  # seconds; less than this is not worth hearing
 _LONGEST_PROMPT = 20_000  # characters of a row in a report
 _BASE64 = 4 / 3  # characters of a page for a byte
-_WAVE_HEADER = 100  # characters, with the beginning of a data URI
+_HEADER = 100  # characters: the beginning of a data URI, and the header of a .wav file
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class RowView:
         prompt: Its prompt; empty for a row that has none.
         pictures: Its pictures and frames.
         sounds: Its sounds.
+        spectrogram: What the model hears of them, as a data URI.
         problem: Why it can't be used.
         raw: The row as it stands in its file, for one without a prompt.
         notes: What was left out, and the like.
@@ -81,6 +82,7 @@ class RowView:
     prompt: list[PromptPart] = field(default_factory=list)
     pictures: list[PictureView] = field(default_factory=list)
     sounds: list[SoundView] = field(default_factory=list)
+    spectrogram: str | None = None
     problem: str | None = None
     raw: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -118,6 +120,9 @@ def view_row(rows: TrainingRows, index: int, *, room: int) -> RowView:
             else:
                 view.pictures.append(part)
             view.cost += len(part.source or "")
+        if plan.clips and view.problem is None:
+            view.spectrogram = _spectrogram(plan, processing, room - view.cost)
+            view.cost += len(view.spectrogram or "")
     except RowError as error:
         view.problem = view.problem or str(error)
     return view
@@ -215,7 +220,7 @@ def _frames(video: Picture, layouts: Sequence[ImageLayout], room: int) -> Iterat
     )
     for number, frame in enumerate(video.frames()):
         if number in shown:
-            name = f"video, frame {number + 1} of {count}"
+            name = f"frame {number + 1} of {count}"
             yield _picture(
                 frame, layouts[number], name, room // len(shown), sides=(_FRAME_SIDE, _FRAME_SIDE // 2)
             )
@@ -239,7 +244,7 @@ def _picture(
 
 def _sound(clip: Clip, room: int) -> SoundView:
     """A clip as a PCM16 .wav file, cut to what there is room for."""
-    most = min(clip.seconds, _LONGEST_SOUND, (room - _WAVE_HEADER) / _BASE64 / (2 * RATE))
+    most = min(clip.seconds, _LONGEST_SOUND, (room - _HEADER) / _BASE64 / (2 * RATE))
     caption = f"sound, {clip.seconds:.1f} s"
     if most < min(clip.seconds, _SHORTEST_SOUND):
         return SoundView(None, caption)
@@ -252,3 +257,10 @@ def _sound(clip: Clip, room: int) -> SoundView:
         writer.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
     caption += f", the first {most:.0f} s" if most < clip.seconds else ""
     return SoundView(data_uri(file.getvalue(), "audio/wav"), caption)
+
+
+def _spectrogram(plan: Plan, processing: Processing, room: int) -> str | None:
+    """The log-mel frames of a row's sounds as a data URI; None where the page has no room for it."""
+    sheet = spectrogram(processing.finish(plan))
+    content = b"" if sheet is None else thumbnail(sheet, _SIDES[0])
+    return data_uri(content, "image/webp") if 0 < len(content) * _BASE64 + _HEADER <= room else None
