@@ -1,19 +1,20 @@
 #!/bin/sh
-# Trains a small model on drawn pictures with the real launchers, and shows what it learned; see --help.
+# Trains a small model on drawn pictures or sung vowels with the real launchers, and shows what it learned; see --help.
 set -eu
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 usage() {
     cat <<'END'
-Trains a small model on drawn pictures with the real launchers, and shows what it learned. It takes about five minutes
+Trains a small model on made-up data with the real launchers, and shows what it learned. It takes about five minutes
 on two CPU cores, installation included, and needs no GPU.
 
     bash demo.sh                       MiniCPM-V 2.6 learns to answer questions about colors
     bash demo.sh --task find           it learns to point at shapes, with boxes
+    bash demo.sh --task listen         MiniCPM-o 4.5 learns to tell sung vowels, of singers it never heard
     bash demo.sh --generation v4_5     another MiniCPM: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7
                                        v4_7_moe ocr_1,
                                        or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
-    bash demo.sh --steps 200           steps of each run (200; for find 500)
+    bash demo.sh --steps 200           steps of each run (200; for find 500, for listen 300)
     bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>, with a task in front of it
                                        demo_output/<task>_<generation>)
 
@@ -21,7 +22,7 @@ What an earlier start has finished is used again. Remove the folder to start ove
 END
 }
 
-GENERATION=v2_6
+GENERATION=
 TASK=colors
 STEPS=
 BASE=
@@ -51,6 +52,12 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+if [ -z "$GENERATION" ]; then
+    case $TASK in
+        listen) GENERATION=o4_5 ;;
+        *) GENERATION=v2_6 ;;
+    esac
+fi
 case " v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7 v4_7_moe ocr_1 xc2_7b xc2_vl_7b xc2_4khd_7b " in
     *" $GENERATION "*) ;;
     *)
@@ -61,8 +68,16 @@ esac
 case $TASK in
     colors) SCRIPT=draw_pictures.py NAME=$GENERATION ;;
     find) SCRIPT=draw_boxes.py NAME=find_$GENERATION STEPS=${STEPS:-500} BASE=--local_queries ;;
+    listen) SCRIPT=sing_vowels.py NAME=listen_$GENERATION STEPS=${STEPS:-300} ;;
     *)
-        echo "--task is '$TASK', expected colors or find." >&2
+        echo "--task is '$TASK', expected colors, find, or listen." >&2
+        exit 1
+        ;;
+esac
+case $TASK-$GENERATION in
+    listen-o2_6 | listen-o4_5) ;;
+    listen-*)
+        echo "--task listen: $GENERATION takes no audio, expected --generation o2_6 or o4_5." >&2
         exit 1
         ;;
 esac
@@ -90,10 +105,10 @@ else
     step "1. The checkpoint is already there: $OUTPUT/base"
 fi
 if [ ! -e "$OUTPUT/data/held_out.json" ]; then
-    step "2. Pictures and questions: $OUTPUT/data"
+    step "2. Data: $OUTPUT/data"
     python "$ROOT/demo/$SCRIPT" "$OUTPUT/data"
 else
-    step "2. The pictures are already there: $OUTPUT/data"
+    step "2. The data is already there: $OUTPUT/data"
 fi
 
 # The launchers have the official flags; these are for a small model that starts from nothing.
@@ -129,9 +144,17 @@ run_find() {
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare_boxes.py" "$OUTPUT"
 }
 
+run_listen() {
+    step "3. Full tuning on sounds, the audio encoder included, with finetune_ds.sh: $OUTPUT/full"
+    tune finetune_ds.sh "$OUTPUT/base" sounds full --learning_rate 1e-3 --tune_audio true
+    step "4. Singers that were never heard, before and after"
+    OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
+}
+
 case $TASK in
     colors) run_two_stages ;;
     find) run_find ;;
+    listen) run_listen ;;
 esac
 
 step "Ask it yourself; README.md says how to train on your own data"
@@ -141,6 +164,11 @@ case $TASK in
         printf '"%s" "%s" --model_name_or_path "%s" --sampling false --image "%s" --question "%s" --draw "%s"\n' \
             "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$picture" "Where is the shape?" \
             "$OUTPUT/found.png"
+        ;;
+    listen)
+        printf '"%s" "%s" --model_name_or_path "%s" --sampling false --audio "%s" --question "%s"\n' \
+            "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$OUTPUT/data/clips/held_out_00000.wav" \
+            "Which vowel is sung?"
         ;;
     *)
         printf '"%s" "%s" --adapter "%s" --sampling false --image "%s" --question "%s"\n' \

@@ -1,9 +1,9 @@
-"""Ask held-out pictures before and after tuning: a table of exact matches beside chance, and the loss curves.
+"""Ask about held-out pictures or sounds before and after tuning: exact matches beside chance, and the loss curves.
 
-    python compare.py FOLDER        # what demo.sh made: base, full, lora, data
+    python compare.py FOLDER        # what demo.sh made: base, full, lora if there is one, data
 
-Chance is the best that the text alone allows, see ``draw_pictures.chance``: a model that does not look at the
-picture can't do better.
+Chance is the best that the text alone allows, see ``draw_pictures.chance``: a model that neither
+looks nor listens can't do better.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def draw_losses(folder: Path, target: Path, runs: dict[str, str]) -> None:
 
 def main() -> None:
     """Print the table and say where the curves are."""
-    parser = argparse.ArgumentParser(description="Compare a demo's models on held-out pictures.")
+    parser = argparse.ArgumentParser(description="Compare a demo's models on held-out rows.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     from minicpm_tune.logs import silence_libraries
@@ -74,22 +74,26 @@ def main() -> None:
     from minicpm_tune.answering.load import ModelChoice, load_for_inference
 
     held_out = folder / "data" / "held_out.json"
-    chances = chance(json.loads(held_out.read_text(encoding="utf-8")))
+    rows = json.loads(held_out.read_text(encoding="utf-8"))
+    chances = chance(rows)
+    stages = {title: name for title, name in STAGES.items() if (folder / name).is_dir()}
     found: dict[str, dict[str, float]] = {}
-    for title, name in STAGES.items():
+    for title, name in stages.items():
         adapter = str(folder / name) if name == "lora" else None
         base = folder / ("full" if adapter else name)
         model, processing = load_for_inference(ModelChoice(str(base), adapter=adapter))
         found[title] = exact_matches(model, processing, held_out)
-    lines = [
-        f"{'exact match on held-out pictures':<34}{'chance':>8}" + "".join(f"{title:>19}" for title in STAGES)
-    ]
+    head = f"exact match on held-out {'sounds' if 'audio' in rows[0] else 'pictures'}"
+    lines = [f"{head:<34}{'chance':>8}" + "".join(f"{title:>19}" for title in stages)]
     lines += [
         f"{question:<34}{chances[question]:>8.1%}"
-        + "".join(f"{found[title][question]:>19.1%}" for title in STAGES)
+        + "".join(f"{found[title][question]:>19.1%}" for title in stages)
         for question in chances
     ]
-    draw_losses(folder, folder / "loss.png", {"full": "full tuning", "lora": "LoRA"})
+    titles = {"full": "full tuning", "lora": "LoRA"}
+    draw_losses(
+        folder, folder / "loss.png", {name: titles[name] for name in titles if name in stages.values()}
+    )
     text = "\n".join(lines)
     (folder / "accuracy.txt").write_text(text + "\n")
     sys.stdout.write(f"\n{text}\n\nLoss curves: {folder / 'loss.png'}\n")

@@ -7,8 +7,9 @@ tract. The singer's pitch and its glide, size, breath, loudness, and the length 
 training rows and of all others differ: their pitches come from bands that alternate over the voice's range, and so do
 their sizes, so a model that learned single voices by heart fails.
 
-``train.json``, ``eval.json`` and ``held_out.json`` have one row for each clip and question. All pairs of vowel and way
-come equally often, so the question alone does not tell the answer.
+Two questions are asked about a clip. Half of the rows to train on ask one of them, the others both, in either order;
+``held_out.json`` has a row for each clip and question. All pairs of vowel and way come equally often, so neither the
+question nor an earlier answer tells the next one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import random
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -37,6 +38,7 @@ VOWELS: dict[str, tuple[int, int, int, int]] = {
 }
 WAYS = {"louder": 24, "softer": -24, "even": 0}  # decibels from begin to end
 QUESTIONS = {"vowel": "Which vowel is sung?", "way": "How does the loudness change?"}
+_ORDERS = [["vowel"], ["vowel", "way"], ["way"], ["way", "vowel"]]
 PARTS = {"train": 960, "eval": 30, "held_out": 90}
 _PITCH = (95.0, 210.0)  # hertz in the middle of a clip
 _GLIDE = 4.0  # semitones
@@ -90,7 +92,7 @@ def sing_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
         seed: The same seed sings the same clips.
 
     Returns:
-        Part -> file of rows.
+        ``sounds_train``, ``sounds_eval`` and ``held_out`` -> file of rows.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -101,27 +103,30 @@ def sing_data_set(folder: Path, *, sizes: dict[str, int], seed: int) -> dict[str
             name = f"{part}_{index:05d}"
             singer = choose_singer(rng, heard=part == "train")
             write_wave(folder / "clips" / f"{name}.wav", sing(song, singer, seed=rng.getrandbits(32)))
+            asked = [[kind] for kind in QUESTIONS] if part == "held_out" else [_ORDERS[index % len(_ORDERS)]]
             rows += [
-                {"id": name, "audio": f"clips/{name}.wav", "conversations": ask(kind, song)}
-                for kind in QUESTIONS
+                {"id": name, "audio": f"clips/{name}.wav", "conversations": ask(kinds, song)}
+                for kinds in asked
             ]
-        files[part] = folder / f"{part}.json"
-        files[part].write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        title = part if part == "held_out" else f"sounds_{part}"
+        files[title] = folder / f"{title}.json"
+        files[title].write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return files
 
 
-def ask(kind: str, song: Song) -> list[dict[str, str]]:
-    """The conversation about a clip; ``kind`` is a key of ``QUESTIONS``."""
-    return [
-        {"role": "user", "content": f"<audio>\n{QUESTIONS[kind]}"},
-        {"role": "assistant", "content": getattr(song, kind)},
-    ]
+def ask(kinds: Sequence[str], song: Song) -> list[dict[str, str]]:
+    """The conversation about a clip; ``kinds`` are keys of ``QUESTIONS``."""
+    turns = []
+    for number, kind in enumerate(kinds):
+        content = QUESTIONS[kind] if number else f"<audio>\n{QUESTIONS[kind]}"
+        turns += [{"role": "user", "content": content}, {"role": "assistant", "content": getattr(song, kind)}]
+    return turns
 
 
 def sentences() -> Iterator[str]:
     """Every question and answer there is; what a small tokenizer should have whole words for."""
-    for vowel, way, kind in product(VOWELS, WAYS, QUESTIONS):
-        yield from (turn["content"] for turn in ask(kind, Song(vowel, way)))
+    for vowel, way, kinds in product(VOWELS, WAYS, _ORDERS):
+        yield from (turn["content"] for turn in ask(kinds, Song(vowel, way)))
 
 
 def choose_singer(rng: random.Random, *, heard: bool) -> Singer:

@@ -173,6 +173,7 @@ class Conversation:
 
     def _decoded(self, kind: str, path: str) -> Any:
         """Open a picture and decode it once, since every further turn needs it again."""
+        from minicpm_tune.data.media.films import open_film
         from minicpm_tune.data.media.images import open_image
         from minicpm_tune.data.media.videos import open_video
 
@@ -180,6 +181,8 @@ class Conversation:
             return self._heard(path)
         if kind == "image":
             picture = open_image(path, self.options)
+        elif self.processing.media.film is not None and self.processing.arguments.video_sound:
+            picture = open_film(path, self.options, self.processing.media.film)
         elif self.processing.media.video is not None:
             picture = open_video(path, self.options, self.processing.media.video)
         else:

@@ -19,6 +19,7 @@ from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.media.audio import Clip, open_audio
+from minicpm_tune.data.media.films import open_film
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import ParsedRow, Source
@@ -115,9 +116,11 @@ class SupervisedDataset(Dataset):
             return open_image(source.value, options)
         if source.kind == "audio":
             return open_audio(source.value, options.folder, allow_remote=options.allow_remote)
-        video = self.processing.media.video
+        video, film = self.processing.media.video, self.processing.media.film
         if video is None:
             raise RowError("video", self.processing.no_video)
+        if source.sound and film is not None:
+            return open_film(source.value, options, film.for_one(source.fps, source.max_frames))
         return open_video(source.value, options, video.for_one(source.fps, source.max_frames))
 
     def image_options(self, index: int) -> ImageOptions:

@@ -5,11 +5,13 @@ import json
 import sys
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import chat
+from minicpm_tune.answering import chat as answering_chat
 from minicpm_tune.answering.chat import MessageError, read_messages
 from minicpm_tune.answering.generate import (
     GREEDY,
@@ -21,6 +23,8 @@ from minicpm_tune.answering.generate import (
 )
 from minicpm_tune.answering.load import InferenceError, ModelChoice, choose_device, load_for_inference
 from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.media.audio import Clip
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError
@@ -59,6 +63,30 @@ def as_message(message, pictures):
         return message
     pieces = message["content"].split("\n")
     return {**message, "content": [next(pictures) if piece == "<image>" else piece for piece in pieces]}
+
+
+@pytest.mark.parametrize(("name", "flag"), [("o2_6_audio", "omni_input"), ("o4_5", "omni_mode")])
+def test_the_omni_form_joins_parts_by_nothing(name, flag, monkeypatch):
+    def prompts(model, processing, samples, **options):
+        assert not options.keys() & {"omni_input", "omni_mode"}
+        return [processing.tokenizer.decode(sample["input_ids"]).replace("<unk>", "") for sample in samples]
+
+    monkeypatch.setattr("minicpm_tune.answering.generate.answer", prompts)
+    second = np.zeros(16_000, np.float32)
+    msgs = [{"role": "user", "content": [picture(), second, "What?"]}]
+    plain, joined = (
+        answering_chat.chat(
+            None, None, msgs, processor=processing(name), max_slice_nums=1, use_image_id=False, **form
+        )
+        for form in ({}, {flag: True})
+    )
+    assert "<image></image>\n<|audio_start|><|audio_end|>\nWhat?" in plain
+    assert "user\n<image></image><|audio_start|><|audio_end|>What?<|im_end|>" in joined
+    film = Picture("video", (picture().size,), lambda: [picture()], sound=(Clip.of(second),))
+    shown = answering_chat.chat(
+        None, None, [{"role": "user", "content": [film, "What?"]}], processor=processing(name)
+    )
+    assert shown == (joined if name == "o4_5" else joined.replace("<image>", "<unit><image>"))
 
 
 @pytest.mark.parametrize("name", WITH_GOLDENS)

@@ -134,6 +134,24 @@ def test_losses_and_gradients_are_those_without_the_cache_in_the_first_and_the_s
     assert set(text[1]) == set(expected[1])
 
 
+def test_nothing_of_audio_is_kept(tmp_path, data):
+    """The audio encoder runs in every step, and the losses are those without the cache."""
+    turns = [{"role": "user", "content": "<image><audio>What?"}, {"role": "assistant", "content": "A cat."}]
+    wave = {"array": (0.1 * np.sin(np.arange(16_000) / 9)).tolist(), "sampling_rate": 16_000}
+    rows = data.with_name("heard.json")
+    rows.write_text(json.dumps([{"images": ["0.png"], "audios": [wave], "messages": turns}]))
+    run = Run(tmp_path, "o4_5", rows)
+    heard = []
+    run.model.apm.register_forward_pre_hook(lambda module, args: heard.append(args[0].shape))
+    expected = run.step([0])
+    run.keep()
+    run.step([0])
+    again = run.step([0])
+    assert_same(again, expected)
+    assert again[2] == 0
+    assert heard == [(80, 100)] * 3
+
+
 @pytest.mark.parametrize(("name", "patches"), [("v2", 1409), ("v2_6", 1409), ("v4_6", 348)])
 def test_a_picture_is_kept_by_its_content_not_by_its_name(tmp_path, data, name, patches):
     run = Run(tmp_path, name, data)

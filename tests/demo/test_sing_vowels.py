@@ -15,10 +15,14 @@ SINGER = Singer(pitch=120.0, glide=0.0, size=1.0, breath=0.02, loudness=0.8, sec
 
 
 def test_the_data_set_has_both_questions_about_clips_in_three_parts(tmp_path):
-    files = sing_data_set(tmp_path, sizes={"train": 15, "eval": 2, "held_out": 15}, seed=3)
+    files = sing_data_set(tmp_path, sizes={"train": 16, "eval": 2, "held_out": 15}, seed=3)
     rows = {part: json.loads(file.read_text()) for part, file in files.items()}
-    assert {part: len(each) for part, each in rows.items()} == {"train": 30, "eval": 4, "held_out": 30}
-    for row in rows["train"]:
+    assert {part: len(each) for part, each in rows.items()} == {
+        "sounds_train": 16,
+        "sounds_eval": 2,
+        "held_out": 30,
+    }
+    for row in rows["sounds_train"]:
         clip = open_audio(row["audio"], tmp_path)
         assert 0.4 < clip.seconds < 0.8
         assert 0.15 < np.abs(clip.decode()).max() < 0.95
@@ -26,7 +30,9 @@ def test_the_data_set_has_both_questions_about_clips_in_three_parts(tmp_path):
     assert asked == {f"<audio>\n{question}": 15 for question in QUESTIONS.values()}
     expected = {QUESTIONS["vowel"]: 1 / len(VOWELS), QUESTIONS["way"]: 1 / len(WAYS)}
     assert chance(rows["held_out"]) == pytest.approx(expected)
-    answers = {row["conversations"][1]["content"] for row in rows["train"]}
+    turns = [turn["content"] for row in rows["sounds_train"] for turn in row["conversations"]]
+    assert len(turns) == 16 * 3
+    answers = set(turns[1::2])
     assert answers == {*VOWELS, *WAYS}
     assert answers < set(sentences())
 

@@ -17,7 +17,7 @@ COMMANDS = (
 )  # fmt: skip
 # Flags of other programs that pages name outside of commands.
 OTHER_PROGRAMS = {
-    "--all", "--generation", "--jinja", "--mmproj", "--chat-template-kwargs", "--minicpmv_version", "--base",
+    "--all", "--generation", "--task", "--jinja", "--mmproj", "--chat-template-kwargs", "--minicpmv_version", "--base",
 }  # fmt: skip
 # Files of other programs.
 OTHER_FILES = {"minicpmv-surgery.py", "minicpmv-convert-image-encoder-to-gguf.py", "convert_hf_to_gguf.py"}

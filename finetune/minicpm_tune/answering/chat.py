@@ -56,6 +56,8 @@ def chat(
     use_image_id: bool | None = None,
     enable_thinking: bool | None = None,
     temporal_ids: Sequence[Sequence[int]] | None = None,
+    omni_input: bool = False,
+    omni_mode: bool = False,
     context: Any = _NOT_GIVEN,
     **options: Any,
 ) -> Any:
@@ -81,6 +83,8 @@ def chat(
         use_image_id: Whether images are numbered; None does as the checkpoint was trained.
         enable_thinking: Whether the model thinks first (V-4.5 and later); None: as it does by itself.
         temporal_ids: V-4.5: the images are the frames of one video; their time indices, pack by pack.
+        omni_input: MiniCPM-o 2.6: the parts of a message are joined by nothing; for frames and their sound in turn.
+        omni_mode: The same, as 4.5 calls it.
         context: V-2's calling form passes it and gets its triple.
         **options: Generation options that replace those of ``sampling``.
 
@@ -106,7 +110,8 @@ def chat(
         )
     samples = [
         _prompt(
-            processing, one, times=temporal_ids, thinking=enable_thinking, image=image, system_prompt=system_prompt
+            processing, one, times=temporal_ids, thinking=enable_thinking, omni=omni_input or omni_mode, image=image,
+            system_prompt=system_prompt,
         )
         for one in (msgs if batched else [msgs])
     ]  # fmt: skip
@@ -143,10 +148,12 @@ def _own_processing(model: Any) -> Processing:
     return model.processing
 
 
-def _prompt(processing: Processing, msgs: Any, *, times: Any, thinking: bool | None, **given: Any) -> Sample:
+def _prompt(
+    processing: Processing, msgs: Any, *, times: Any, thinking: bool | None, omni: bool, **given: Any
+) -> Sample:
     turns, pictures = read_messages(
         msgs,
-        joined_by=processing.generation.image_end,
+        joined_by="" if omni else processing.generation.image_end,
         literal=processing.arguments.literal_control_tokens,
         **given,
     )
@@ -231,6 +238,7 @@ def read_messages(
         )
     pictures: list[Picture | Clip] = []
     turns = [Turn("system", (system_prompt,))] if system_prompt else []
+    joined_by = "" if any(_has_film(message) for message in msgs) else joined_by
     for number, message in enumerate(msgs):
         role, content = _checked(message, number)
         if role == "system" and turns:
@@ -244,6 +252,14 @@ def read_messages(
         pictures += shown
     _check_order(turns)
     return turns, pictures
+
+
+def _has_film(message: Any) -> bool:
+    """Whether a message has a video with its sound; the released omni form joins all parts by nothing."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return isinstance(content, (list, tuple)) and any(
+        isinstance(part, Picture) and bool(part.sound) for part in content
+    )
 
 
 def place_pictures(question: str, pictures: Sequence[Image.Image | Picture | Clip]) -> list[Any]:
@@ -353,7 +369,8 @@ def _parts(
                 item, np.ndarray
             ):  # audio at 16 kHz, as librosa.load gives it to the released chat
                 item = Clip.of(item.astype(np.float32))
-            parts.append(Media(item.kind, first + len(pictures)))
+            sounds = isinstance(item, Picture) and bool(item.sound)
+            parts.append(Media(item.kind, first + len(pictures), sounds))
             pictures.append(item)
         else:
             raise MessageError(

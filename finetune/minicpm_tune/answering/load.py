@@ -47,6 +47,7 @@ class ModelChoice:
         video_fps: Frames taken per second of video; None takes the generation's.
         max_num_frames: Most frames of a video; None takes the generation's.
         downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None takes the adapter's, else the checkpoint's.
+        video_sound: Whether videos are taken with their sound, for MiniCPM-o.
         stack_frames: Frames shown per second of a film, for 4.6 and 4.7; None takes the checkpoint's.
         image_folder: What relative paths of images and videos start from; None takes that of the data file.
         allow_remote_images: Whether http(s) images are fetched.
@@ -69,6 +70,7 @@ class ModelChoice:
     video_fps: float | None = None
     max_num_frames: int | None = None
     downsample_mode: str | None = None
+    video_sound: bool = False
     stack_frames: int | None = None
     image_folder: str | None = None
     allow_remote_images: bool = False

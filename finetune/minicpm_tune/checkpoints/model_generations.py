@@ -78,12 +78,15 @@ class Hearing:
         prompt_end: What follows the header of the answer when the conversation holds audio.
         chat_template: The template of conversations with audio, where it is not the checkpoint's own.
         merges: Whether the audios of one message are joined to one waveform.
+        unit: What stands in front of every frame of a video with its sound, which is then cut into units of a second;
+            empty: frames and the sound behind each.
     """
 
     per_second: bool
     prompt_end: str
     chat_template: str | None = None
     merges: bool = True
+    unit: str = ""
 
 
 # ChatML without the default system turn that the checkpoint's own template writes.
@@ -266,7 +269,7 @@ GENERATIONS: dict[str, Generation] = {
         Generation(
             "o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2", modules=_OMNI_MODULES,
             adapter_parts=("embeddings", "resampler", "vision", "audio"),
-            hearing=Hearing(True, "<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>", _PLAIN_CHATML),
+            hearing=Hearing(True, "<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>", _PLAIN_CHATML, unit="<unit>"),
         ),
         Generation("v4", "MiniCPM-V 4.0", "llama", ("llama",), "llama"),
         Generation(

@@ -9,7 +9,8 @@ a newline only BETWEEN rows of slices:
 - 4.6, 4.7: as 2.6, with ``<|image_pad|>`` and as many of them as the slice has merged patches.
 
 A video is its frames' placeholders: joined by newlines up to 4.5, where a pack of frames has one placeholder;
-joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7.
+joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7. A video with its sound (MiniCPM-o) is frames and
+audio in turn, joined by nothing.
 
 Source: the released processors; held token by token by ``tests/goldens/test_goldens_data.py``.
 """
@@ -126,6 +127,37 @@ def audio_placeholder(runs: Sequence[int], style: PlaceholderStyle) -> Placehold
     writer = _Writer(style.pad)
     for count in runs:
         writer.write_run("<|audio_start|>", count, "<|audio_end|>")
+    return writer.placeholder()
+
+
+def film_placeholder(
+    layouts: Sequence[ImageLayout],
+    runs: Sequence[Sequence[int]],
+    style: PlaceholderStyle,
+    *,
+    unit: str,
+    tags_alone: bool,
+) -> Placeholder:
+    """Write the placeholder of a video with its sound: every frame, and behind it the sound up to the next one.
+
+    Args:
+        layouts: The layout of each frame.
+        runs: Audio tokens of each run of the sound behind each frame.
+        style: The generation's style.
+        unit: What stands in front of every frame.
+        tags_alone: Whether sound too short for a token leaves its tags (o-4.5), or nothing (o-2.6).
+
+    Returns:
+        The text and the runs in it, in the order of the text.
+    """
+    writer = _Writer(style.pad)
+    for layout, counts in zip(layouts, runs, strict=True):
+        writer.write(unit)
+        _write_image(writer, layout, style)
+        for count in counts:
+            writer.write_run("<|audio_start|>", count, "<|audio_end|>")
+        if not counts and tags_alone:
+            writer.write("<|audio_start|><|audio_end|>")
     return writer.placeholder()
 
 

@@ -262,7 +262,7 @@ class PromptWriter:
         return (
             self.generation.hearing is not None
             and self.arguments.audio_prompt != "plain"
-            and any(media.kind == "audio" for media in media_of(turns))
+            and any(media.heard for media in media_of(turns))
         )
 
     def _speech_template(self, turns: Sequence[Turn]) -> str | None:

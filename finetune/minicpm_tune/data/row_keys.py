@@ -16,7 +16,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {}, ())  # Parquet fills in such value
 
 ROW_KEYS = {
     "conversations", "messages", "image", "images", "video", "videos", "id", "system", "system_prompt",
-    "literal_control_tokens", "objects",
+    "literal_control_tokens", "objects", "use_audio",
 }  # fmt: skip
 _MESSAGE_KEYS = {
     "role", "from", "content", "value", "loss", "train", "weight", "loss_scale", "reasoning_content", "reasoning",
@@ -26,7 +26,7 @@ PART_SOURCES = {
     "image": ("image", "path", "url", "image_url", "data", "base64"),
     "video": ("video", "path", "url", "video_url"),
 }
-_VIDEO_KEYS = {"fps", "video_fps", "max_frames", "max_num_frames"}
+_VIDEO_KEYS = {"fps", "video_fps", "max_frames", "max_num_frames", "use_audio"}
 
 _TOOLS = "tool use can't be trained here. Write calls and results into the texts, or remove the row"
 _PAIRS = "preference pairs can't be trained here. Keep the chosen answer alone"

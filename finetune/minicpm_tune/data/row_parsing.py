@@ -60,6 +60,7 @@ def parse_row(
     literal_control_tokens: bool = False,
     model: str = "the model",
     hears: bool = False,
+    video_sound: bool = False,
 ) -> ParsedRow:
     """Read one row.
 
@@ -69,6 +70,7 @@ def parse_row(
         literal_control_tokens: Whether control texts in messages are plain text, unless the row says otherwise.
         model: What messages call the model.
         hears: Whether the model takes audio.
+        video_sound: Whether videos are taken with their sound, unless the row says otherwise.
 
     Returns:
         The conversation, its last turn the assistant's.
@@ -91,9 +93,10 @@ def parse_row(
     literal = (
         literal_control_tokens if literal is None else _switch(literal, "the row: 'literal_control_tokens'")
     )
-    reader = _RowReader(
-        MediaReader(row, literal=literal, hears=hears), literal=literal, model=model, hears=hears
-    )
+    asked = row.get("use_audio")
+    sound = video_sound if asked is None else _switch(asked, "the row: 'use_audio'")
+    media = MediaReader(row, literal=literal, hears=hears, sound=sound)
+    reader = _RowReader(media, literal=literal, model=model, hears=hears)
     reader.note("row", read_row_keys(row, model=model, hears=hears))
     read = [reader.turn(message, number) for number, message in enumerate(_messages(row))]
     numbers = [number for number, turn in enumerate(read) if turn is not None]
@@ -102,6 +105,11 @@ def parse_row(
     turns = reader.media.put_unmentioned_first(_with_system(turns, row), image_end)
     reader.media.objects.check_all_taken()
     numbered, sources = _numbered(turns)
+    if asked and not any(source.kind == "video" for source in sources):
+        raise RowError(
+            "media",
+            "the row has 'use_audio' but no video whose sound it could mean. Add the video, or remove the key.",
+        )
     numbered = _with_images_of_boxes(numbered, sources, reader.media.images)
     return ParsedRow(numbered, sources, row.get("id"), tuple(reader.unknown))
 
@@ -258,7 +266,13 @@ class _RowReader:
             return source
         fps = _positive(part, ("fps", "video_fps"), number)
         most = _positive(part, ("max_frames", "max_num_frames"), number)
-        return replace(source, fps=fps, max_frames=None if most is None else max(int(most), 1))
+        sound = part.get("use_audio")
+        return replace(
+            source,
+            fps=fps,
+            max_frames=None if most is None else max(int(most), 1),
+            sound=self.media.sound if sound is None else _switch(sound, f"turn {number}: 'use_audio'"),
+        )
 
     def _text(self, text: str, number: int) -> list[Part | Source]:
         if len(text) > _LONGEST_TEXT:
@@ -398,7 +412,7 @@ def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ..
         for part in turn.parts:
             before = parts[-1] if parts else None
             if isinstance(part, Source):
-                parts.append(Media(part.kind, len(sources)))
+                parts.append(Media(part.kind, len(sources), part.sound))
                 sources.append(part)
             elif isinstance(part, str) and isinstance(before, str):
                 parts[-1] = before + part

@@ -32,6 +32,7 @@ from minicpm_tune.data.placeholders import (
     Placeholder,
     PlaceholderStyle,
     audio_placeholder,
+    film_placeholder,
     image_placeholder,
     video_placeholder,
 )
@@ -67,8 +68,8 @@ class Plan:
 
     @property
     def clips(self) -> list[Clip]:
-        """Its audios."""
-        return [picture for picture in self.pictures if isinstance(picture, Clip)]
+        """Its audios, and the sound of its videos in pieces."""
+        return [clip for picture in self.pictures for clip in _heard_in(picture)]
 
 
 class TrainingRows(Protocol):
@@ -162,6 +163,7 @@ class Processing:
                 literal_control_tokens=self.arguments.literal_control_tokens,
                 model=self.generation.title,
                 hears=self.media.audio is not None,
+                video_sound=self.arguments.video_sound,
             )
         except RecursionError as error:  # a value that no message can show
             raise RowError(
@@ -291,7 +293,7 @@ class Processing:
         kinds = {media.kind for media in media_of(turns)}
         if self.media.video is None and "video" in kinds:
             raise RowError("video", self.no_video)
-        if self.media.audio is None and "audio" in kinds:
+        if self.media.audio is None and any(media.heard for media in media_of(turns)):
             raise RowError("audio", self.no_audio)
 
     def _check_text(self, turn: Turn, number: int) -> None:
@@ -339,7 +341,8 @@ class Processing:
             return ()
         if picture.kind == "video":
             assert self.media.video is not None
-            rules = rules.limited(min(rules.max_slice_nums, self.media.video.max_slice_nums))
+            most = 1 if picture.sound else self.media.video.max_slice_nums
+            rules = rules.limited(min(rules.max_slice_nums, most))
         return tuple(rules.layout(width, height) for width, height in picture.sizes)
 
     def _placeholders(self, pictures: Sequence[Picture | Clip], layouts: Layouts) -> list[Placeholder]:
@@ -357,17 +360,37 @@ class Processing:
                 continue
             number = counts[picture.kind] if numbered[picture.kind] else None
             counts[picture.kind] += 1
-            if picture.kind == "image":
+            if picture.sound:
+                placeholders.append(self._film_placeholder(picture, frames))
+            elif picture.kind == "image":
                 placeholders.append(image_placeholder(frames[0], style, number=number))
             else:
                 shown = [frames[index] for index in picture.pack_starts]
                 placeholders.append(video_placeholder(shown, style, number=number))
         return placeholders
 
+    def _film_placeholder(self, film: Picture, layouts: Sequence[ImageLayout]) -> Placeholder:
+        hearing = self.generation.hearing
+        assert hearing is not None, film
+        runs = [self._runs(clip) for clip in film.sound]
+        if not any(runs):
+            raise RowError(
+                "audio",
+                f"the sound of video {film.sound[0].name} has {sum(clip.samples for clip in film.sound)} samples of 16 "
+                'kHz, expected enough for an audio token. Set "use_audio": false in the row, or replace it.',
+            )
+        return film_placeholder(
+            layouts, runs, self.style, unit=hearing.unit, tags_alone=not hearing.per_second
+        )
+
+    def _runs(self, clip: Clip) -> list[int]:
+        assert self.media.audio is not None, clip
+        return self.media.audio.runs(clip.samples)
+
     def _audio_runs(self, clip: Clip) -> list[int]:
         rules = self.media.audio
         assert rules is not None, clip
-        runs = rules.runs(clip.samples)
+        runs = self._runs(clip)
         if not runs:
             raise RowError(
                 "audio",
@@ -430,18 +453,23 @@ class Processing:
         return sample
 
     def audio_tokens(self, plan: Plan) -> int:
-        """Tokens of the placeholders of a plan's audios."""
-        spans = zip(plan.pictures, plan.encoded.media_spans, strict=False)
-        return sum(end - start for picture, (start, end) in spans if isinstance(picture, Clip))
+        """Tokens of the placeholders of a plan's audios, the tags around each run included."""
+        _, bounds = self._bounds(plan)
+        return sum(end - start + 2 for start, end in bounds)
 
-    @staticmethod
-    def _bounds(plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def _bounds(self, plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The runs of pad tokens that stand for slices, and those that stand for audio."""
         images: list[tuple[int, int]] = []
         audio: list[tuple[int, int]] = []
         runs = iter(plan.encoded.image_bound)
         for picture, count in zip(plan.pictures, plan.encoded.slices, strict=False):
-            (audio if isinstance(picture, Clip) else images).extend(islice(runs, count))
+            if isinstance(picture, Clip):
+                audio += islice(runs, count)
+            elif not picture.sound:
+                images += islice(runs, count)
+            for clip in () if isinstance(picture, Clip) else picture.sound:  # a frame is never cut: one run
+                images += islice(runs, 1)
+                audio += islice(runs, len(self._runs(clip)))
         return images, audio
 
     def _audio(self, plan: Plan, bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -456,11 +484,11 @@ class Processing:
         assert hearing is not None
         places = sum(end - start for start, end in bounds)
         heard = [
-            (picture, message)
+            (clip, message)
             for picture, message, _ in zip(
                 plan.pictures, self._messages(plan.pieces), plan.encoded.media_spans, strict=False
             )
-            if isinstance(picture, Clip)
+            for clip in _heard_in(picture)
         ]
         clips, messages = [clip for clip, _ in heard], [message for _, message in heard]
         waveforms = merged(clips, messages if hearing.merges else range(len(clips)))
@@ -523,6 +551,10 @@ def _image_sizes(pictures: Sequence[Picture | Clip]) -> list[Size | None]:
     """(width, height) of every image; None for a video and for audio."""
     images = (picture if isinstance(picture, Picture) else None for picture in pictures)
     return [image.sizes[0] if image is not None and image.kind == "image" else None for image in images]
+
+
+def _heard_in(picture: Picture | Clip) -> tuple[Clip, ...]:
+    return (picture,) if isinstance(picture, Clip) else picture.sound
 
 
 def _patches(

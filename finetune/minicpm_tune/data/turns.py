@@ -37,10 +37,17 @@ class Media:
     Attributes:
         kind: ``image``, ``video`` or ``audio``.
         index: Its number among the conversation's media, counted in the order of the text.
+        sound: Whether it is a video that is taken with its sound.
     """
 
     kind: str
     index: int
+    sound: bool = field(default=False, repr=False)
+
+    @property
+    def heard(self) -> bool:
+        """Whether the model hears something of it."""
+        return self.kind == "audio" or self.sound
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,14 @@ class Source:
             ``{"array":, "sampling_rate":}``.
         fps: Frames taken per second of this video; None: as for all.
         max_frames: Most frames of this video; None: as for all.
+        sound: Whether this video is taken with its sound.
     """
 
     kind: str
     value: Any
     fps: float | None = None
     max_frames: int | None = None
+    sound: bool = False
 
 
 class MediaReader:
@@ -129,10 +138,13 @@ class MediaReader:
         row: The row.
         literal: Whether placeholders are plain text, but the first for each medium.
         hears: Whether the model takes audio.
+        sound: Whether videos are taken with their sound, where a part does not say so itself.
     """
 
-    def __init__(self, row: Mapping[str, Any], *, literal: bool = False, hears: bool = False) -> None:
-        self.literal, self.hears = literal, hears
+    def __init__(
+        self, row: Mapping[str, Any], *, literal: bool = False, hears: bool = False, sound: bool = False
+    ) -> None:
+        self.literal, self.hears, self.sound = literal, hears, sound
         self.named: dict[str, Any] = {}
         self.single: Any = None
         self.listed: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}
@@ -238,7 +250,8 @@ class MediaReader:
     def take(self, mark: str, number: int) -> Source:
         """The source that a placeholder in turn ``number`` stands for."""
         if mark in ("<video>", "<audio>"):
-            return Source(mark[1:-1], self._next(mark[1:-1], mark, number))
+            kind = mark[1:-1]
+            return Source(kind, self._next(kind, mark, number), sound=self.sound and kind == "video")
         if self.named:
             if mark not in self.named:
                 raise RowError(
@@ -284,20 +297,25 @@ class MediaReader:
         return self.listed[kind][index]
 
     def put_unmentioned_first(self, turns: list[Turn], image_end: str) -> list[Turn]:
-        """Put media that no placeholder mentions in front of the first user turn, each with its end."""
+        """Put media that no placeholder mentions in front of the first user turn, each with its end.
+
+        A video with its sound has none: the released form joins it with what follows by nothing.
+        """
         left = [Source("image", value) for mark, value in self.named.items() if mark not in self.mentioned]
         if self.single is not None and "single" not in self.mentioned:
             left.append(Source("image", self.single))
         for kind, values in self.listed.items():
             left += [
-                Source(kind, value)
+                Source(kind, value, sound=self.sound and kind == "video")
                 for index, value in enumerate(values)
                 if f"{kind}#{index}" not in self.mentioned
             ]
         if not left:
             return turns
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        front: list[Any] = [part for source in left for part in (source, image_end) if part]
+        front: list[Any] = [
+            part for source in left for part in (source, "" if source.sound else image_end) if part
+        ]
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
         return turns
 

@@ -114,7 +114,7 @@ class TuningOptions(RowLimits):
         metadata={
             "help": "Folder that keeps the frozen vision tower's output, so that it is computed once per image and not "
             "once per epoch; about 2.3 MB per slice in bf16. Needs --tune_vision false and no adapter on the tower. "
-            "Frames of videos are not kept."
+            "Frames of videos are not kept, and nothing of audio is: its encoder runs in every step."
         },
     )
     fp32_residual_connection: bool | None = field(

@@ -253,7 +253,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Images and videos")
     opened = (
         "image_folder", "allow_remote_images", "max_image_pixels", "exif_orientation", "literal_control_tokens",
-        "stack_frames",
+        "stack_frames", "video_sound",
     )  # fmt: skip
     add_fields(group, DataArguments, opened)
     group.add_argument(

@@ -183,6 +183,13 @@ class DataArguments(RowLimits):
             "180 packs of up to 3 frames for V-4.5."
         },
     )
+    video_sound: bool = field(
+        default=False,
+        metadata={
+            "help": "MiniCPM-o: take videos with their sound, a frame and the sound of its second in turn, as the omni "
+            'form of the released chat() does. A row\'s "use_audio": true or false goes before it.'
+        },
+    )
     stack_frames: int | None = field(
         default=None,
         metadata={

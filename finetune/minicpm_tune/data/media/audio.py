@@ -139,7 +139,7 @@ def open_audio(value: Any, folder: Path, *, allow_remote: bool = False) -> Clip:
     samples = _plain_samples(data)
     if samples:  # the header says how long it is
         return Clip(name, samples, lambda: _checked(_plain_wave(data, name), name))
-    return Clip.of(_checked(_decoded(data, name), name), name)
+    return Clip.of(_checked(decode_sound(data, name), name), name)
 
 
 def log_mel(waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -211,7 +211,7 @@ def _readable(data: io.BytesIO | Path) -> Any:
     return io.BytesIO(data.getvalue())  # reading moves it, and it may be read twice
 
 
-def _decoded(data: io.BytesIO | Path, name: str) -> np.ndarray:
+def decode_sound(data: io.BytesIO | Path, name: str) -> np.ndarray:
     """Decode any sound file, or the sound of a video, through PyAV."""
     try:
         import av

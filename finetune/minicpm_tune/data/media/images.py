@@ -22,6 +22,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.sources import check_source, describe, open_bytes
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DEFAULT_MAX_PIXELS, DataArguments
@@ -178,6 +179,7 @@ class Picture:
         packs: For generations that pack video frames: the time index of every frame, pack by pack.
         digest: Digest of everything its pixels depend on, without decoding it; None for videos.
         seconds: How long a video is; 0 for an image.
+        sound: What is heard after each frame, for a video with its sound.
     """
 
     kind: str
@@ -186,6 +188,7 @@ class Picture:
     packs: tuple[tuple[int, ...], ...] | None = None
     digest: Callable[[], bytes] | None = None
     seconds: float = 0.0
+    sound: tuple[Clip, ...] = ()
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:

@@ -154,7 +154,7 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
     Raises:
         RowError: When it can't be read.
     """
-    if _is_frames(value, options):
+    if is_list_of_frames(value, options):
         sources = _frame_sources(value, options)
         chosen, packs = choose_frames(len(sources), rules.fps, rules)
         files = [ImageFile(sources[index], options) for index in chosen]
@@ -166,19 +166,24 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
             seconds=len(sources) / rules.fps,
         )
     path = check_file(_path(value), options.folder, "video")
-    count, fps, size = _probe(path)
+    found = probe_video(path)
+    count, fps, size = found.count, found.fps, found.size
     chosen, packs = choose_frames(count, fps, rules)
     if rules.stack_frames > 1:
         return replace(_stacked(path, visual_units_of(chosen, count, fps, rules), size), seconds=count / fps)
     return Picture(
-        "video", (size,) * len(chosen), lambda: _decode(path, chosen), _as_packs(packs), seconds=count / fps
+        "video",
+        (size,) * len(chosen),
+        lambda: decode_frames(path, chosen),
+        _as_packs(packs),
+        seconds=count / fps,
     )
 
 
 def _stacked(path: Path, units: Sequence[tuple[int, ...]], size: tuple[int, int]) -> Picture:
     chosen = sorted({frame for unit in units for frame in unit})
     sizes = tuple(size if len(unit) == 1 else composite_size(len(unit), size) for unit in units)
-    return Picture("video", sizes, lambda: pictures_of(units, chosen, _decode(path, chosen)))
+    return Picture("video", sizes, lambda: pictures_of(units, chosen, decode_frames(path, chosen)))
 
 
 def visual_units_of(main: Sequence[int], count: int, fps: float, rules: VideoRules) -> list[tuple[int, ...]]:
@@ -209,7 +214,7 @@ def _path(value: Any) -> str:
     return value
 
 
-def _is_frames(value: Any, options: ImageOptions) -> bool:
+def is_list_of_frames(value: Any, options: ImageOptions) -> bool:
     return isinstance(value, (list, tuple)) or find_file(_path(value), options.folder).is_dir()
 
 
@@ -246,27 +251,52 @@ def _av() -> Any:
     return av
 
 
-def _probe(path: Path) -> tuple[int, float, tuple[int, int]]:
-    """Number of frames, frames per second, and (width, height)."""
+@dataclass(frozen=True)
+class VideoFacts:
+    """What the header of a video says.
+
+    Attributes:
+        count: Frames.
+        fps: Frames per second.
+        size: (width, height), in pixels.
+        duration: Length of the file, in seconds; its sound may be longer than its pictures.
+        sounds: Whether it has sound.
+    """
+
+    count: int
+    fps: float
+    size: tuple[int, int]
+    duration: float
+    sounds: bool
+
+
+def probe_video(path: Path) -> VideoFacts:
+    """Read the header of a video.
+
+    Raises:
+        RowError: When it can't be read, or says too little.
+    """
     av = _av()
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
             rate = stream.average_rate or stream.guessed_rate
-            found = count, float(rate or 0), (stream.codec_context.width, stream.codec_context.height)
+            fps, size = float(rate or 0), (stream.codec_context.width, stream.codec_context.height)
+            duration = (container.duration or 0) / av.time_base or (count / fps if fps else 0.0)
+            found = VideoFacts(count, fps, size, duration, bool(container.streams.audio))
     except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise RowError(
             "video", f"video {str(path)!r} can't be read ({error}), expected a film. Replace it."
         ) from error
-    if not (found[0] and found[1] and all(found[2])):
+    if not (count and fps and all(size)):
         raise RowError(
             "video", f"video {str(path)!r} has no frames or no frame rate, expected a film. Replace it."
         )
     return found
 
 
-def _decode(path: Path, chosen: Sequence[int]) -> Iterator[Image.Image]:
+def decode_frames(path: Path, chosen: Sequence[int]) -> Iterator[Image.Image]:
     av = _av()
     wanted = iter(chosen)
     target = next(wanted, None)

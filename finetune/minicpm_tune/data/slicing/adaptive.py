@@ -11,6 +11,7 @@ from typing import Any
 from minicpm_tune.checkpoints.model_folder import read_settings
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.audio import AudioRules
+from minicpm_tune.data.media.films import FilmRules
 from minicpm_tune.data.media.videos import VideoRules
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Grid, ImageLayout, Size, checked_size
@@ -154,7 +155,11 @@ def read_rules(
     used |= {"use_image_id": style.image_ids} if generation.image_ids else {}
     log_assumed(folder, "preprocessor_config.json", used, config, config.get("slice_config") or {})
     return MediaRules(
-        rules, style, _video_rules(generation, arguments), audio=_audio_rules(generation, config)
+        rules,
+        style,
+        _video_rules(generation, arguments),
+        audio=_audio_rules(generation, config),
+        film=_film_rules(generation, config, arguments),
     )
 
 
@@ -162,6 +167,14 @@ def _audio_rules(generation: Generation, config: dict[str, Any]) -> AudioRules |
     if generation.hearing is None or not config.get("init_audio", True):
         return None
     return AudioRules(config.get("audio_pool_step", 2), generation.hearing.per_second)
+
+
+def _film_rules(generation: Generation, config: dict[str, Any], arguments: DataArguments) -> FilmRules | None:
+    if generation.hearing is None or not config.get("init_audio", True):
+        return None
+    units = bool(generation.hearing.unit)
+    most = None if units else 64
+    return FilmRules(units, most).for_one(arguments.video_fps, arguments.max_num_frames)
 
 
 def _video_rules(generation: Generation, arguments: DataArguments) -> VideoRules | None:

@@ -63,4 +63,9 @@ def read_media_rules(folder: Path, generation: Generation, arguments: DataArgume
     for flag, (ways, models, advice) in _SPECIAL_FLAGS.items():
         if getattr(arguments, flag) is not None and generation.slicing not in ways:
             raise DataError(f"--{flag}: {generation.title} has none, expected {models}. {advice}.")
+    if arguments.video_sound and generation.hearing is None:
+        raise DataError(
+            f"--video_sound true: {generation.title} takes no audio, expected MiniCPM-o. Leave it out: videos "
+            "are then used without their sound."
+        )
     return _READERS[generation.slicing](folder, read_config(folder), generation, arguments)

@@ -9,6 +9,7 @@ from typing import Any
 
 from minicpm_tune import processes
 from minicpm_tune.data.media.audio import AudioRules
+from minicpm_tune.data.media.films import FilmRules
 from minicpm_tune.data.media.videos import VideoRules
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import SlicingRules
@@ -26,6 +27,7 @@ class MediaRules:
         style: How they are written into the prompt.
         video: How videos are sampled; None for generations without video.
         audio: How audio becomes tokens; None for generations that take none.
+        film: How a video is cut together with its sound; None where audio is.
         downsample_mode: ``16x`` or ``4x`` for 4.6 and 4.7 (the model must use the same), else None.
     """
 
@@ -34,6 +36,7 @@ class MediaRules:
     video: VideoRules | None = None
     downsample_mode: str | None = None
     audio: AudioRules | None = None
+    film: FilmRules | None = None
 
 
 def log_assumed(folder: Path, file: str, values: dict[str, Any], *sources: dict[str, Any]) -> None:
