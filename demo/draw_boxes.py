@@ -1,6 +1,6 @@
 """Draws a data set for pointing: pictures of one shape, and rows whose answer is its box.
 
-    python draw_boxes.py FOLDER [--train 9600] [--eval 48] [--held_out 100] [--seed 0]
+    python draw_boxes.py FOLDER [--train 4800] [--eval 48] [--held_out 100] [--seed 0]
 
 Rows name the shape and give its box in pixels, in ``objects`` (docs/data.md). The edges of a shape lie on tenths of
 its picture, and a side takes four to seven of them: a small model learns to read a place from a picture soon, and to
@@ -26,7 +26,7 @@ from draw_pictures import BACKGROUNDS, COLORS, shade
 from minicpm_tune.data.grounding import intersection_over_union
 
 QUESTION = "Where is the <ref-object>?"
-PARTS = {"train": 9600, "eval": 48, "held_out": 100}
+PARTS = {"train": 4800, "eval": 48, "held_out": 100}
 SHAPES = ("circle", "square")
 DARK = ("red", "green", "blue", "purple", "black")  # the shapes, keys of COLORS
 PALE = ("white", "pink", "sky", "mint")  # the grounds, keys of BACKGROUNDS
