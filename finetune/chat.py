@@ -237,13 +237,14 @@ class Conversation:
     def _draw(self, text: str) -> None:
         """Draw the boxes of an answer on the last picture."""
         from minicpm_tune.answering.chat import MessageError
+        from minicpm_tune.answering.metrics import without_thoughts
         from minicpm_tune.data.grounding import draw_boxes, pixel_boxes
 
         if self.seen is None:
             _note("No picture was shown, so nothing is drawn.")
             return
         [picture] = self.seen.frames()
-        boxes = pixel_boxes(text, picture.size, self.processing.generation.box_form)
+        boxes = pixel_boxes(without_thoughts(text), picture.size, self.processing.generation.box_form)
         if not boxes:
             _note("The answer has no box, so nothing is drawn.")
             return

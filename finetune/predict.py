@@ -142,7 +142,7 @@ def _what_decides_answers(values: argparse.Namespace) -> dict[str, Any]:
 def _summary(lines: Sequence[dict[str, Any]], scores: dict[str, float]) -> str:
     compared = sum(line["scores"] is not None for line in lines)
     rows = f"{len(lines)} rows answered, {compared} compared with their answers\n"
-    return rows + "".join(f"{name:<12}{value:8.4f}\n" for name, value in scores.items())
+    return rows + "".join(f"{name:<16}{value:8.4f}\n" for name, value in scores.items())
 
 
 @contextmanager

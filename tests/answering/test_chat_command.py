@@ -27,7 +27,17 @@ def ask(monkeypatch, answers, *words):
 
 def test_boxes_of_an_answer_are_drawn_on_the_picture(monkeypatch, picture, capsys):
     target = picture.with_name("found.png")
-    assert ask(monkeypatch, [BOX, "Nowhere."], "--image", picture, "--draw", target) == 0
+    assert (
+        ask(
+            monkeypatch,
+            [f"<think><box>0 0 999 999</box></think>{BOX}", "Nowhere."],
+            "--image",
+            picture,
+            "--draw",
+            target,
+        )
+        == 0
+    )
     colored = (np.asarray(Image.open(target)) != 255).any(axis=2)
     down, across = colored.nonzero()
     assert (across.min(), down.min(), across.max()) == (6, 4, 30)  # 100 to 500 of 60 x 40 pixels

@@ -47,6 +47,12 @@ def test_the_makers_form_is_written_with_the_tokens_that_the_model_has(picture, 
     assert ("<box>" in vocabulary) == (GENERATIONS[name].family != "minicpmv46")
 
 
+def test_tags_typed_in_a_text_are_the_same_tokens(picture):
+    typed = {"question": "Find <ref>cup</ref>.", "answer": "<box>100 100 500 500</box>", "objects": None}
+    written = opened(picture)[0]["input_ids"]  # one file serves both
+    assert opened(picture, **typed)[0]["input_ids"].tolist() == written.tolist()
+
+
 def test_a_model_without_tokens_for_boxes_gets_brackets(picture):
     rows = opened(picture, "xc2_7b")
     assert "Find cup." in text(rows)

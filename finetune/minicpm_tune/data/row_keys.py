@@ -118,8 +118,12 @@ def read_message_keys(
     _refuse_audio(message, place, model)
     _refuse(message, _REFUSED_MESSAGE_KEYS, place)
     unknown = _unknown(message, _MESSAGE_KEYS)
+    if "objects" in unknown:
+        raise RowError(
+            "boxes", f"{place} has 'objects', expected them beside the messages. Move them into the row."
+        )
     for key in unknown:
-        if key in ("image", "images", "video", "videos", "objects") or _is_media(key, message[key]):
+        if key in ("image", "images", "video", "videos") or _is_media(key, message[key]):
             raise RowError(
                 "media",
                 f"{place} has {key!r}, expected media in the row or in the content. Put them under the row's 'images' "
