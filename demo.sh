@@ -147,7 +147,7 @@ run_find() {
 
 run_listen() {
     step "3. Full tuning on sounds, the audio encoder included, with finetune_ds.sh: $OUTPUT/full"
-    tune finetune_ds.sh "$OUTPUT/base" sounds full --learning_rate 1e-3 --tune_audio true
+    tune finetune_ds.sh "$OUTPUT/base" sounds full --learning_rate 1e-3 --group_by_length true --tune_audio true
     step "4. Singers that were never heard, before and after"
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
 }
@@ -162,9 +162,10 @@ step "Ask it yourself; README.md says how to train on your own data"
 picture=$(find "$OUTPUT/data" -name '*.png' | sort | head -n 1)
 case $TASK in
     find)
+        name=$(grep -o -m 1 '[a-z]* shape' "$OUTPUT/data/boxes_eval.json")
         printf '"%s" "%s" --model_name_or_path "%s" --sampling false --image "%s" --question "%s" --draw "%s"\n' \
-            "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$picture" "Where is the shape?" \
-            "$OUTPUT/found.png"
+            "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$picture" \
+            "Where is the <ref>$name</ref>?" "$OUTPUT/found.png"
         ;;
     listen)
         printf '"%s" "%s" --model_name_or_path "%s" --sampling false --audio "%s" --question "%s"\n' \
