@@ -37,6 +37,7 @@ NEEDED = (
     "torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "liger_kernel", "datasets",
     "tokenizers", "sentencepiece", "safetensors", "numpy", "PIL", "pyarrow", "pytest", "hypothesis",
 )  # fmt: skip
+ONLY_ON_A_GPU = {"triton", "liger_kernel"}
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,18 @@ def versions() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "packages": {}}
+    missing = []
     for name in NEEDED:
         try:
             module = importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  (whatever it is belongs into the report)
             found["packages"][name] = f"{type(error).__name__}: {error}"[:300]
+            if torch.cuda.is_available() or name not in ONLY_ON_A_GPU:
+                missing.append(name)
         else:
             found["packages"][name] = getattr(module, "__version__", "no version")
+    if missing:
+        found["error"] = f"can't import {', '.join(missing)}"
     found["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)

@@ -28,6 +28,7 @@ BUILT = "deepspeed"
 # What these need and torch does not bring, and the tests' own needs.
 MORE = (
     "liger-kernel", "hjson", "pydantic", "annotated-types", "typing-inspection", "dill==0.4.1", "multiprocess<0.70.20",
+    "xxhash",
 )  # fmt: skip
 PLATFORMS = (
     "manylinux_2_28_x86_64",
