@@ -201,7 +201,7 @@ def run_one(row: Row, folder: Path, limit: float, *, small: bool) -> dict[str, A
         return run_tests(row.words, folder, limit, small=small)
     wish = {**TRAINING, **row.wish, "small": small, "folder": str(folder)}
     if small:
-        wish |= {"steps": 2, "warmup": 1, "length": 512, "flags": _for_a_cpu(wish["flags"])}
+        wish |= {"steps": 2, "warmup": 1, "length": 512, "bf16": True, "flags": _for_a_cpu(wish["flags"])}
     return {"wish": wish} | run_row(wish, limit=limit)
 
 
