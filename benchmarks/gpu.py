@@ -113,9 +113,13 @@ def run_command(
     Returns:
         ``output``, what it printed; beside it ``error`` if it failed or was ended, with what it wrote to stderr.
     """
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )  # fmt: skip
+    try:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return {"error": str(error), "output": ""}
     try:
         printed, errors = child.communicate(timeout=limit)
     except subprocess.TimeoutExpired:

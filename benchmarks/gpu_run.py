@@ -158,7 +158,8 @@ def _argv(wish: dict[str, Any], checkpoint: Path, *, on_gpu: bool) -> list[str]:
         "--model_name_or_path", checkpoint, "--data_path", Path(wish["folder"]) / wish.get("data", "rows.json"),
         "--output_dir", Path(wish["folder"]) / "out", "--overwrite_output_dir", "true", "--max_steps", steps,
         "--per_device_train_batch_size", wish["batch"], "--model_max_length", wish["length"],
-        "--packing", str(wish["packing"]).lower(), "--bf16", str(on_gpu or wish.get("bf16", False)).lower(), "--report_to", "none",
+        "--packing", str(wish["packing"]).lower(), "--bf16", str(on_gpu or wish.get("bf16", False)).lower(),
+        "--report_to", "none",
         "--save_strategy", "no", "--logging_steps", 10_000, "--learning_rate", 1e-6, "--check_images", "header",
         "--activation_checkpointing", str(wish["checkpointing"]).lower(), *wish["flags"],
     ]  # fmt: skip

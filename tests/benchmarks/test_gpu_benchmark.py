@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import gpu_run
 from gpu_run import busy_seconds, work_of
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
@@ -130,3 +131,65 @@ def test_it_runs_with_small_models_on_the_cpu(tmp_path, model, method):
     wanted = {"vision forward", "LLM forward", "LLM backward", "loss", "optimizer", "data"}
     assert wanted <= row["shares"].keys()
     assert row["shares"]["LLM backward"] > row["shares"]["loss"] > 0
+
+
+class Moment:
+    """A CUDA event: a point on a device's time line, here a count of all that were recorded."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Moment.recorded += 1
+        self.at = Moment.recorded
+
+    def elapsed_time(self, other):
+        return 1000.0 * (other.at - self.at)
+
+
+def test_memory_kernels_and_phases_are_read_off_a_gpu(monkeypatch):
+    """On a stand-in for torch.cuda: what only runs on a GPU runs here once."""
+    gib = 2**30
+    for name, value in {
+        "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: gib,
+        "max_memory_reserved": lambda: 2 * gib, "get_device_name": lambda: "a card", "Event": Moment,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu_run, "matrix_peak", lambda *, on_gpu: 1e12)
+    cuda = torch.autograd.DeviceType.CUDA
+    kernel = SimpleNamespace(
+        name="gemm", time_range=SimpleNamespace(start=0, end=0.5), device_type=cuda
+    )  # of a microsecond
+    profiler = SimpleNamespace(
+        __enter__=lambda: None, __exit__=lambda *_: None, events=lambda: [kernel, kernel]
+    )
+    asked = []
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: asked.append(activities) or profiler)
+
+    lm_head = torch.nn.Identity()
+    llm = SimpleNamespace(model=torch.nn.Identity(), lm_head=lm_head)
+    model = SimpleNamespace(vpm=torch.nn.Identity(), resampler=torch.nn.Identity(), llm=llm)
+    trainer = SimpleNamespace(
+        model=model,
+        training_step=lambda model, inputs: lm_head(torch.ones(1)),
+        get_batch_samples=lambda: [],
+        add_callback=lambda callback: None,
+    )
+    bench = gpu_run.Bench(trainer, {"warmup": 1, "steps": 2, "checkpointing": True}, on_gpu=True)
+    inputs = {
+        "attention_mask": torch.ones(1, 6), "tgt_sizes": np.array([[2, 3], [2, 3]]), "supervised": np.arange(4),
+        "provenance": SimpleNamespace(rows=[7]),
+    }  # fmt: skip
+    for step in range(1, 1 + 2 + gpu_run.PROFILED + 1):
+        trainer.get_batch_samples()
+        trainer.training_step(model, inputs)
+        bench.on_step_end(None, SimpleNamespace(global_step=step), None)
+    found = bench.result(lambda work: 1e12)
+    assert asked == [[torch.profiler.ProfilerActivity.CUDA]]
+    assert (found["device"], found["peak_gib"], found["reserved_gib"]) == ("a card", 1.0, 2.0)
+    assert found["kernels"] == [{"name": "gemm", "seconds": pytest.approx(1e-6), "share": 1.0, "calls": 2}]
+    assert 0 < found["idle"] < 1
+    assert found["shares"].keys() == {"other", "data", "loss"}
+    assert bench.largest == {"rows": 1, "tokens": 6, "slices": 2, "checkpointing": 1}
