@@ -107,6 +107,36 @@ def test_bf16_gradients_are_summed_in_fp32_over_chunks():
     assert relative < 0.01  # 0.004: the rounding of one bf16 number, not of 540 additions
 
 
+FP16_TOLERANCE = 0.02  # 0.0145 measured, from slopes of 1e-6 in fp32
+
+
+@pytest.mark.parametrize("weights", [None, 1000.0], ids=["plain", "weighted"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp16 weights", "autocast"])
+def test_small_gradients_survive_fp16(autocast, weights):
+    """A model that is nearly sure has slopes of 1e-6, whose products with the weights fp16 can't hold."""
+    torch.manual_seed(0)
+    held = torch.float32 if autocast else torch.float16
+    weight = (torch.randn(500, 64) * 0.002).half()
+    labels = torch.randint(0, 500, (300,))
+    rows = weight.float()[labels]
+    hidden = (20 * rows / rows.square().sum(-1, keepdim=True)).half()
+    head = LMHead(64, 500, bias=False)
+    head.weight = torch.nn.Parameter(weight.to(held))
+    given = hidden.to(held, copy=True).requires_grad_()
+    own = None if weights is None else torch.full((300,), weights)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        loss, _, _ = head(given, labels=labels, chunk=128, token_weights=own)
+    scale = 2.0**16 if weights is None else 2.0**6  # the loss scale
+    (loss * scale).backward()
+
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    (F.cross_entropy(F.linear(*exact), labels, reduction="sum") * (weights or 1)).backward()
+    for found, expected in zip((given.grad, head.weight.grad), exact, strict=True):
+        error = (found.double() / scale - expected.grad).norm() / expected.grad.norm()
+        print(f"{error:.2e}")
+        assert error < FP16_TOLERANCE
+
+
 def test_taking_over_an_output_layer_keeps_its_parameters():
     linear = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
     weight = linear.weight

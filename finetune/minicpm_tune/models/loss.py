@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from minicpm_tune.batch import IGNORE_INDEX, NewFeatures
+from minicpm_tune.models.autocast import autocast_dtype
 
 # Logits of one chunk, in elements: 2**26 is 256 MiB in fp32 (442 tokens at a vocabulary of 151,748).
 CHUNK_ELEMENTS = 2**26
+# What the largest slope of a token's logits is brought to before they are rounded to fp16: their products with the
+# output layer's weights stay below fp16's largest number, 65,504, for weights up to 32.
+FP16_LARGEST = 2.0**10
+FP32_STEP = 2.0**-24  # below it, the slope of a nearly sure prediction is 0 in fp32
 
 
 @dataclass
@@ -99,45 +104,48 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of a linear head that computes its gradient chunk by chunk in the forward.
 
     Only one chunk of logits is alive at a time, and the backward needs no second pass over the vocabulary. The
-    weight's gradient is summed over the chunks in fp32.
+    weight's gradient is summed over the chunks in fp32. In fp16 all gradients stay fp32 until the backward has
+    multiplied them by the loss scale: those of a model that is nearly sure are below fp16's smallest number.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, chunk, token_weights):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        hidden_grad: Any = torch.zeros_like(hidden) if need_hidden else None
-        weight_grad: Any = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        )
-        bias_grad: Any = (
-            torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
-        )
+        narrow = (autocast_dtype(hidden.device) or weight.dtype) == torch.float16
+        inputs = (hidden, weight, bias)
+        ctx.dtypes = [
+            given.dtype if need else None for given, need in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        grads: list[Any] = [
+            torch.zeros_like(given, dtype=torch.float32 if narrow or given is not hidden else None)
+            if dtype
+            else None
+            for given, dtype in zip(inputs, ctx.dtypes, strict=True)
+        ]
         token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
-            part, target = hidden[start : start + chunk], labels[start : start + chunk]
+            rows = slice(start, start + chunk)
+            part, target = hidden[rows], labels[rows]
             logits = F.linear(part, weight, bias).float()
             correct += (logits.argmax(dim=-1) == target).sum()
             log_sum = torch.logsumexp(logits, dim=-1)
-            token_losses[start : start + chunk] = log_sum - logits.gather(-1, target[:, None])[:, 0]
-            if not (need_hidden or need_weight or need_bias):
+            token_losses[rows] = log_sum - logits.gather(-1, target[:, None])[:, 0]
+            if not any(ctx.dtypes):
                 continue
             # d loss_sum / d logits = softmax - one-hot, written over the logits themselves.
-            logits.sub_(log_sum[:, None]).exp_()
-            logits.scatter_add_(-1, target[:, None], logits.new_full((target.numel(), 1), -1.0))
-            if token_weights is not None:
-                logits.mul_(token_weights[start : start + chunk, None])
-            slope = logits.to(part.dtype)
-            if need_hidden:
-                hidden_grad[start : start + chunk] = (slope @ weight).to(hidden.dtype)
-            if need_weight:
-                weight_grad += slope.t() @ part
-            if need_bias:
-                bias_grad += slope.sum(dim=0)
+            slope = logits.sub_(log_sum[:, None]).exp_()
+            slope.scatter_add_(-1, target[:, None], slope.new_full((target.numel(), 1), -1.0))
+            own = None if token_weights is None else token_weights[rows, None]
+            _add_gradients(
+                [None if grads[0] is None else grads[0][rows], *grads[1:]], slope, part, weight, own, narrow
+            )
         ctx.grads = (
-            hidden_grad,
-            weight_grad.to(weight.dtype) if need_weight else None,
-            bias_grad.to(bias.dtype) if need_bias else None,
+            grads
+            if narrow
+            else [
+                None if grad is None else grad.to(dtype)
+                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            ]
         )
         ctx.mark_non_differentiable(correct, token_losses)
         weighted = token_losses if token_weights is None else token_losses * token_weights
@@ -146,9 +154,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_slope, *_):
         # In place: the gradient of an 8B model's output layer is a gibibyte.
-        grads = [None if grad is None else grad.mul_(loss_slope) for grad in ctx.grads]
+        grads = [
+            None if grad is None else grad.mul_(loss_slope).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
         ctx.grads = (None, None, None)
         return (*grads, None, None, None)
+
+
+def _add_gradients(
+    grads: list[Any], slope: Tensor, part: Tensor, weight: Tensor, token_weights: Tensor | None, narrow: bool
+) -> None:
+    """Add a chunk's share to the gradients.
+
+    Args:
+        grads: Those of the chunk's hidden states [n, D], of the weight and of the bias; None where not needed.
+        slope: [n, V] fp32 slopes of the logits; overwritten.
+        part: [n, D] the chunk's hidden states.
+        weight: [V, D].
+        token_weights: [n, 1], or None.
+        narrow: Whether products are computed in fp16.
+    """
+    hidden_grad, weight_grad, bias_grad = grads
+    if narrow and hidden_grad is not None:  # before the tokens' weights, which have no limit
+        # The label's slope is the only one below 0, and the largest.
+        scale = FP16_LARGEST / (-slope.amin(dim=-1, keepdim=True)).clamp(min=FP32_STEP)
+        hidden_grad.copy_((slope * scale).to(torch.float16) @ weight)
+        hidden_grad.mul_(1 / scale if token_weights is None else token_weights / scale)
+    if token_weights is not None:
+        slope.mul_(token_weights)
+    if bias_grad is not None:
+        bias_grad += slope.sum(dim=0)
+    if narrow:
+        if weight_grad is not None:
+            weight_grad.addmm_(slope.t(), part.float())
+        return
+    rounded = slope.to(part.dtype)
+    if hidden_grad is not None:
+        hidden_grad.copy_(rounded @ weight)
+    if weight_grad is not None:
+        weight_grad += rounded.t() @ part
 
 
 class LMHead(nn.Linear):
