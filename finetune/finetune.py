@@ -49,7 +49,7 @@ from minicpm_tune.models.parameter_parts import (
     log_parts,
     raise_precision_of_trained,
 )
-from minicpm_tune.models.speed_options import apply_liger, set_checkpointing
+from minicpm_tune.models.speed_options import set_checkpointing, use_fast_kernels
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
 from minicpm_tune.settings.data_arguments import DataArguments
@@ -188,7 +188,7 @@ def read_model(arguments: Arguments, folder: Path, processing: Processing) -> Pr
 def choose_what_trains(arguments: Arguments, model: Any, generation: Generation) -> PreTrainedModel:
     """Add or continue an adapter, or freeze parts of the model, and log what trains."""
     _, _, training, lora = arguments
-    apply_liger(model, training)
+    use_fast_kernels(model, training)
     set_checkpointing(model, generation, training)
     set_seed(training.seed)  # how weights are loaded must not decide what a new adapter starts from
     if training.use_lora:

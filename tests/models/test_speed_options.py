@@ -1,5 +1,6 @@
 """Checkpointing per part, optimizers, and flags that can't act here."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -10,8 +11,14 @@ import torch
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.models import speed_options
 from minicpm_tune.models.loading import load_model
-from minicpm_tune.models.speed_options import SpeedOptionError, apply_liger, set_checkpointing
+from minicpm_tune.models.speed_options import (
+    SpeedOptionError,
+    apply_liger,
+    set_checkpointing,
+    use_fast_kernels,
+)
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.settings.checks import UsageError
 from support import finetune_runs, processes
@@ -82,11 +89,73 @@ def test_checkpointing_changes_no_gradient(generation):
         assert (gradient - expected[name]).abs().max() < GRADIENT_TOLERANCE, name
 
 
+@pytest.fixture
+def liger(monkeypatch):
+    """A machine with a GPU and liger; the models that got its kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    patched = []
+    monkeypatch.setattr(speed_options, "apply_liger", patched.append)
+    return patched
+
+
+@pytest.mark.parametrize(("flag", "used"), [(None, True), (True, True), (False, False)])
+def test_liger_kernels_are_used_where_they_can_be_unless_switched_off(liger, caplog, flag, used):
+    model, _ = golden_model("v2_6")
+    training = SimpleNamespace(use_liger_kernel=flag)
+    with caplog.at_level("INFO"):
+        use_fast_kernels(model, training)
+    assert liger == [model] * used
+    assert training.use_liger_kernel is False  # Trainer must not look for them
+    assert ("liger kernels: RMSNorm" if used else "liger kernels: off, as asked for") in caplog.text
+
+
+def test_without_liger_a_gpu_is_told_what_to_install(liger, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model, _ = golden_model("v2_6")
+    with caplog.at_level("INFO"):
+        use_fast_kernels(model, SimpleNamespace(use_liger_kernel=None))
+    assert not liger
+    assert "liger kernels: needs the package, pip install liger-kernel" in caplog.text
+    with pytest.raises(SpeedOptionError, match="pip install liger-kernel"):
+        use_fast_kernels(model, SimpleNamespace(use_liger_kernel=True))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without a GPU")
-def test_liger_kernels_are_refused_where_they_cannot_run():
+def test_liger_kernels_are_refused_without_a_gpu():
     model, _ = golden_model("v2_6")
     with pytest.raises(SpeedOptionError, match="needs a GPU"):
-        apply_liger(model, SimpleNamespace(use_liger_kernel=True))
+        use_fast_kernels(model, SimpleNamespace(use_liger_kernel=True))
+
+
+# Loss, and gradient relative to its size, in fp32 with triton's interpreter. Worst measured: TODO.
+LIGER_TOLERANCE = 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v2", "v2_5", "v2_6", "v4_5", "v4_6", "xc2_vl_7b"])
+def test_liger_kernels_give_the_losses_and_gradients_without(tmp_path, generation):
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel and triton, which runs without a GPU too")
+    checkpoint = make_checkpoint(tmp_path, generation, size="tiny")
+    worker = [sys.executable, SUPPORT / "liger_worker.py", checkpoint, generation]
+    done = processes.run(worker, limit=500, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["modules"] > 4
+    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=LIGER_TOLERANCE)
+    assert found["gradient"] < LIGER_TOLERANCE
+
+
+@pytest.mark.gpu
+def test_liger_kernels_give_the_losses_without_on_a_gpu():
+    pytest.importorskip("liger_kernel")
+    model, about = golden_model("v2_6", attention="sdpa", dtype=torch.bfloat16)
+    model = model.cuda()
+    batch, _ = full_batch("v2_6", "single", about)
+    batch = {name: value.cuda() for name, value in batch.items()}
+    expected = model(**batch).loss.item()
+    apply_liger(model)
+    assert model(**batch).loss.item() == pytest.approx(expected, rel=0.01)
 
 
 def test_compiling_is_refused_with_the_reason(tmp_path):

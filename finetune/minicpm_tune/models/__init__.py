@@ -6,7 +6,7 @@ slices             the slices of a batch, and running a vision tower once on all
 attention          attention within slices and within packed samples
 quantization       the LLM in 4 or 8 bit
 parameter_parts    which parts train, and the table of parts
-speed_options      activation checkpointing, liger kernels
+speed_options      activation checkpointing, kernels of packages
 autocast           what is 16 bit where trained weights are fp32
 chat_interface     ``model.chat``
 

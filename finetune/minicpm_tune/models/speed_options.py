@@ -1,4 +1,4 @@
-"""Flags that trade memory against time: checkpointing per part, liger kernels."""
+"""Memory against time: checkpointing per part, and kernels that packages bring."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from minicpm_tune.errors import UserError
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# LLMs, by transformers' name, whose losses and gradients with liger's kernels a test compares.
+LIGER_MODELS = ("granite", "llama", "qwen2", "qwen3", "qwen3_5_text")
 
 
 class SpeedOptionError(UserError):
@@ -46,31 +49,54 @@ def set_checkpointing(model: PreTrainedModel, generation: Generation, training: 
     training.gradient_checkpointing = training.activation_checkpointing = False
 
 
-def apply_liger(model: PreTrainedModel, training: TrainingArguments) -> None:
-    """Replace RMSNorm, rotary embedding and SwiGLU of the LLM by liger's kernels, with ``--use_liger_kernel true``.
+def use_fast_kernels(model: PreTrainedModel, training: TrainingArguments) -> None:
+    """Let liger's kernels compute RMSNorm, rotary embedding and SwiGLU of the LLM, and log which kernels are used.
 
-    Its fused loss is not used: ``loss.LMHead`` makes logits of supervised tokens alone, chunk by chunk.
+    They are used where the package and a GPU are there, unless ``--use_liger_kernel false``. Its fused loss is not:
+    ``loss.LMHead`` makes logits of supervised tokens alone, chunk by chunk.
 
     Raises:
-        SpeedOptionError: Without a GPU, without the package, or for an LLM it has no kernels for.
+        SpeedOptionError: With ``--use_liger_kernel true``, where they can't be used.
     """
-    if not training.use_liger_kernel:
-        return
-    if not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None:
-        raise SpeedOptionError(
-            "--use_liger_kernel true: needs a GPU and the liger-kernel package. Run pip install liger-kernel, or leave "
-            "the flag out."
-        )
-    # Not installed everywhere, and it takes seconds.
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    llm: Any = getattr(model, "llm", model)
-    kind = llm.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise SpeedOptionError(
-            f"--use_liger_kernel true: the installed liger-kernel has no kernels for {kind} models. Leave the flag out."
-        )
-    _apply_liger_kernel_to_instance(model=llm, fused_linear_cross_entropy=False, cross_entropy=False)
+    wanted = training.use_liger_kernel
     training.use_liger_kernel = False  # Trainer would look for kernels for the whole model, and find none
-    logger.info("liger kernels replace RMSNorm, rotary embedding and MLP of the %s LLM", kind)
+    why_not = _why_no_liger(model)
+    if wanted and why_not:
+        raise SpeedOptionError(f"--use_liger_kernel true: {why_not}. Leave the flag out.")
+    if torch.cuda.is_available():
+        found = "off, as asked for" if wanted is False else why_not
+        logger.info(
+            "liger kernels: %s", found or "RMSNorm, rotary embedding and SwiGLU of the language model"
+        )
+        for name in {module.delta_kernel for module in model.modules() if hasattr(module, "delta_kernel")}:
+            logger.info("delta rule: %s", name)
+    if wanted is not False and not why_not:
+        apply_liger(model)
+
+
+def _why_no_liger(model: PreTrainedModel) -> str | None:
+    """Why liger's kernels can't be used for a model on this machine; None when they can."""
+    if not torch.cuda.is_available():
+        return "needs a GPU"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "needs the package, pip install liger-kernel"
+    kind = _language_model(model).config.model_type
+    return None if kind in LIGER_MODELS else f"liger's kernels were not tried with {kind} models"
+
+
+def _language_model(model: Any) -> Any:
+    """The LLM, as the part of a model that has the layers."""
+    found = model.llm if hasattr(model, "llm") else model.model
+    return getattr(found, "language_model", found)
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Put liger's kernels into the LLM's modules, whose parameters stay where they are."""
+    # Imported here: it imports triton, which only a GPU needs.
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    llm = _language_model(model)
+    if hasattr(llm, "use_liger"):
+        llm.use_liger()
+    else:
+        _apply_liger_kernel_to_instance(model=llm, fused_linear_cross_entropy=False, cross_entropy=False)

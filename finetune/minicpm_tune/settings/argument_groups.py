@@ -166,6 +166,7 @@ class RunOptions:
 
     Differs from transformers: ``dataloader_num_workers`` follows the machine and the workers persist (transformers:
     no workers); ``optim`` is adamw_torch, as in the official script (transformers: the fused form);
+    ``use_liger_kernel`` follows the machine and its packages (transformers: false);
     ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
     ``logging_nan_inf_filter`` is false; ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``;
     ``overwrite_output_dir`` no longer exists in transformers 5.
@@ -246,6 +247,13 @@ class RunOptions:
     optim: str = field(
         default="adamw_torch",
         metadata={"help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ..."},
+    )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "liger's kernels for RMSNorm, rotary embedding and SwiGLU of the language model. Default: true "
+            "with a GPU and the liger-kernel package."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,

@@ -62,7 +62,7 @@ _COUNTS = "evaluation adds up counts and keeps no predictions"
 _ORDER = "the order of rows and their division among processes must be the same on every start"
 _COMPILE = (
     "batches differ in tokens, slices and supervised tokens, and every new shape would be compiled anew (minutes for "
-    "the first step of a two-layer model). --use_liger_kernel true fuses the LLM's small operations on a GPU"
+    "the first step of a two-layer model). The liger-kernel package fuses the LLM's small operations on a GPU"
 )
 
 TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {

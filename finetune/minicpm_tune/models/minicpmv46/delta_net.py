@@ -38,7 +38,14 @@ class _PackedForward(nn.Module):
     The second forward calls every submodule once, whatever the batch holds: under ZeRO-3 each such
     call is a collective, and ranks have different batches. It ignores padding and sample
     boundaries only in the two steps that mix tokens, the convolution and the delta rule.
+
+    Attributes:
+        delta_kernel: What computes the delta rule on a GPU, for the log.
     """
+
+    delta_kernel = (
+        "flash-linear-attention" if _HAS_KERNEL else "torch (pip install flash-linear-attention is faster)"
+    )
 
     # Made by transformers' layer.
     in_proj_qkv: nn.Linear

@@ -93,6 +93,8 @@ def project(linear: nn.Module, hidden: Tensor, image: ImageTokens | None, dropou
 class InternLM2Attention(nn.Module):
     """Grouped-query attention with one fused projection."""
 
+    rotate = staticmethod(apply_rotary_pos_emb)
+
     def __init__(self, config: LlamaConfig, layer_idx: int, *, rank: int, dropout: float):
         super().__init__()
         self.config, self.layer_idx, self.partial_dropout = config, layer_idx, dropout
@@ -120,7 +122,7 @@ class InternLM2Attention(nn.Module):
         fused = fused.unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
         query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
         key, value = fused[..., -2, :].transpose(1, 2), fused[..., -1, :].transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        query, key = self.rotate(query, key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -144,8 +146,12 @@ class InternLM2MLP(nn.Module):
     def forward(self, hidden: Tensor, image: ImageTokens | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         dropout = self.partial_dropout * self.training
-        gate = self.act(project(self.w1, hidden, image, dropout))
-        return project(self.w2, gate * project(self.w3, hidden, image, dropout), image, dropout)
+        gate, value = (project(linear, hidden, image, dropout) for linear in (self.w1, self.w3))
+        return project(self.w2, self.gated(gate, value), image, dropout)
+
+    def gated(self, gate: Tensor, value: Tensor) -> Tensor:
+        """act(gate) * value."""
+        return self.act(gate) * value
 
 
 class InternLM2Layer(GradientCheckpointingLayer):
@@ -198,6 +204,20 @@ class InternLM2Model(nn.Module):
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+
+    def use_liger(self) -> None:
+        """Let liger's kernels compute norms, rotary embedding and SwiGLU, as ``speed_options.apply_liger``."""
+        # Imported here: it imports triton, which only a GPU needs.
+        from liger_kernel.transformers import liger_rotary_pos_emb
+        from liger_kernel.transformers.functional import liger_swiglu
+        from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module
+
+        _patch_rms_norm_module(self.norm)
+        for layer in self.layers:
+            _patch_rms_norm_module(layer.attention_norm)
+            _patch_rms_norm_module(layer.ffn_norm)
+            layer.attention.rotate = liger_rotary_pos_emb
+            layer.feed_forward.gated = liger_swiglu
 
     def forward(
         self,
