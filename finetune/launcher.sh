@@ -174,6 +174,10 @@ if [ "$device" = cpu ]; then
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     export OMP_NUM_THREADS OMP_WAIT_POLICY DS_ACCELERATOR
+elif [ -z "${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set}" ]; then
+    # Batches differ in size: blocks of memory that grow leave fewer gaps than new ones.
+    PYTORCH_ALLOC_CONF=expandable_segments:True
+    export PYTORCH_ALLOC_CONF
 fi
 
 # For the command that continues a stopped run, see minicpm_tune/settings/command_line.py.

@@ -81,8 +81,10 @@ class CPMTrainer(ResilientTrainer):
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer, and ``--fsdp`` divides the model on CPUs as well."""
+        """As Trainer; ``--fsdp`` divides the model on CPUs as well, and DDP keeps no second copy of the gradients."""
         super().create_accelerator_and_postprocess()
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self.args.fsdp:
             shard_on_cpus(self)
 

@@ -86,6 +86,9 @@ def test_what_is_not_set_follows_the_machine(launcher, stage):
     )
     assert "OMP_NUM_THREADS" not in call.env
     assert "OMP_WAIT_POLICY" not in call.env
+    assert call.env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    _, call = stage.start(launcher, MODEL="m", DATA="d", PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512")
+    assert "PYTORCH_ALLOC_CONF" not in call.env
     stage.hardware("gpu 1 fp16 16 6001")
     _, call = stage.start(launcher, MODEL="m", DATA="d")
     assert (call.value("--bf16"), call.value("--fp16"), call.value("--fp16_full_eval")) == (
@@ -100,7 +103,7 @@ def test_what_is_not_set_follows_the_machine(launcher, stage):
     assert call.env["OMP_WAIT_POLICY"] == "passive"
     _, call = stage.start(launcher, MODEL="m", DATA="d", OMP_NUM_THREADS="3")
     assert call.env["OMP_NUM_THREADS"] == "3"
-    assert "ACCELERATE_USE_CPU" not in call.env
+    assert not {"ACCELERATE_USE_CPU", "PYTORCH_ALLOC_CONF"} & set(call.env)
 
 
 def test_the_users_precision_is_not_contradicted(stage):

@@ -7,9 +7,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from minicpm_tune import output_folder
 from minicpm_tune.settings.argument_groups import RunOptions, TuningOptions
@@ -449,3 +452,43 @@ def test_the_json_files_are_json():
     assert len(files) == 4
     for file in files:
         json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "expected"),
+    [
+        ({}, None, "adamw_torch_fused"),
+        ({"bf16": True}, None, "adamw_torch_fused"),
+        ({"fp16": True}, None, "adamw_torch"),
+        ({"fp16": True}, {"zero_optimization": {"stage": 2}}, "adamw_torch_fused"),
+        ({}, {"optimizer": {"type": "AdamW"}}, "adamw_torch"),
+        ({"use_cpu": True}, None, "adamw_torch"),
+    ],
+)
+def test_the_optimizer_follows_machine_and_precision(monkeypatch, flags, config, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = {"use_cpu": False, "fp16": False, "deepspeed": config, **flags}
+    assert TrainingArguments._best_optimizer(SimpleNamespace(**values)) == expected
+
+
+def test_the_log_says_where_the_fused_optimizer_runs(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with caplog.at_level("INFO"):
+        for name in ("ds_config_zero2.json", "ds_config_zero2_offload.json"):
+            config = read_deepspeed_config(name)
+            TrainingArguments._best_optimizer(SimpleNamespace(use_cpu=False, fp16=False, deepspeed=config))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--optim adamw_torch_fused is used, on the GPU.",
+        "--optim adamw_torch_fused is used, on the CPU, where its states are.",
+    ]
+
+
+def test_batches_are_copied_without_blocking_where_memory_is_pinned(monkeypatch):
+    for pinned in (True, False):
+        options = SimpleNamespace(
+            dataloader_num_workers=0, dataloader_persistent_workers=True, dataloader_pin_memory=pinned,
+            use_cpu=False, accelerator_config=None,
+        )  # fmt: skip
+        TrainingArguments._settle_data_loading(options)
+        assert options.accelerator_config == ({"non_blocking": True} if pinned else None)
+    assert "non_blocking" in {field.name for field in dataclasses.fields(AcceleratorConfig)}

@@ -165,7 +165,7 @@ class RunOptions:
     """Arguments of ``transformers.TrainingArguments`` that mean something else, or more, here.
 
     Differs from transformers: ``dataloader_num_workers`` follows the machine and the workers persist (transformers:
-    no workers); ``optim`` is adamw_torch, as in the official script (transformers: the fused form);
+    no workers); ``optim`` follows machine and precision (transformers: the fused AdamW);
     ``use_liger_kernel`` follows the machine and its packages (transformers: false);
     ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
     ``logging_nan_inf_filter`` is false; ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``;
@@ -244,9 +244,12 @@ class RunOptions:
     dataloader_persistent_workers: bool = field(
         default=True, metadata={"help": "Keep these processes between epochs."}
     )
-    optim: str = field(
-        default="adamw_torch",
-        metadata={"help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ..."},
+    optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, ... Default: "
+            "adamw_torch_fused on a GPU, adamw_torch on a CPU and with fp16 without DeepSpeed."
+        },
     )
     use_liger_kernel: bool | None = field(
         default=None,

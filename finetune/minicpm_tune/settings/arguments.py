@@ -61,11 +61,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             _note(apply_settings())
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a bar in a file is a line per step
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = data_workers(accelerator=not self.use_cpu)
-        # torch refuses the one without workers, and warns of the other without a GPU
-        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
-        self.dataloader_pin_memory &= not self.use_cpu
+        self._settle_data_loading()
         self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if self.metric_for_best_model is None and (
@@ -76,6 +72,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             self.fsdp = self.fsdp.lower() == "true"
         if isinstance(self.deepspeed, str):
             self._read_deepspeed(self.deepspeed)
+        if self.optim is None:
+            self.optim = self._best_optimizer()
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
             self.ddp_find_unused_parameters = False
@@ -118,6 +116,33 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             "embeddings": self.embed_lr,
         }
         return LearningRates(self.learning_rate, parts, self.lora_lr_ratio)
+
+    def _settle_data_loading(self) -> None:
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = data_workers(accelerator=not self.use_cpu)
+        # torch refuses the one without workers, and warns of the other without a GPU
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+        self.dataloader_pin_memory &= not self.use_cpu
+        if self.dataloader_pin_memory:
+            # Batches are copied while the GPU computes.
+            self.accelerator_config = {"non_blocking": True}
+
+    def _best_optimizer(self) -> str:
+        """AdamW in the form that suits the machine; on a GPU it is logged.
+
+        The fused form updates all weights in one kernel, without the temporaries of the others. Where DeepSpeed keeps
+        the states on the CPU it runs there, ten times as fast as the plain form. It also applies steps that fp16's
+        loss scale discards, as steps of zero, by which accelerate (1.15) no longer sees them, and the schedule goes on.
+        """
+        if self.use_cpu or not torch.cuda.is_available() or (self.fp16 and not self.deepspeed):
+            return "adamw_torch"
+        config = self.deepspeed or {}
+        if "optimizer" in config:
+            return "adamw_torch"  # DeepSpeed makes what the file says
+        offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        where = "the GPU" if offload == "none" else "the CPU, where its states are"
+        _note(f"--optim adamw_torch_fused is used, on {where}.")
+        return "adamw_torch_fused"
 
     def _checkpoint_to_continue(self) -> str | None:
         value = self.resume_from_checkpoint

@@ -124,7 +124,7 @@ def _optimizer_section(training: Namespace) -> Iterator[str]:
                 f"--deepspeed: the file's optimizer section has one learning rate for all parts, so --{flag} can't "
                 "act. Remove the section; --optim then chooses the optimizer."
             )
-    if training.optim != "adamw_torch":
+    if training.optim not in (None, "adamw_torch"):
         yield (
             f"--deepspeed: the file has an optimizer section, so --optim {training.optim} can't act. Remove the "
             "section, or leave --optim out."

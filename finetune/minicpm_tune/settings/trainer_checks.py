@@ -236,7 +236,7 @@ _LOW_RANK = r"galore_|apollo_"
 
 def optimizer_problems(training: Namespace) -> Iterator[str]:
     """What is wrong with ``--optim`` and its options."""
-    name = str(training.optim)
+    name = "adamw_torch" if training.optim is None else str(training.optim)
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(OPTIMIZERS)}."
