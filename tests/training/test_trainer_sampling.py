@@ -1,10 +1,12 @@
-"""``--train_sampling_strategy`` decides the order of rows."""
+"""What the trainer hands on: ``--train_sampling_strategy`` to the order of rows, and settings to DDP."""
 
 from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedDataParallelKwargs
 
 from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.training.resilient_trainer import ResilientTrainer
 from trainer import CPMTrainer
 
 
@@ -23,3 +25,11 @@ def test_sequential_rows_keep_their_order(strategy, expected, tmp_path):
     rows = SimpleNamespace(rows=SimpleNamespace(mixture=Rows()))
     trainer = SimpleNamespace(args=arguments, _train_batch_size=1, train_dataset=rows, lengths=None)
     assert list(CPMTrainer._get_train_sampler(trainer)) == expected
+
+
+def test_ddp_keeps_no_second_copy_of_the_gradients(monkeypatch):
+    monkeypatch.setattr(ResilientTrainer, "create_accelerator_and_postprocess", lambda self: None)
+    trainer, handler = CPMTrainer.__new__(CPMTrainer), DistributedDataParallelKwargs()
+    trainer.accelerator, trainer.args = SimpleNamespace(ddp_handler=handler), SimpleNamespace(fsdp=None)
+    trainer.create_accelerator_and_postprocess()
+    assert handler.to_kwargs() == {"gradient_as_bucket_view": True}
