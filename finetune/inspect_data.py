@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line. Flags of training that have nothing to do with data are named and ignored."""
+    """Parse the command line. Flags of training that change nothing here are named and ignored."""
     parser = CommandParser(prog="inspect_data.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--model_name_or_path", required=True, help="The model: a checkpoint's folder or a Hub id."
@@ -85,7 +85,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.refuse_unknown(rest, also_known=flag_names())
     ignored = [word for word in rest if word.startswith("--")]
     if ignored:
-        sys.stderr.write(f"ignored, because they have nothing to do with data: {' '.join(ignored)}\n")
+        sys.stderr.write(f"ignored, because they change nothing here: {' '.join(ignored)}\n")
     return values
 
 

@@ -200,6 +200,11 @@ def test_without_evaluation_rows_nothing_asks_for_evaluation(stage):
     _, call = stage.start("finetune_lora.sh", MODEL="m", DATA="d", EVAL_DATA="e")
     assert call.value("--eval_strategy") == "steps"
     assert "--do_eval" in call.argv
+    for words in (("--eval_split", "0.1"), ("--eval_split=0.1",)):
+        _, call = stage.start("finetune_lora.sh", *words, MODEL="m", DATA="d")
+        assert call.value("--eval_strategy") == "steps"
+        assert "--do_eval" in call.argv
+        assert "--eval_data_path" not in call.argv
 
 
 def test_deepspeed_can_be_replaced_or_left_out(stage):
