@@ -25,6 +25,7 @@ ROWS = [
     {"system": "Be brief.", "history": [["1?", "One."]], "query": "2?", "response": "Two.", "weight": 0.5},
     {"image": "b.png", "question": "How many?", "answers": ["2", "3", "3"]},
     {"images": ["a.png", "a.png", "b.png"], "messages": chat("Compare.", "Two are alike.")},
+    {"image": {"<image_00>": "a.png", "<image_01>": "a.png"}, "messages": chat("<image_01> is there twice.", "Yes.")},
     {
         "images": ["b.png", "a.png"],
         "messages": chat("<image> and <image>: find <ref-object>.", "<ref-object><bbox>, <bbox>"),

@@ -38,6 +38,8 @@ SEEDS = [
         "video": ["a.png", "a.png"],
         "conversations": [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "x"}],
     },
+    {"image": "a.png", "question": "What?", "answers": ["x", {"answer": "y"}]},
+    {"system": "s", "history": [["a?", "A."]], "query": "b?", "response": "B.", "weight": 0.5},
 ]
 JUNK = [
     None,

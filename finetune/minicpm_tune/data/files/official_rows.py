@@ -142,6 +142,7 @@ class _Writer:
         self.turns, self.sources = turns, sources
         self.images: list[Any] = []  # in the order of their names
         self.number_of: dict[int, int] = {}  # medium -> number of its image
+        self.in_text: list[int] = []  # numbers of those that a placeholder mentions
         self.mentioned: dict[str, list[Any]] = {"video": [], "audio": []}
         self.left: dict[str, list[Any]] = {"video": [], "audio": []}
         for turn in turns:
@@ -153,11 +154,14 @@ class _Writer:
         value = self.sources[part.index].value
         if part.kind != "image":
             (self.left if unmentioned else self.mentioned)[part.kind].append(value)
-        elif not unmentioned and value in self.images:
-            self.number_of[part.index] = self.images.index(value)
-        else:
-            self.number_of[part.index] = len(self.images)
+            return
+        again = [number for number in self.in_text if self.images[number] == value]
+        if unmentioned or not again:
             self.images.append(value)
+            again = [len(self.images) - 1]
+        if not unmentioned:
+            self.in_text += again
+        self.number_of[part.index] = again[0]
 
     def row(self) -> dict[str, Any]:
         """The row, without its id."""
