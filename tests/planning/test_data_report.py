@@ -167,7 +167,7 @@ def test_pictures_and_sounds_keep_to_the_limit_of_a_page(tmp_path, monkeypatch):
     small, less = written(1_500_000)
     assert 500_000 < less <= 1_500_000
     assert "sound, 40.0 s, the first " in small
-    none, nothing = written(30_000)
+    none, nothing = written(1_000)
     assert nothing == 0
     assert none.count("have reached") == 3
 

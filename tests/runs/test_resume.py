@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or out of disk, and continued: they are the uninterrupted one."""
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -145,6 +146,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
     assert step < STEPS
     assert f"Stopped after step {step} of {STEPS}; checkpoint-{step} holds everything." in printed
     assert json.loads((output / "run.json").read_text())["starts"][0]["outcome"] == "stopped"
+    assert f"<strong>stopped</strong>, step {step} of {STEPS}" in (output / "report.html").read_text()
     command = shlex.split(
         next(line for line in printed.splitlines() if "--resume_from_checkpoint true" in line)
     )
@@ -164,6 +166,10 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small, tmp_path):
     assert "checkpoint-901 was being written when the run ended, and is deleted" in printed
     assert f"Continuing from {output / f'checkpoint-{step}'}" in printed
     assert_same_run(output, whole)
+    page = (output / "report.html").read_text()
+    assert f"<strong>finished</strong>, step {STEPS} of {STEPS}" in page
+    [losses] = re.findall(r"&#34;training&#34;, &#34;points&#34;: (.*?)}", page)
+    assert [step for step, _ in json.loads(losses)] == list(range(1, STEPS + 1))  # one curve for both starts
 
 
 @pytest.mark.slow

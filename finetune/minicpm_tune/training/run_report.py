@@ -137,7 +137,7 @@ def run_page(
         "run.html",
         name=folder.absolute().name,
         folder=str(folder.absolute()),
-        outcome=start.get("outcome") or "running",
+        outcome=start.get("outcome") or "not ended when this was written",
         steps=state.global_step,
         all_steps=state.max_steps,
         epoch=state.epoch,
@@ -252,12 +252,13 @@ def _columns(history: Sequence[dict[str, Any]]) -> list[str]:
 
 def _facts(start: dict[str, Any]) -> dict[str, str]:
     """What the run was made of: the machine, the data and the arguments that matter most."""
-    machine, facts = start.get("machine", {}), {}
-    gpus = machine.get("gpus") or []
-    facts["machine"] = f"{machine.get('host')}, {machine.get('processes')} process(es), " + (
-        ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
-        or f"{machine.get('cpu_cores')} CPU cores"
-    )
+    facts: dict[str, str] = {}
+    if machine := start.get("machine"):
+        gpus, processes = machine.get("gpus") or [], machine.get("processes")
+        parts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+        parts = parts or [f"{machine.get('cpu_cores')} CPU cores"]
+        parts.append("1 process" if processes == 1 else f"{processes} processes")
+        facts["machine"] = ", ".join([str(machine.get("host")), *parts])
     for kind, files in (start.get("data") or {}).items():
         facts[f"{kind} rows"] = "; ".join(f"{file['rows']:,} of {file['path']}" for file in files)
     for group, names in _FACTS.items():
