@@ -109,7 +109,7 @@ def assert_same(found, expected):
         assert (gradient - expected[1][name]).abs().max() / scale < GRADIENT_TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize("name", [name for name in GENERATIONS if name != "v4_6_thinking"])
 def test_losses_and_gradients_are_those_without_the_cache_in_the_first_and_the_second_epoch(
     tmp_path, data, name
 ):

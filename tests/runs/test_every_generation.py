@@ -73,6 +73,8 @@ def test_a_full_step_moves_every_part_and_saves_the_released_layout(checkpoints,
     moved = {row.part_of(key) for key in own if not before[key].equal(after[key].to(before[key].dtype))}
     assert moved == {"vision", "resampler", "embeddings", "llm"}
     still = [key for key in own if before[key].equal(after[key]) and key not in untouched]
+    if row.downsample_mode == "4x":  # the tower's inner merger is skipped
+        still = [key for key in still if ".vit_merger." not in key]
     # Gradients that are zero by construction, and expectations of a token that no row has, move nothing.
     # Behind the last layer's attention nothing reads an image token, where alone a partial LoRA acts.
     last = re.compile(r"model\.layers\.1\.(attention\.wo|feed_forward\.w\d)\.Plora_[AB]\.weight")
