@@ -18,11 +18,11 @@ KINDS = {"full": (), "lora": (*LORA, "--lora_dropout", 0)}
 class Place:
     """Checkpoints, data, and the runs of a module's tests."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, only=EVERY):
         self.folder = folder
         self.data = live_runs.uneven_rows(folder / "data")
         self.rows = json.loads(self.data.read_text())
-        for name in EVERY:
+        for name in only:
             config = live_runs.tiny(folder / name, name) / "config.json"
             # InternLM-XComposer2's own dropout would differ between one process and two.
             config.write_text(json.dumps(json.loads(config.read_text()) | {"plora_dropout": 0.0}))
