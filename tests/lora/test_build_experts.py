@@ -8,9 +8,10 @@ import torch
 import merge_lora
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
-from minicpm_tune.lora.adapter_folders import AdapterError
+from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
 from minicpm_tune.lora.build import adapted_modules, add_adapter, check_experts
 from minicpm_tune.lora.loading import check_adapter
+from minicpm_tune.lora.saving import check_convertible
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.minicpmv46_cases import our_model
 from support.tiny_checkpoints import checkpoint, loaded, logits, saved_adapter
@@ -72,6 +73,8 @@ def test_a_continued_adapter_keeps_its_experts(tmp_path):
 
     saved_adapter(tmp_path / "experts", MOE, lora_experts=True, lora_dropout=0.0)
     check(tmp_path / "experts", lora_experts=True)
+    with pytest.raises(AdapterError, match="found an adapter of experts, expected a plain LoRA adapter"):
+        check_convertible(read_adapter_folder(tmp_path / "experts"), GENERATIONS[MOE])
     check(tmp_path / "experts")
     saved_adapter(tmp_path / "plain", MOE, lora_dropout=0.0)
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())

@@ -25,6 +25,7 @@ from support.quantized_cases import (
     save_golden,
     with_adapter,
 )
+from support.tiny_checkpoints import checkpoint as tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,35 @@ def test_generations_of_transformers_are_quantized_alike(generation, tmp_path):
     assert sum(bytes_by_part(stored, GENERATIONS[generation]).values()) < sum(
         bytes_by_part(model, GENERATIONS[generation]).values()
     )
+
+
+@pytest.mark.parametrize("generation", ["o2_6", "o4_5"])
+def test_what_hears_and_what_speaks_stays_exact(generation):
+    folder = tiny_checkpoint(generation)
+    model = load(folder, generation, quant_bits=4)
+    assert {GENERATIONS[generation].part_of(f"{name}.weight") for name in quantized_modules(model)} == {"llm"}
+    stored = load_file(folder / "model.safetensors")
+    exact = {name: value for name, value in model.named_parameters() if name.startswith(("apm.", "audio_"))}
+    assert {GENERATIONS[generation].part_of(name) for name in exact} == {"audio", "resampler"}
+    assert all(value.equal(stored[name]) for name, value in exact.items())
+
+
+def test_the_experts_of_a_mixture_stay_exact(tmp_path):
+    """bitsandbytes knows linear layers, and the experts of a layer are one tensor; docs/lora-and-qlora.md says so."""
+    folder = tiny_checkpoint("v4_7_moe")
+    quantize.quantize_checkpoint(folder, tmp_path / "int4")
+    loading, stored = load(folder, "v4_7_moe", quant_bits=4), load(tmp_path / "int4", "v4_7_moe")
+    for model in (loading, stored):
+        names = quantized_modules(model)
+        assert any(".shared_expert." in name for name in names)
+        assert not any("shared_expert_gate" in name or ".experts" in name for name in names)
+    exact = load(folder, "v4_7_moe")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert stored.get_parameter(name).equal(exact.get_parameter(name))
+    ids = torch.arange(20, 60)[None]
+    losses = [each(input_ids=ids, labels=ids).loss.item() for each in (exact, loading, stored)]
+    assert losses[1] == losses[2]
+    assert losses[1] == pytest.approx(losses[0], abs=1)
 
 
 def test_zero3_says_that_every_process_loads_the_whole_model(checkpoint, monkeypatch, caplog):

@@ -152,6 +152,8 @@ def check_convertible(adapter: AdapterFolder, generation: Generation) -> None:
     found = None
     if adapter.config.get("layer_replication"):
         found = "an adapter on replicated layers"
+    elif adapter.config.get("target_parameters"):
+        found = "an adapter of experts"
     elif adapter.is_legacy:
         found = "vision tower, resampler and embeddings in a file of their own"
     elif others:
