@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +323,12 @@ def _look_at_places(resampler: torch.nn.Module, *, patches: int) -> None:
     angles = centers[:, None] * rates
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
     resampler.query.copy_(torch.cat([table.repeat(side, 1), table.repeat_interleave(side, dim=0)], dim=1))
-    fast = [part * waves + wave for part in range(4) for wave in range(waves // 3)]
     gain = torch.zeros(width, width)
     heads = resampler.attn.heads
-    for place, dimension in enumerate(fast):
-        head, row = place % heads, place // heads
-        gain[head * (width // heads) + row, dimension] = 2.0
+    for wave, part in product(range(waves // 3), range(4)):
+        # All four parts of a wave in one head: only together do they tell a distance.
+        row = (wave % heads) * (width // heads) + 4 * (wave // heads) + part
+        gain[row, part * waves + wave] = 2.0
     for part in resampler.attn.in_proj_weight.chunk(3)[:2]:
         part.mul_(0.1).add_(gain)
     resampler.ln_kv.weight.mul_(0.25)

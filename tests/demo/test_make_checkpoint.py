@@ -11,6 +11,7 @@ from minicpm_tune.checkpoints.weight_files import weight_files
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.models.loading import load_model
+from minicpm_tune.models.minicpmv.resampler import grid_table
 
 SCALE_RESOLUTION = 112  # of the demo's checkpoints, in pixels
 
@@ -82,3 +83,20 @@ def test_the_demo_model_has_a_few_million_parameters(tmp_path):
 def test_the_same_seed_makes_the_same_weights(size, tmp_path):
     first, second = (make_checkpoint(tmp_path / name, size=size, seed=4) for name in ("first", "second"))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_local_queries_look_at_a_place_each(tmp_path):
+    make_checkpoint(tmp_path, "v2_6", size="tiny", local_queries=True)
+    resampler = load_model(tmp_path, dtype=torch.float32).resampler
+    width = resampler.query.shape[1]
+    # Patches of one content, so that places alone decide.
+    keys = resampler.ln_kv(torch.linspace(-1, 1, width)).detach() + grid_table(
+        [(8, 8)], width, torch.device("cpu")
+    )
+    query, key = resampler.attn.in_proj_weight.detach().chunk(3)[:2]
+    scores = (resampler.ln_q(resampler.query).detach() @ query.T) @ (keys @ key.T).T
+    best = scores.argmax(dim=1)
+    expected = [(2 * row + 0.5, 2 * column + 0.5) for row in range(4) for column in range(4)]
+    for place, (row, column) in zip(best.tolist(), expected, strict=True):
+        assert abs(place // 8 - row) <= 1.5
+        assert abs(place % 8 - column) <= 1.5
