@@ -27,6 +27,13 @@ RUN_RECORD = "run.json"  # at the top of the folder: what each start of the run 
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
+# What stands beside the weights. An export does not overwrite them, so those of another base would stay.
+_BESIDE_MODEL = re.compile(
+    r"(config|generation_config|adapter_config|base_model|tokenizer|tokenizer_config|special_tokens_map|added_tokens|"
+    r"vocab|chat_template|preprocessor_config|video_preprocessor_config|processor_config)\.json|"
+    r"tokenizer\.model|merges\.txt|chat_template\.jinja|"
+    r"(configuration|modeling|tokenization|processing|image_processing)_\w+\.py|(resampler|build_mlp|ixc_utils)\.py"
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def remove_old_checkpoints(
 
 
 def remove_earlier_run(folder: str | Path) -> list[Path]:
-    """Delete an earlier run's checkpoints and the model at the top, and nothing else.
+    """Delete an earlier run's checkpoints and the model at the top with its small files, and nothing else.
 
     Call on one rank, before training starts.
 
@@ -173,6 +180,8 @@ def remove_earlier_run(folder: str | Path) -> list[Path]:
     folders = [path for _, path in list_checkpoints(folder)]
     folders += [path for path in (folder / UNFINISHED,) if path.is_dir()]
     files = _model_files(folder)
+    if files:
+        files += sorted(path for path in folder.glob("*") if _BESIDE_MODEL.fullmatch(path.name))
     for path in folders:
         shutil.rmtree(path)
     for path in files:

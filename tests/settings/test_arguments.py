@@ -309,13 +309,16 @@ def test_other_files_in_the_output_folder_are_nobodys_business(place):
     parse("--output_dir", "out")
 
 
-def test_clearing_an_output_folder_leaves_other_files(tmp_path):
+def test_clearing_an_output_folder_takes_all_of_the_model_and_leaves_other_files(tmp_path):
+    """An export overwrites no tokenizer, so that of another base would stay."""
     checkpoint(tmp_path, 3)
     weights = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
-    for name in (*weights, "notes.txt", "config.json"):
+    beside = ("config.json", "tokenizer.json", "preprocessor_config.json", "modeling_minicpmv.py")
+    others = ["new_tokens.txt", "notes.txt", "run.json", "train.py"]
+    for name in (*weights, *beside, *others):
         (tmp_path / name).write_text("")
     output_folder.remove_earlier_run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == others
     assert not output_folder.find_earlier_run(tmp_path)
 
 
