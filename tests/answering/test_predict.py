@@ -14,12 +14,13 @@ import predict
 from dataset import SupervisedDataset, data_collator
 from minicpm_tune.answering import prediction
 from minicpm_tune.answering.generate import GREEDY
-from minicpm_tune.answering.metrics import score
+from minicpm_tune.answering.metrics import corpus_scores, score
 from minicpm_tune.answering.prediction import PredictionFile, PredictionFileError, PredictionRows
 from minicpm_tune.answering.prediction_callback import PredictionCallback, read_answers
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
 from support import processes
+from support.golden_checkpoints import processing
 from support.paths import IMAGES, SUPPORT
 from support.rows import chat, picture, write_rows
 from support.tiny_checkpoints import checkpoint, copied, loaded, saved_adapter
@@ -265,6 +266,54 @@ class Trained(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
+
+
+def sounds_and_texts(folder):
+    """Two rows with audio, and one without."""
+    wave = {"array": [0.0] * 16_000, "sampling_rate": 16_000}
+    answers = ("Two cats and a dog.", "A bell", "Yes.")
+    rows = [
+        {"conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]}
+        for answer in answers
+    ]
+    for row in rows[:2]:
+        row["audio"] = wave
+    return write_rows(folder, rows)
+
+
+def predicted(folder, monkeypatch, *, metrics=None):
+    """The lines and the scores of answers that a model is said to give."""
+    given = iter(("two cats and one dog", "a bell", "No."))
+    monkeypatch.setattr(
+        "minicpm_tune.answering.prediction.answer",
+        lambda model, processing, prompts, **_: [next(given) for _ in prompts],
+    )
+    rows = PredictionRows(SupervisedDataset(sounds_and_texts(folder), processing("o4_5")), metrics=metrics)
+    lines = [
+        line for batch in prediction.predict(None, rows, range(3), batch_size=2, options={}) for line in batch
+    ]
+    return lines, corpus_scores(lines)
+
+
+def test_error_rates_are_of_the_rows_with_audio(tmp_path, monkeypatch):
+    lines, scores = predicted(tmp_path, monkeypatch)
+    assert [line.get("edits") for line in lines] == [
+        {"wer": (1, 5), "cer": (3, 14)}, {"wer": (0, 2), "cer": (0, 5)}, None,
+    ]  # fmt: skip
+    assert scores["wer"] == pytest.approx(1 / 7)  # over all words, not the mean of 1/5 and 0
+    assert scores["cer"] == pytest.approx(3 / 19)
+    assert scores["exact_match"] == 0
+
+
+def test_metrics_that_are_asked_for_are_the_only_ones_and_of_all_rows(tmp_path, monkeypatch):
+    lines, scores = predicted(tmp_path, monkeypatch, metrics=["wer"])
+    assert [line["scores"] for line in lines] == [{}, {}, {}]
+    assert scores == {"wer": pytest.approx(2 / 8)}
+    assert predict.parse_flags(
+        [str(word) for word in words("rows.json", "out.jsonl", "--metrics", "wer", "cer")]
+    ).metrics
+    with pytest.raises(SystemExit):
+        predict.parse_flags([str(word) for word in words("rows.json", "out.jsonl", "--metrics", "bleu")])
 
 
 def small_trainer(data, folder):

@@ -9,12 +9,16 @@ from safetensors.torch import load_file
 
 import chat
 import merge_lora
+import predict
 from dataset import SupervisedDataset, data_collator
 from minicpm_tune.answering.load import ModelChoice, load_for_inference
 from minicpm_tune.lora.adapter_folders import read_adapter_folder
 from support import finetune_runs, live_runs
+from support.films import write_film
 from support.live_runs import FSDP, LORA, LOSS_TOLERANCE, NORM_TOLERANCE, STAGES
 from support.paths import GOLDENS, IMAGES
+from support.rows import chat as talk
+from support.rows import write_rows
 
 pytestmark = pytest.mark.slow
 OMNI = ("o2_6", "o4_5")
@@ -164,3 +168,36 @@ def test_chat_hears(place, capfd):
     model, _ = place
     assert answer(model) == 0
     assert "error" not in capfd.readouterr().out
+
+
+def test_a_film_is_trained_and_asked_with_its_sound(place, tmp_path, capfd):
+    """chat.py, and predict.py on a row, give the model what training gives it; the released calling form does, too."""
+    model, _ = place
+    write_film(tmp_path / "a.mkv")
+    question, answer = "What happens?", "A tone."
+    data = write_rows(
+        tmp_path, [{"video": "a.mkv", "use_audio": True, "conversations": talk(f"<video>{question}", answer)}]
+    )
+    [step] = finetune_runs.train(
+        tmp_path, "--tune_audio", "true", model=model, data=data, batch=1, accumulation=1, steps=1
+    )
+    assert step["loss"] > 0
+    common = ("--model_name_or_path", model, "--max_new_tokens", "3", "--device", "cpu")
+    asked = (
+        "--video",
+        tmp_path / "a.mkv",
+        "--video_sound",
+        "true",
+        "--sampling",
+        "false",
+        "--question",
+        question,
+    )
+    assert chat.main([str(word) for word in (*common, *asked)]) == 0
+    shown = capfd.readouterr().out.strip()
+    output = tmp_path / "out.jsonl"
+    words = (*common, "--data_path", data, "--output", output)
+    assert predict.main([str(word) for word in words]) == 0
+    line = json.loads(output.read_text())
+    assert line["prediction"].strip() == shown
+    assert line["edits"].keys() == {"wer", "cer"}
