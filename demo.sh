@@ -163,9 +163,13 @@ picture=$(find "$OUTPUT/data" -name '*.png' | sort | head -n 1)
 case $TASK in
     find)
         name=$(grep -o -m 1 '[a-z]* shape' "$OUTPUT/data/boxes_eval.json")
+        case $GENERATION in
+            xc2_*) ;;
+            *) name="<ref>$name</ref>" ;;
+        esac
         printf '"%s" "%s" --model_name_or_path "%s" --sampling false --image "%s" --question "%s" --draw "%s"\n' \
             "$VENV/bin/python" "$ROOT/finetune/chat.py" "$OUTPUT/full" "$picture" \
-            "Where is the <ref>$name</ref>?" "$OUTPUT/found.png"
+            "Where is the $name?" "$OUTPUT/found.png"
         ;;
     listen)
         printf '"%s" "%s" --model_name_or_path "%s" --sampling false --audio "%s" --question "%s"\n' \
