@@ -19,6 +19,7 @@ from support.tiny_checkpoints import checkpoint, loaded
 RUN_FILES = (
     "run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "bad_rows.jsonl",
     "checkpoint.json", "base_model.json", "adapter_config.json", "training_args.bin", "predictions.jsonl",
+    "report.html",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from inspect_data import parse_flags
 from inspect_data import run as inspect
 from minicpm_tune.planning import data_report
-from support.browser import look, needs_browser
+from support.browser import CHECK_LAYOUT, look, needs_browser
 from support.golden_checkpoints import checkpoint_folder
 from support.paths import IMAGES
 from support.rows import chat, write_rows
@@ -216,37 +216,7 @@ def test_filters_and_keys_work_in_a_browser(tmp_path, page):
 @pytest.mark.parametrize("width", [400, 1600])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_is_wider_than_the_window_and_texts_stand_out(tmp_path, page, width, dark):
-    found = look(
-        tmp_path,
-        page,
-        """
-        const luminance = (color) => {
-          const [r, g, b] = color.match(/[\\d.]+/g).map((part) => {
-            const value = part / 255;
-            return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-          });
-          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        const behind = (element) => {
-          for (let each = element; each; each = each.parentElement) {
-            const color = getComputedStyle(each).backgroundColor;
-            if (!/, 0\\)$/.test(color)) return color;
-          }
-        };
-        const weak = [];
-        for (const element of document.querySelectorAll("body *:not(script, svg *)")) {
-          if (!element.textContent.trim() || !element.getClientRects().length) continue;
-          const shades = [luminance(getComputedStyle(element).color), luminance(behind(element))].sort();
-          const contrast = (Math.max(...shades) + 0.05) / (Math.min(...shades) + 0.05);
-          if (contrast < 4.5) weak.push([element.className || element.tagName, contrast]);
-        }
-        report({ inside: innerWidth, wide: document.documentElement.scrollWidth, weak, unnamed: [
-          ...document.querySelectorAll("button, input, select, img, audio, [role=img]")].filter((element) =>
-            !(element.textContent.trim() || element.ariaLabel || element.alt || element.labels?.length)).length });
-        """,
-        width=width,
-        dark=dark,
-    )
+    found = look(tmp_path, page, CHECK_LAYOUT, width=width, dark=dark)
     assert found["wide"] <= found["inside"] <= width
     assert found["weak"] == []
     assert found["unnamed"] == 0

@@ -62,3 +62,32 @@ def look(folder, page, code, *, width=1200, dark=False):
     found = re.search("FOUND(.*?)END", done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(unquote(found[1]))
+
+
+# Whether the page is wider than its window, which texts stand out too little (WCAG asks for 4.5), and how many
+# controls and pictures have no name.
+CHECK_LAYOUT = """
+const luminance = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map((part) => {
+    const value = part / 255;
+    return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = (element) => {
+  for (let each = element; each; each = each.parentElement) {
+    const color = getComputedStyle(each).backgroundColor;
+    if (!/, 0\\)$/.test(color)) return color;
+  }
+};
+const weak = [];
+for (const element of document.querySelectorAll("body *:not(script, svg *)")) {
+  if (!element.textContent.trim() || !element.getClientRects().length) continue;
+  const shades = [luminance(getComputedStyle(element).color), luminance(behind(element))].sort();
+  const contrast = (Math.max(...shades) + 0.05) / (Math.min(...shades) + 0.05);
+  if (contrast < 4.5) weak.push([element.className || element.tagName, contrast]);
+}
+report({ inside: innerWidth, wide: document.documentElement.scrollWidth, weak, unnamed: [
+  ...document.querySelectorAll("button, input, select, img, audio, [role=img]")].filter((element) =>
+    !(element.textContent.trim() || element.ariaLabel || element.alt || element.labels?.length)).length });
+"""

@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerState
 from minicpm_tune.answering.prediction_callback import ANSWERS_FILE
 from minicpm_tune.output_folder import LOGS, RUN_RECORD
 from minicpm_tune.training.run_report import REPORT_FILE, RunReport, examples
-from support.browser import look, needs_browser
+from support.browser import CHECK_LAYOUT, look, needs_browser
 
 HOSTILE = '</script><img src=x onerror="1">'
 
@@ -181,3 +181,12 @@ def test_numbers_show_under_the_pointer_and_nothing_is_too_wide(tmp_path, width)
     assert found["tip"] == "step 10\ntraining 0.4\ntraining, running mean 1.17159\nevaluation 0.5"
     assert found["wide"] <= found["inside"] <= width
     assert found["refused"] == []
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_stand_out_and_controls_have_names(tmp_path, dark):
+    page = write(tmp_path / "run", picture=lambda row: Image.new("RGB", (90, 30)))
+    found = look(tmp_path, page, CHECK_LAYOUT, dark=dark)
+    assert (found["weak"], found["unnamed"]) == ([], 0)
