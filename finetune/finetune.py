@@ -49,7 +49,8 @@ from minicpm_tune.models.parameter_parts import (
     log_parts,
     raise_precision_of_trained,
 )
-from minicpm_tune.models.speed_options import set_checkpointing, use_fast_kernels
+from minicpm_tune.models.speed_options import Checkpointing, set_checkpointing, use_fast_kernels
+from minicpm_tune.planning.fitting import choose_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
 from minicpm_tune.settings.data_arguments import DataArguments
@@ -90,8 +91,9 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     folder, processing = read_model_folder(arguments)
     datasets = read_data(arguments, processing)
     record.add_rows(*datasets)
+    checkpointing = plan_memory(arguments, folder, datasets[0])
     model = read_model(arguments, folder, processing)
-    model = choose_what_trains(arguments, model, processing.generation)
+    model = choose_what_trains(arguments, model, processing.generation, checkpointing)
     files = datasets[0].mixture.names if datasets[0] else []
     context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
     trainer = build_trainer(arguments, model, folder, processing, datasets, context)
@@ -171,6 +173,20 @@ def hold_out(rows: SupervisedDataset | None, data: DataArguments, training: Trai
     return train_rows, rows.part(rows.mixture.part(evaluated, once=True))
 
 
+def plan_memory(
+    arguments: Arguments, folder: Path, train_rows: SupervisedDataset | None
+) -> Checkpointing | None:
+    """Say whether the run fits, before any weights are loaded, and choose what is computed again where that is free."""
+    _, _, training, lora = arguments
+    if train_rows is None or train_rows.lengths is None or not len(train_rows):
+        return None
+    assert training.model_max_length is not None  # only predictions have no limit
+    longest = min(int(train_rows.lengths.max()), training.model_max_length)
+    return choose_checkpointing(
+        training, lora, folder, length=training.model_max_length if training.packing else longest
+    )
+
+
 def read_model(arguments: Arguments, folder: Path, processing: Processing) -> PreTrainedModel:
     """Load the weights."""
     set_seed(arguments.training.seed)  # reading data has drawn random numbers; how many must not matter
@@ -185,11 +201,13 @@ def read_model(arguments: Arguments, folder: Path, processing: Processing) -> Pr
     return model
 
 
-def choose_what_trains(arguments: Arguments, model: Any, generation: Generation) -> PreTrainedModel:
+def choose_what_trains(
+    arguments: Arguments, model: Any, generation: Generation, checkpointing: Checkpointing | None
+) -> PreTrainedModel:
     """Add or continue an adapter, or freeze parts of the model, and log what trains."""
     _, _, training, lora = arguments
     use_fast_kernels(model, training)
-    set_checkpointing(model, generation, training)
+    set_checkpointing(model, generation, training, checkpointing)
     set_seed(training.seed)  # how weights are loaded must not decide what a new adapter starts from
     if training.use_lora:
         model = new_or_continued_adapter(model, generation, lora, **training.tuned_around_llm)

@@ -116,7 +116,7 @@ set -- \
     --warmup_steps 0.01 \
     --lr_scheduler_type "cosine" \
     --logging_steps 1 \
-    --activation_checkpointing true \
+    --activation_checkpointing auto \
     ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
     ${FSDP:+--fsdp "$FSDP"} \
     --report_to "tensorboard" \
@@ -161,6 +161,20 @@ case ${precision:-$best_precision} in
     fp32) ;;
     *)
         say "PRECISION is '$PRECISION', expected bf16, fp16 or fp32 (or unset, to choose by the hardware)."
+        exit 1
+        ;;
+esac
+
+case ${MEMORY:-} in
+    "") ;;
+    auto)
+        added=$(PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m minicpm_tune.planning.fitting \
+            "$((processes * NNODES))" --bf16 "$bf16" --fp16 "$fp16" "$@") || exit 1
+        # shellcheck disable=SC2086  # flags and values without spaces
+        set -- "$@" $added
+        ;;
+    *)
+        say "MEMORY is '$MEMORY', expected auto (or unset: the run only says whether it fits)."
         exit 1
         ;;
 esac

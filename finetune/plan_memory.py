@@ -38,7 +38,7 @@ def render(values: Namespace) -> str:
     from minicpm_tune.planning.memory_plan import PlanError, Training, host_bytes, plan
     from minicpm_tune.settings.argument_groups import LoraArguments
 
-    names = {item.name for item in dataclasses.fields(Training)} - {"lora"}
+    names = {item.name for item in dataclasses.fields(Training)} - {"lora", "checkpointing", "tune_llm"}
     lora = LoraArguments(
         lora_r=values.lora_r,
         lora_target_modules=values.lora_target_modules,

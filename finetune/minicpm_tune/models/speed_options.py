@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,30 +24,85 @@ class SpeedOptionError(UserError):
     """A flag that has no effect on this machine or model."""
 
 
-def set_checkpointing(model: PreTrainedModel, generation: Generation, training: TrainingArguments) -> None:
-    """Turn on activation checkpointing, part by part.
+@dataclass(frozen=True)
+class Checkpointing:
+    """Which layers are computed again in the backward instead of being kept: every so many; 0 is none.
 
-    ``--activation_checkpointing`` covers the whole model; ``--vision_gradient_checkpointing`` overrides it for
-    the vision tower and the resampler. Checkpointing is never reentrant, because that drops the gradients of layers
-    whose inputs need none.
+    Attributes:
+        llm: Of the language model.
+        vision: Of the vision tower, and of the audio encoder where there is one.
+    """
+
+    llm: int = 0
+    vision: int = 0
+
+    @classmethod
+    def asked_for(cls, training: TrainingArguments) -> Checkpointing:
+        """What the flags say; ``--vision_gradient_checkpointing`` overrides the other for the tower."""
+        every = (training.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        llm = bool(training.gradient_checkpointing)
+        vision = training.vision_gradient_checkpointing
+        return cls(every * llm, every * (llm if vision is None else vision))
+
+    def __str__(self) -> str:
+        names = {0: "none", 1: "every layer", 2: "every second layer"}
+        llm, vision = (names.get(every, f"every {every}th layer") for every in (self.llm, self.vision))
+        return llm if llm == vision else f"{llm} of the language model, {vision} of the vision tower"
+
+
+def set_checkpointing(
+    model: PreTrainedModel,
+    generation: Generation,
+    training: TrainingArguments,
+    chosen: Checkpointing | None = None,
+) -> None:
+    """Turn on activation checkpointing, part by part.
 
     Args:
         model: A model without adapters.
         generation: Its generation.
         training: The arguments. They are changed so that Trainer does not turn checkpointing on again.
+        chosen: What ``--activation_checkpointing auto`` came to; None: what the flags say.
     """
-    llm = bool(training.gradient_checkpointing)
-    vision = llm if training.vision_gradient_checkpointing is None else training.vision_gradient_checkpointing
-    if llm or vision:
-        options = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
-        # Which layers, and where their inputs are held; the rest is for torch's checkpoint function.
-        which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        model.activation_checkpointing_enable(options, **which)
-        seen = (*generation.modules["vision"], *generation.modules["resampler"])
-        for name, module in model.named_modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing &= vision if name.startswith(seen) else llm
+    checkpointing = Checkpointing.asked_for(training) if chosen is None else chosen
+    options = {**(training.activation_checkpointing_kwargs or {})}
+    options.pop("every_n_layers", None)
+    enable_checkpointing(model, generation, checkpointing, **options)
     training.gradient_checkpointing = training.activation_checkpointing = False
+    training.checkpoints_llm = checkpointing.llm > 0
+
+
+def enable_checkpointing(
+    model: Any,
+    generation: Generation,
+    checkpointing: Checkpointing,
+    *,
+    offload: bool = False,
+    **options: Any,
+) -> None:
+    """Turn on activation checkpointing in the chosen layers.
+
+    It is never reentrant, because that drops the gradients of layers whose inputs need none.
+
+    Args:
+        model: A model without adapters.
+        generation: Its generation.
+        checkpointing: The layers.
+        offload: Whether their inputs are held in RAM.
+        **options: For torch's checkpoint function.
+    """
+    if not (checkpointing.llm or checkpointing.vision):
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False, **options}, offload=offload)
+    modules = generation.modules
+    seen = (*modules["vision"], *modules.get("audio", ()), *modules["resampler"])
+    for name, module in model.named_modules():
+        if hasattr(module, "gradient_checkpointing"):
+            every = checkpointing.vision if name.startswith(seen) else checkpointing.llm
+            number = name.rpartition(".")[2]  # of a layer; V-2's tower has one switch for all of its layers
+            module.gradient_checkpointing &= (
+                every > 0 and int(number if number.isdecimal() else 0) % every == 0
+            )
 
 
 def use_fast_kernels(model: PreTrainedModel, training: TrainingArguments) -> None:

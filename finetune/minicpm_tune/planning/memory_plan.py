@@ -23,6 +23,7 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.parameter_parts import check_parts, freeze, raise_precision_of_trained
+from minicpm_tune.models.speed_options import Checkpointing, enable_checkpointing
 from minicpm_tune.planning.largest_batch import PlanError, largest_batch
 from minicpm_tune.planning.step_memory import (
     LABELS,
@@ -66,10 +67,12 @@ class Training:
         max_slice_nums: Most slices of a row's image, the overview not counted.
         audio_seconds: Seconds of audio of a row, for MiniCPM-o.
         downsample_mode: ``4x`` or ``16x`` for 4.6 and 4.7; None: the checkpoint's.
+        tune_llm: Whether the language model trains, with ``full``.
         tune_vision: Whether the vision tower trains.
         tune_audio: Whether the audio encoder of MiniCPM-o trains.
         tune_resampler: Whether the resampler trains.
         gradient_checkpointing: Whether the backward computes activations again.
+        checkpointing: The layers that it computes again, where it is not all or none.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         fp32_residual_connection: As the flag of ``finetune.py``.
         quant_bits: 4 or 8, with ``qlora``.
@@ -87,15 +90,23 @@ class Training:
     max_slice_nums: int = 9
     audio_seconds: int = 0
     downsample_mode: str | None = None
+    tune_llm: bool = True
     tune_vision: bool = True
     tune_audio: bool = False
     tune_resampler: bool = True
     gradient_checkpointing: bool = True
+    checkpointing: Checkpointing | None = None
     precision: str = "bf16"
     fp32_residual_connection: bool | None = None
     quant_bits: int = 4
     optim: str = "adamw_torch"
     lora: LoraArguments = field(default_factory=LoraArguments)
+
+    @property
+    def computed_again(self) -> Checkpointing:
+        """The layers whose activations the backward computes again."""
+        every = int(self.gradient_checkpointing)
+        return Checkpointing(every, every) if self.checkpointing is None else self.checkpointing
 
     @property
     def tuned_around_llm(self) -> dict[str, bool]:
@@ -191,7 +202,7 @@ def prepared_model(folder: Path, generation: Generation, training: Training) -> 
     if training.method == "qlora":
         quantize_shapes(model, generation, bits=training.quant_bits, dtype=DTYPES[training.precision])
     if training.method == "full":
-        freeze(model, generation, **training.tuned_around_llm, llm=True)
+        freeze(model, generation, **training.tuned_around_llm, llm=training.tune_llm)
     else:
         with torch.device("meta"):
             model = add_adapter(model, generation, training.lora, **training.tuned_around_llm)
@@ -284,8 +295,7 @@ def step_peak(
 ) -> Counter[str]:
     """What forward and backward make, label -> bytes at the peak; the model's tensors are replaced."""
     base = model if training.method == "full" else model.get_base_model()
-    if training.gradient_checkpointing:
-        base.activation_checkpointing_enable(checkpointing_options(attention))
+    enable_checkpointing(base, generation, training.computed_again, **checkpointing_options(attention))
     batch = largest_batch(
         base,
         generation,

@@ -102,6 +102,13 @@ class TuningOptions(RowLimits):
         default=True,
         metadata={"help": "Train all weights of the language model. Not together with --use_lora."},
     )
+    memory_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory that each process may fill, in GiB, for --activation_checkpointing auto and for what is "
+            "said before the weights are loaded. Default: what is free on its GPU, on a CPU its share of the free RAM."
+        },
+    )
     vision_gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -164,9 +171,9 @@ class TuningOptions(RowLimits):
 class RunOptions:
     """Arguments of ``transformers.TrainingArguments`` that mean something else, or more, here.
 
-    Differs from transformers: ``dataloader_num_workers`` follows the machine and the workers persist (transformers:
-    no workers); ``optim`` follows machine and precision (transformers: the fused AdamW);
-    ``use_liger_kernel`` follows the machine and its packages (transformers: false);
+    Differs from transformers: ``activation_checkpointing`` takes ``auto``; ``dataloader_num_workers`` follows the
+    machine and the workers persist (transformers: no workers); ``optim`` follows machine and precision (transformers:
+    the fused AdamW); ``use_liger_kernel`` follows the machine and its packages (transformers: false);
     ``remove_unused_columns`` is false and ``label_names`` is labels, as in the official launchers;
     ``logging_nan_inf_filter`` is false; ``do_train`` follows the data; ``resume_from_checkpoint`` takes ``true``;
     ``overwrite_output_dir`` no longer exists in transformers 5.
@@ -256,6 +263,17 @@ class RunOptions:
         metadata={
             "help": "liger's kernels for RMSNorm, rotary embedding and SwiGLU of the language model. Default: true "
             "with a GPU and the liger-kernel package."
+        },
+    )
+    activation_checkpointing: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward instead of keeping them: true, false, or auto, which "
+            "plans the memory and computes again only as many layers as it must: none, every second, or every layer "
+            "of the vision tower, then of the language model. The losses are the same. Default: false; the launchers "
+            "say auto.",
+            "nargs": "?",
+            "const": "true",
         },
     )
     early_stopping_patience: int | None = field(

@@ -23,6 +23,7 @@ from minicpm_tune.settings.argument_groups import (
     TuningOptions,
 )
 from minicpm_tune.settings.checks import UsageError, raise_problems
+from minicpm_tune.settings.command_flags import switch
 from minicpm_tune.settings.command_line import read_command_line
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.deepspeed_setup import (
@@ -49,6 +50,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         dataloader_num_workers: int = 0
         deepspeed: dict[str, Any] | None = None
         fsdp: Any = None
+        activation_checkpointing: Any = None
         activation_checkpointing_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -77,8 +79,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
             self.ddp_find_unused_parameters = False
+        self._settle_checkpointing()
         super().__post_init__()
-        # What was asked for; speed_options takes it over from Trainer and clears the flag.
         self.checkpoints_llm = bool(self.gradient_checkpointing)
         if self.n_gpu > 1:
             # nn.DataParallel would split the batch's packed pixels in the wrong places.
@@ -87,6 +89,12 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
                 "One of several GPUs is used. To use all: torchrun --nproc_per_node gpu finetune.py ..., "
                 "or the launchers finetune_ds.sh and finetune_lora.sh."
             )
+
+    def _settle_checkpointing(self) -> None:
+        value = self.activation_checkpointing
+        self.chooses_checkpointing = value == "auto"  # planning/fitting.py chooses
+        if isinstance(value, str):
+            self.activation_checkpointing = value != "auto" and switch(value)
 
     @property
     def weight_dtype(self) -> torch.dtype:

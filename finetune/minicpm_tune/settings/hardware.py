@@ -25,6 +25,7 @@ _CONSUMER = re.compile(r"\bGeForce (?:RTX|GTX) (\d\d)\d\d\b")
 # From this series on, GeForce cards have neither NVLink nor peer access over PCIe. Some drivers say that they do;
 # NCCL then hangs or computes garbage (github.com/NVIDIA/nccl-tests/issues/117).
 _WITHOUT_PEER_ACCESS = 40
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -64,6 +65,22 @@ def free_port(wanted: int) -> int:
 def cpu_cores() -> int:
     """CPU cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(*, on_cpu: bool) -> int:
+    """Bytes that this process can still take: of its GPU, or of the RAM, which it shares with the others here."""
+    if not on_cpu and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    import psutil  # of accelerate's; torch does not load it
+
+    free = psutil.virtual_memory().available
+    try:  # the limit of a container, whose files in memory can be dropped
+        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(kept["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # there is no such file, or no limit
+        pass
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def data_workers(*, accelerator: bool) -> int:

@@ -11,12 +11,13 @@ import importlib.util
 import json
 import math
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minicpm_tune.settings.argument_groups import RunOptions
+from minicpm_tune.settings.command_flags import switch
 from minicpm_tune.settings.trainer_arguments import OPTIMIZERS, REPORTERS, TRAINER_ARGUMENTS
 
 # What an evaluation measures; the second with --predict_with_generate true.
@@ -81,6 +82,14 @@ def _json_values(training: Namespace) -> Iterator[str]:
 
 
 def _checkpointing(training: Namespace) -> Iterator[str]:
+    value = training.activation_checkpointing
+    if value not in (None, "auto"):
+        try:
+            switch(value)
+        except ArgumentTypeError:
+            yield f"--activation_checkpointing is {value!r}, expected true, false or auto."
+    if training.memory_gib is not None and not training.memory_gib > 0:
+        yield f"--memory_gib is {training.memory_gib:g}, expected more than 0."
     try:
         options = json.loads(training.activation_checkpointing_kwargs or "{}")
     except json.JSONDecodeError:
@@ -88,6 +97,11 @@ def _checkpointing(training: Namespace) -> Iterator[str]:
     known = ("use_reentrant", "preserve_rng_state", "determinism_check", "every_n_layers", "offload")
     for name in sorted(set(options) - set(known)) if isinstance(options, dict) else ():
         yield f"--activation_checkpointing_kwargs has {name!r}, expected {', '.join(known)}. Remove it."
+    if value == "auto" and isinstance(options, dict) and "every_n_layers" in options:
+        yield (
+            "--activation_checkpointing_kwargs: every_n_layers contradicts --activation_checkpointing auto, which "
+            "chooses the layers itself. Add --activation_checkpointing true, or leave every_n_layers out."
+        )
     if isinstance(options, dict) and options.get("use_reentrant"):
         yield (
             "--activation_checkpointing_kwargs: use_reentrant true drops the gradients of layers whose inputs need "
