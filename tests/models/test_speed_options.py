@@ -14,6 +14,7 @@ from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.models import speed_options
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import (
+    Checkpointing,
     SpeedOptionError,
     apply_liger,
     set_checkpointing,
@@ -69,6 +70,29 @@ def test_every_second_layer_can_be_checkpointed_alone():
     set_checkpointing(model, GENERATIONS["v2_6"], training)
     layers = [layer.gradient_checkpointing for layer in model.llm.model.layers]
     assert sorted(layers) == [False, True]
+
+
+@pytest.mark.parametrize("generation", ["v2_6", "v4_5"])
+def test_whatever_auto_chooses_the_loss_and_the_gradients_are_the_same(generation):
+    row = GENERATIONS[generation]
+    found = []
+    for chosen in [(0, 0), (0, 2), (0, 1), (2, 1), (1, 1)]:
+        model, about = golden_model(generation, attention="sdpa")
+        set_checkpointing(model, row, arguments(False, None), Checkpointing(*chosen))
+        batch, _ = full_batch(generation, "sliced", about)
+        loss = model.train()(**batch).loss
+        loss.backward()
+        norms = {
+            name: value.grad.norm().item()
+            for name, value in model.named_parameters()
+            if value.grad is not None
+        }
+        on = sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules())
+        found.append((on, loss.item(), norms))
+    layers, losses, gradients = zip(*found, strict=True)
+    assert list(layers) == sorted(set(layers))  # each computes more again than the one before
+    assert len(set(losses)) == 1
+    assert all(one == gradients[0] for one in gradients)
 
 
 @pytest.mark.parametrize("generation", ["v2", "v2_5", "v4_5"])
