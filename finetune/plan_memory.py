@@ -113,7 +113,12 @@ def parse_flags(argv: list[str]) -> Namespace:
     add_switch(
         parser, "--fp32_residual_connection", default=None, help="As in finetune.py. Unset: true with fp16."
     )
-    add("--optim", choices=["adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch", help="The optimizer.")
+    add(
+        "--optim",
+        choices=["adamw_torch_fused", "adamw_torch", "adamw_8bit", "sgd"],
+        default="adamw_torch_fused",
+        help="The optimizer.",
+    )
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
     add("--lora_r", type=count, default=64, help="Rank of the adapter.")
     add("--lora_target_modules", default=OFFICIAL_LORA_TARGETS, help="As in finetune.py.")

@@ -105,7 +105,7 @@ def training_of(
     stage = {0: 0, 1: 2, 2: 2, 3: 3}[zero.get("stage", 0)]
     offloads = ["offload_optimizer" in zero, "offload_param" in zero]
     optim = str(getattr(training.optim, "value", training.optim))
-    kind = "adamw_8bit" if "8bit" in optim else optim if optim in OPTIMIZERS else "adamw_torch"
+    kind = "adamw_8bit" if "8bit" in optim else optim if optim in OPTIMIZERS else "adamw_torch_fused"
     method = ("qlora" if lora.q_lora else "lora") if training.use_lora else "full"
     return Training(
         method=method,

@@ -41,7 +41,7 @@ from minicpm_tune.settings.deepspeed_setup import read_deepspeed_config
 METHODS = ("lora", "qlora", "full")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes of optimizer state per trained weight, its fp32 copy not included.
-OPTIMIZERS = {"adamw_torch": 8, "adamw_8bit": 2, "sgd": 0}
+OPTIMIZERS = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "sgd": 0}
 _GIBIBYTE = 2**30
 # The surcharge: CUDA's context with cuBLAS, NCCL where there are several GPUs, and what the caching allocator holds
 # beside live tensors, as a share of what comes and goes, by ZeRO stage. All are assumed, but for stage 3, which
@@ -99,7 +99,7 @@ class Training:
     precision: str = "bf16"
     fp32_residual_connection: bool | None = None
     quant_bits: int = 4
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     lora: LoraArguments = field(default_factory=LoraArguments)
 
     @property
@@ -273,16 +273,19 @@ def _zero_settings(training: Training) -> dict[str, Any]:
 
 
 def _optimizer_step(model: nn.Module, training: Training) -> Counter[str]:
-    """What there is during AdamW's step: fp32 gradients (DeepSpeed) and the denominators of all weights."""
+    """What there is during the update: fp32 gradients (DeepSpeed), and the denominators of AdamW, unless fused."""
     if training.offload != "none":
         return Counter()
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    passing = 4 * (training.optim == "adamw_torch")
     if training.zero == 0:
-        return Counter({"gradients": 4 * count * _keeps_gradients(training), "optimizer step": 4 * count})
+        return Counter(
+            {"gradients": 4 * count * _keeps_gradients(training), "optimizer step": passing * count}
+        )
     count = -(-count // training.gpus)
     if training.zero == 3:
         count = min(count, _zero_settings(training)["sub_group_size"])
-    return Counter({"optimizer step": 8 * count})
+    return Counter({"optimizer step": (4 + passing) * count})
 
 
 def step_peak(
