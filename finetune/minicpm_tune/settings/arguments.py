@@ -49,6 +49,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         do_train: bool = False
         dataloader_num_workers: int = 0
         deepspeed: dict[str, Any] | None = None
+        optim: Any = None
+        use_liger_kernel: bool = False
         fsdp: Any = None
         activation_checkpointing: Any = None
         activation_checkpointing_kwargs: dict[str, Any] | None = None

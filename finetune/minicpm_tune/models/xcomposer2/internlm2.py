@@ -213,7 +213,8 @@ class InternLM2Model(nn.Module):
         from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module
 
         _patch_rms_norm_module(self.norm)
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             _patch_rms_norm_module(layer.attention_norm)
             _patch_rms_norm_module(layer.ffn_norm)
             layer.attention.rotate = liger_rotary_pos_emb
