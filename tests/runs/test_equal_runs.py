@@ -128,10 +128,12 @@ def test_weights_of_messages_give_one_run_however_it_is_divided(small, reference
         tmp_path / "halves", model=small["model"], data=data, batch=2, accumulation=2, launcher=False
     )
     assert_same(halves, one)
-    two = finetune_runs.train(
-        tmp_path / "two", model=small["model"], data=data, batch=1, accumulation=2, processes=2
-    )
-    assert_same(two, one)
+    for stage in ("ddp", "zero3"):
+        two = finetune_runs.train(
+            tmp_path / stage, *STAGES[stage],
+            model=small["model"], data=data, batch=1, accumulation=2, processes=2,
+        )  # fmt: skip
+        assert_same(two, one)
 
 
 @pytest.mark.slow
