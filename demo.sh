@@ -14,7 +14,7 @@ on two CPU cores, installation included, and needs no GPU.
     bash demo.sh --generation v4_5     another MiniCPM: v2 v2_5 v2_6 o2_6 v4 v4_5 o4_5 v4_6 v4_6_thinking v4_7
                                        v4_7_moe ocr_1,
                                        or an InternLM-XComposer2: xc2_7b xc2_vl_7b xc2_4khd_7b
-    bash demo.sh --steps 200           steps of each run (200; for find 300, for listen 300)
+    bash demo.sh --steps 200           steps of each run (200; for find 300, for listen 500)
     bash demo.sh --output FOLDER       where everything goes (demo_output/<generation>, with a task in front of it
                                        demo_output/<task>_<generation>)
 
@@ -68,7 +68,7 @@ esac
 case $TASK in
     colors) SCRIPT=draw_pictures.py NAME=$GENERATION ;;
     find) SCRIPT=draw_boxes.py NAME=find_$GENERATION STEPS=${STEPS:-300} BASE=--local_queries ;;
-    listen) SCRIPT=sing_vowels.py NAME=listen_$GENERATION STEPS=${STEPS:-300} ;;
+    listen) SCRIPT=sing_vowels.py NAME=listen_$GENERATION STEPS=${STEPS:-500} ;;
     *)
         echo "--task is '$TASK', expected colors, find, or listen." >&2
         exit 1

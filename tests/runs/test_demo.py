@@ -117,9 +117,9 @@ def test_every_generation_has_its_demo(tmp_path, generation):
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["o4_5", "o2_6"])
 def test_the_model_learns_to_tell_sounds_of_singers_it_never_heard(tmp_path, generation):
-    """The demo as users start it: three seeds reached 100 % (docs/audio.md)."""
+    """The demo as users start it; docs/audio.md has what other seeds reached."""
     done = demo(
-        tmp_path / "out", "--task", "listen", "--generation", generation, steps=300, limit=LISTEN_LIMIT
+        tmp_path / "out", "--task", "listen", "--generation", generation, steps=500, limit=LISTEN_LIMIT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "out" / "accuracy.txt").read_text().splitlines()
