@@ -130,6 +130,23 @@ def test_tokens_of_tiles(size, expected):
     assert tile_tokens(size, 24) == expected
 
 
+@pytest.mark.parametrize("size", [(1000, 900), (900, 1000), (1000, 400)])
+def test_cuts_lie_in_the_image_where_the_edges_of_tiles_do(size):
+    layout = TileRules(24, max_slice_nums=16).layout(*size)
+    for axis, cuts in enumerate(layout.cuts):
+        assert cuts
+        for cut in cuts:
+            image = np.full((size[1], size[0], 3), 200, np.uint8)
+            before = (
+                (slice(None), slice(round(cut * size[0]))) if axis == 0 else (slice(round(cut * size[1])),)
+            )
+            image[before] = 0
+            [red, *_] = next(layout.slices(Image.fromarray(image)))
+            line = red[red.shape[0] // 2] if axis == 0 else red[:, red.shape[1] // 2]
+            edge = int(((line > 100) & (line < 250)).argmax())  # black, then gray, and white around them
+            assert min(edge % 336, -edge % 336) <= 1, (cut, edge)
+
+
 @pytest.mark.parametrize(("name", "case"), [pair for pair in CASES if "img" in pair[1]])
 def test_pixels_equal_the_released_ones(name, case):
     images = golden_images(name, case)

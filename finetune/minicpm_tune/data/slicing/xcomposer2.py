@@ -113,8 +113,8 @@ class TileLayout(ImageLayout):
         """Where the edges of tiles lie in the image, which has white around it.
 
         Example:
-            >>> TileRules(24, max_slice_nums=16).layout(1600, 400).cuts
-            ((0.25, 0.5, 0.75), ())
+            >>> TileRules(24, max_slice_nums=16).layout(1000, 400).cuts
+            ((0.2, 0.4, 0.6, 0.8), (0.5,))
         """
         inner, full, grid = self.inner, self.refined, self.grid
         assert inner is not None, self
