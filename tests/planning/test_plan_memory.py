@@ -19,7 +19,7 @@ from minicpm_tune.planning.step_memory import build_on_meta
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support import processes
 from support.official_step import official_attention, official_loss
-from support.paths import GOLDENS, ROOT
+from support.paths import GOLDENS, LAYOUTS, ROOT
 from support.quantized_cases import load, save_golden
 from support.real_configs import REAL_CONFIGS, write_config
 
@@ -154,6 +154,22 @@ def test_generations_of_transformers_are_planned_alike(generation):
     assert parts["full"]["activations"] > 0
     assert parts["full"]["gradients"] == parts["full"]["weights"]
     assert parts["qlora"]["gradients"] < parts["full"]["gradients"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_experts_are_planned_as_weights_that_are_never_quantized(precision):
+    folder = LAYOUTS / "v4_7_moe"
+    parts = {
+        method: plan(
+            folder, Training(**SMALL | {"precision": precision}, method=method, gradient_accumulation_steps=2)
+        )
+        for method in ("full", "qlora")
+    }
+    assert parts["full"]["gradients"] == parts["full"]["weights"]
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    each = 3 * text["hidden_size"] * text["moe_intermediate_size"]
+    experts = text["num_hidden_layers"] * text["num_experts"] * each
+    assert parts["qlora"]["weights"] > experts * {"bf16": 2, "fp32": 4}[precision]
 
 
 @pytest.mark.parametrize("generation", REAL_CONFIGS)

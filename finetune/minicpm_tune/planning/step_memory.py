@@ -195,7 +195,7 @@ class LikeGpu(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
-        if func is F.grouped_mm and args[0].dtype != torch.bfloat16:
+        if func is torch._grouped_mm and args[0].dtype != torch.bfloat16:
             return _grouped_product(*args, **kwargs)
         if func.__name__ in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(FakeTensor, _in_fp32, (args, kwargs))
@@ -211,7 +211,7 @@ def _in_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _grouped_product(tokens: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
+def _grouped_product(tokens: Tensor, weights: Tensor, **_: Any) -> Tensor:
     """[N, D], [E, D, F] -> [N, F], with the memory of ``F.grouped_mm`` in forward and backward."""
     return tokens @ weights[0]
 
