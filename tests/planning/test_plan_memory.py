@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.lora.build import add_adapter, set_frozen_copies_aside
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.models.quantization import bytes_by_part
@@ -42,6 +42,7 @@ def real_model(generation, folder, training):
     else:
         vision = training.tune_vision
         model = add_adapter(model, generation, training.lora, vision=vision, resampler=True)
+        set_frozen_copies_aside(model)
     if training.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minicpm_tune.checkpoints.model_folder import read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.lora.build import add_adapter
+from minicpm_tune.lora.build import add_adapter, set_frozen_copies_aside
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.parameter_parts import check_parts, freeze, raise_precision_of_trained
 from minicpm_tune.models.speed_options import Checkpointing, enable_checkpointing
@@ -206,6 +206,8 @@ def prepared_model(folder: Path, generation: Generation, training: Training) -> 
     else:
         with torch.device("meta"):
             model = add_adapter(model, generation, training.lora, **training.tuned_around_llm)
+        if training.zero != 3:
+            set_frozen_copies_aside(model)
     if training.zero == 0:
         raise_precision_of_trained(model)
         in_fp32 = training.fp32_residual_connection
