@@ -66,9 +66,8 @@ def test_a_step_gives_what_the_cpu_gives(tmp_path, gpu, name, packing):
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", [name for name, row in GENERATIONS.items() if row.family != "minicpmv46"])
+@pytest.mark.parametrize("name", GENERATIONS)
 def test_a_step_never_waits(tmp_path, gpu, name, packing):
-    """transformers' own tower of 4.6 does; tests/fake_cuda counts how often."""
     folder = make_checkpoint(tmp_path, name, size="tiny")
     model = load_model(folder, dtype=torch.bfloat16).to(gpu).train()
     batch = moved(made_batch(folder, packing=packing), gpu)
