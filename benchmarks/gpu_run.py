@@ -54,7 +54,7 @@ def measure(wish: dict[str, Any]) -> dict[str, Any]:
     shape = shape_of(model) if bits is None else None
     if wish.get("dense_mask"):
         model.llm.config._attn_implementation = "sdpa"  # transformers' own, with a mask over all tokens
-    model = choose_what_trains(arguments, model, generation)
+    model = choose_what_trains(arguments, model, generation, None)  # all layers or none
     counts = count_parts(model, generation)
     context = RunContext(peers=PeerMonitor(limit=training.ddp_timeout), owns_folder=True)
     trainer = build_trainer(arguments, model, checkpoint, processing, datasets, context)

@@ -91,8 +91,7 @@ def test_liger_kernels_give_what_transformers_gives(tmp_path, gpu, name):
     model = load_model(folder, dtype=torch.bfloat16).to(gpu).train()
     batch = moved(made_batch(folder, packing=True), gpu)
     expected = outcome(model, batch)
-    training = type("Training", (), {"use_liger_kernel": True})()
-    apply_liger(model, training)
+    apply_liger(model)
     assert outcome(model, batch) == pytest.approx(expected, rel=0.02)
 
 
