@@ -102,9 +102,12 @@ def test_every_way_of_training_runs_on_a_gpu_without_a_wait(device, tmp_path, ge
     cases = steps(device, tmp_path, {"all": {"generation": generation}})["all"]
     assert len(cases) == 20
     if generation == "v4_7_moe":
-        # torch's grouped product takes no fp32 weights, and autocast leaves it alone: experts train in full only under
-        # DeepSpeed, which 35 billion weights need anyway.
-        cases = [case for case in cases if case["method"] == "lora" or "autocast" not in case["precision"]]
+        # Without values torch knows the grouped product of experts in bf16 alone (2.13).
+        cases = [
+            case
+            for case in cases
+            if case["precision"] == "bf16" or (case["precision"], case["method"]) == ("bf16 autocast", "lora")
+        ]
     check(generation, cases)
 
 
