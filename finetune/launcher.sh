@@ -170,8 +170,11 @@ case ${MEMORY:-} in
     auto)
         added=$(PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m minicpm_tune.planning.fitting \
             "$((processes * NNODES))" --bf16 "$bf16" --fp16 "$fp16" "$@") || exit 1
-        # shellcheck disable=SC2086  # flags and values without spaces
-        set -- "$@" $added
+        # One by one: they stand behind the user's flags, and belong to the command that continues the run.
+        for word in $added; do
+            set -- "$@" "$word"
+            LAUNCHER_FLAGS=$((LAUNCHER_FLAGS + 1))
+        done
         ;;
     *)
         say "MEMORY is '$MEMORY', expected auto (or unset: the run only says whether it fits)."
