@@ -1,6 +1,6 @@
 """A step without and with liger's kernels, on a CPU: triton runs them one program after another.
 
-TRITON_INTERPRET=1 liger_worker.py CHECKPOINT GENERATION
+TRITON_INTERPRET=1 liger_worker.py CHECKPOINT
 """
 
 from __future__ import annotations
