@@ -1,14 +1,21 @@
 """What fits: the choice of checkpointing, and the flags that MEMORY=auto adds."""
 
 import os
+from argparse import Namespace
 
 import pytest
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from minicpm_tune.errors import UserError
 from minicpm_tune.models.speed_options import Checkpointing
 from minicpm_tune.planning import fitting
 from minicpm_tune.planning.fitting import Room, flags_that_fit, training_of
 from minicpm_tune.planning.memory_plan import Training
+from minicpm_tune.settings.argument_groups import LoraArguments
 from minicpm_tune.settings.command_line import read_command_line
 from support.paths import GOLDENS, ROOT
 
@@ -72,6 +79,31 @@ def test_a_small_model_needs_no_plan(monkeypatch):
     found, text = fitting.fitting(GOLDENS / "v2_6", Training(), Room(8 * GIBIBYTE, True))
     assert found == Checkpointing(0, 0)
     assert "Memory: at most" in text
+
+
+def test_a_plan_of_one_process_is_not_divided_by_zero3(monkeypatch):
+    """transformers would divide the planned model among all processes, and wait for them."""
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    training = Namespace(
+        chooses_checkpointing=True, deepspeed="zero3", hf_deepspeed_config=config,
+        vision_gradient_checkpointing=None,
+    )  # fmt: skip
+    seen = []
+
+    def look(*_, **__):
+        seen.append(is_deepspeed_zero3_enabled())
+        raise TypeError("a fault in the plan")
+
+    monkeypatch.setattr(fitting, "training_of", lambda *_, **__: Training())
+    monkeypatch.setattr(fitting, "fitting", look)
+    try:
+        room = Room(GIBIBYTE, False)
+        found = fitting._choose(training, LoraArguments(), GOLDENS / "v2_6", room, gpus=2, length=10)
+        seen.append(is_deepspeed_zero3_enabled())
+    finally:
+        unset_hf_deepspeed_config()
+    assert seen == [False, True]
+    assert found == Checkpointing(1, 1)  # a plan that fails does not end the run
 
 
 def line(*words):

@@ -13,11 +13,13 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from minicpm_tune import processes
 from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder
@@ -159,16 +161,29 @@ def _choose(
         planned = training_of(training, lora, gpus=gpus, length=length)
         if planned is None:
             raise UserError("--fsdp is not planned.")
-        found, text = fitting(
-            folder, planned, room, asked=asked, vision=training.vision_gradient_checkpointing
-        )
-    except (UserError, RuntimeError) as error:  # a model or a setting that the plan has no tensors for
+        with _without_division(training):
+            found, text = fitting(
+                folder, planned, room, asked=asked, vision=training.vision_gradient_checkpointing
+            )
+    except Exception as error:  # noqa: BLE001  the run can do without a plan, whatever is wrong with it
         logger.info(
-            "Memory is not planned (%s)%s", error, "; every layer is computed again." if automatic else ""
-        )
+            "Memory is not planned (%s: %s)%s",
+            type(error).__name__, error, "; every layer is computed again." if automatic else "",
+        )  # fmt: skip
         return Checkpointing(_EVERY, _EVERY) if automatic else None
     logger.info("%s", text)
     return found if automatic else None
+
+
+@contextmanager
+def _without_division(training: Any) -> Iterator[None]:
+    """Under ZeRO-3 transformers divides every new model among the processes, of which only one makes a plan."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training.deepspeed:
+            set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
 def fitting(
