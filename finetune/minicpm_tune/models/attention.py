@@ -5,6 +5,7 @@ Letters: N tokens of all slices or samples, S slices, H heads, E head width, Q q
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minicpm_tune.models.autocast import to_autocast_dtype
 from minicpm_tune.models.batch_layout import SampleLayout
+
+# torch 2.11's kernel takes fewer key heads than query heads without being told, and its function has no such argument.
+_VARLEN_WANTS_TO_KNOW_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def attend_within_slices(
@@ -83,14 +88,11 @@ def _varlen(
     groups: int = 1,
 ) -> Tensor:
     """[N, H, E] query, key and value -> [N, H, E]; ``groups`` query heads share a key head."""
-    # Imported here: the module needs a CUDA build of torch to be of use.
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (part.contiguous() for part in parts)
     options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
-    if groups > 1:
+    if groups > 1 and _VARLEN_WANTS_TO_KNOW_GROUPS:
         options["enable_gqa"] = True
-    return varlen_attn(
+    return varlen.varlen_attn(
         query, key, value, query_ends, key_ends, longest_query, longest_key, scale=scale, **options
     )  # type: ignore[return-value]
 
