@@ -212,7 +212,7 @@ def test_a_python_literal_in_a_jsonl_row_is_shown_as_json(line, fixed, tmp_path)
         ("big.json", '[{"a": 1}]'.encode("utf-16-be"), "found UTF-16 text, expected JSON"),
         (
             "rows.jsonl.gz",
-            gzip.compress(b'{"a": 1}'),
+            gzip.compress(b'{"a": 1}', mtime=0),
             "a file compressed with gzip.*Unpack it: gunzip --keep",
         ),
         ("rows.bz2", bz2.compress(b'{"a": 1}'), "a file compressed with bzip2"),
