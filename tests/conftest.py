@@ -1,11 +1,14 @@
 """What holds for all tests."""
 
+import logging
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import settings
 
+from minicpm_tune.logs import ROOT
 from support.processes import end_what_runs
 
 # More threads than idle cores wait for each other by spinning, ten times slower.
@@ -22,6 +25,20 @@ def nothing_is_left_running():
     yield
     left = end_what_runs()
     assert not left, f"left running:\n{left}"
+
+
+@pytest.fixture(autouse=True)
+def logs_are_as_before():
+    """Undo what a command that ran within the test has set: its log lines go to a stream that the test closes."""
+    root, ours = logging.getLogger(), logging.getLogger(ROOT)
+    handlers, levels, streams = root.handlers[:], (root.level, ours.level), (sys.stdout, sys.stderr)
+    raises = logging.raiseExceptions
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+    sys.stdout, sys.stderr = streams
+    logging.raiseExceptions = raises
 
 
 # Set to 1, tests marked gpu run on the CPU: their comparisons mean little there, but a slip in them shows.
