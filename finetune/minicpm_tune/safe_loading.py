@@ -5,6 +5,7 @@ Imports torch where it is used: ``refuse_pickles`` is called before anything slo
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def allow_deepspeed_states() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler])
+    # Python 3.11.0 to 3.11.3 write an Enum as a call of getattr, which no checkpoint may ask for; others as this.
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @contextmanager

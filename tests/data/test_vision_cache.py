@@ -62,7 +62,9 @@ class Run:
         freeze(self.model, self.row, vision=False, resampler=resampler, llm=True)
         self.rows = SupervisedDataset(data, load_processing(self.checkpoint))
         self.writer = None
-        self.tower = self.model.get_submodule(self.row.modules["vision"][0])
+        tower = self.model.get_submodule(self.row.modules["vision"][0])
+        # The forward of 4.6's tower is this project's own; its first module sees the same pixels.
+        self.tower = tower.embeddings if self.row.family == "minicpmv46" else tower
         self.patches = 0
         self.tower.register_forward_pre_hook(self._count, with_kwargs=True)
 

@@ -90,7 +90,7 @@ class MiniCPMVOutput(ModelOutput):
         whole = torch.as_tensor(whole, device=found.loss_sum.device)
         total = found.loss_sum if balance is None else found.loss_sum + balance
         return cls(
-            loss=total / torch.where(whole > 0, whole, 1),  # a sum of weights may be below 1
+            loss=total / torch.where(whole == 0, 1, whole),  # a sum of weights may be below 1
             loss_sum=found.loss_sum,
             weight_sum=found.weight_sum,
             token_count=found.token_count,
