@@ -26,18 +26,18 @@ from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
-from minicpm_tune.data.media.audio import Clip, log_mel, merged
+from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.placeholders import (
     Placeholder,
     PlaceholderStyle,
     audio_placeholder,
-    film_placeholder,
     image_placeholder,
     video_placeholder,
 )
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
+from minicpm_tune.data.sample_audio import audio_runs, audio_tensors, heard_in, message_numbers, sounding_film
 from minicpm_tune.data.slicing.families import read_media_rules
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
 from minicpm_tune.data.slicing.media_rules import MediaRules
@@ -69,7 +69,7 @@ class Plan:
     @property
     def clips(self) -> list[Clip]:
         """Its audios, and the sound of its videos in pieces."""
-        return [clip for picture in self.pictures for clip in _heard_in(picture)]
+        return [clip for picture in self.pictures for clip in heard_in(picture)]
 
 
 class TrainingRows(Protocol):
@@ -356,48 +356,18 @@ class Processing:
         placeholders = []
         for picture, frames in zip(pictures, layouts, strict=True):
             if isinstance(picture, Clip):
-                placeholders.append(audio_placeholder(self._audio_runs(picture), style))
+                placeholders.append(audio_placeholder(audio_runs(picture, self.media.audio), style))
                 continue
             number = counts[picture.kind] if numbered[picture.kind] else None
             counts[picture.kind] += 1
             if picture.sound:
-                placeholders.append(self._film_placeholder(picture, frames))
+                placeholders.append(sounding_film(picture, frames, self.media.audio, self.generation, style))
             elif picture.kind == "image":
                 placeholders.append(image_placeholder(frames[0], style, number=number))
             else:
                 shown = [frames[index] for index in picture.pack_starts]
                 placeholders.append(video_placeholder(shown, style, number=number))
         return placeholders
-
-    def _film_placeholder(self, film: Picture, layouts: Sequence[ImageLayout]) -> Placeholder:
-        hearing = self.generation.hearing
-        assert hearing is not None, film
-        runs = [self._runs(clip) for clip in film.sound]
-        if not any(runs):
-            raise RowError(
-                "audio",
-                f"the sound of video {film.sound[0].name} has {sum(clip.samples for clip in film.sound)} samples of 16 "
-                'kHz, expected enough for an audio token. Set "use_audio": false in the row, or replace it.',
-            )
-        return film_placeholder(
-            layouts, runs, self.style, unit=hearing.unit, tags_alone=not hearing.per_second
-        )
-
-    def _runs(self, clip: Clip) -> list[int]:
-        assert self.media.audio is not None, clip
-        return self.media.audio.runs(clip.samples)
-
-    def _audio_runs(self, clip: Clip) -> list[int]:
-        rules = self.media.audio
-        assert rules is not None, clip
-        runs = self._runs(clip)
-        if not runs:
-            raise RowError(
-                "audio",
-                f"audio {clip.name} has {clip.samples} samples of 16 kHz, expected at least {rules.fewest_samples}: "
-                "fewer make no audio token. Replace it, or remove the row.",
-            )
-        return runs
 
     def _shorten(self, plan: Plan) -> Plan:
         """Bring a plan over ``--model_max_length`` to it, in the way that ``--overlength`` says."""
@@ -443,7 +413,12 @@ class Processing:
         }
         if audio_bound:
             sample["audio_bound"] = torch.tensor(audio_bound)
-            sample["audio_values"], sample["audio_segments"] = self._audio(plan, audio_bound)
+            whole = range(len(encoded.media_spans))  # the rest was cut off
+            messages = message_numbers(plan.pieces, self.generation.turn_end)
+            heard = [(clip, messages[index]) for index in whole for clip in heard_in(plan.pictures[index])]
+            places = sum(end - start for start, end in audio_bound)
+            values = audio_tensors(heard, places, self.media.audio, self.generation)
+            sample["audio_values"], sample["audio_segments"] = values
         if self.generation.token_types:
             sample["mm_token_type_ids"] = _token_types(input_ids, self.tokenizer, self.style)
         if cache is not None:
@@ -469,47 +444,9 @@ class Processing:
                 images += islice(runs, count)
             for clip in () if isinstance(picture, Clip) else picture.sound:  # a frame is never cut: one run
                 images += islice(runs, 1)
-                audio += islice(runs, len(self._runs(clip)))
+                assert self.media.audio is not None, clip
+                audio += islice(runs, len(self.media.audio.runs(clip.samples)))
         return images, audio
-
-    def _audio(self, plan: Plan, bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``audio_values`` and ``audio_segments`` of a sample, see ``batch.Sample``.
-
-        The audios of a message are heard as one waveform, as in the released ``chat``. Its tokens can then be more than
-        there are places, and the last ones are dropped; or fewer, which the released code can't do, and then each audio
-        is heard by itself.
-        """
-        rules, hearing = self.media.audio, self.generation.hearing
-        assert rules is not None
-        assert hearing is not None
-        places = sum(end - start for start, end in bounds)
-        heard = [
-            (clip, message)
-            for picture, message, _ in zip(
-                plan.pictures, self._messages(plan.pieces), plan.encoded.media_spans, strict=False
-            )
-            for clip in _heard_in(picture)
-        ]
-        clips, messages = [clip for clip, _ in heard], [message for _, message in heard]
-        waveforms = merged(clips, messages if hearing.merges else range(len(clips)))
-        if sum(rules.tokens(len(waveform)) for waveform in waveforms) < places:
-            waveforms = merged(clips, range(len(clips)))
-        mels = log_mel(waveforms)
-        longest, left, segments = max(mel.shape[1] for mel in mels), places, []
-        for mel in mels:
-            kept = min(rules.tokens_of_frames(mel.shape[1]), left)
-            left -= kept
-            segments.append((mel.shape[1], longest, kept))
-        return torch.from_numpy(np.concatenate(mels, axis=1)), torch.tensor(segments)
-
-    def _messages(self, pieces: Sequence[Piece]) -> list[int]:
-        """The number of the message that each medium stands in."""
-        messages, number = [], 0
-        for piece in pieces:
-            if piece.media is not None:
-                messages.append(number)
-            number += piece.text == self.generation.turn_end
-        return messages
 
 
 def load_processing(
@@ -551,10 +488,6 @@ def _image_sizes(pictures: Sequence[Picture | Clip]) -> list[Size | None]:
     """(width, height) of every image; None for a video and for audio."""
     images = (picture if isinstance(picture, Picture) else None for picture in pictures)
     return [image.sizes[0] if image is not None and image.kind == "image" else None for image in images]
-
-
-def _heard_in(picture: Picture | Clip) -> tuple[Clip, ...]:
-    return (picture,) if isinstance(picture, Clip) else picture.sound
 
 
 def _patches(
