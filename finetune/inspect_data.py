@@ -82,6 +82,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.refuse_repeated(argv)
     values, rest = parser.parse_known_args(argv)
+    written = [f"--{name}" for name in ("report", "json") if getattr(values, name) is not None]
+    if values.show and written:
+        parser.error(f"--show prints rows and writes no {written[0]}. Give one of them.")
     parser.refuse_unknown(rest, also_known=flag_names())
     ignored = [word for word in rest if word.startswith("--")]
     if ignored:

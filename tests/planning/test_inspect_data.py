@@ -329,6 +329,13 @@ def test_a_misspelled_flag_is_named_and_flags_of_training_are_known(tmp_path, ca
     assert "change nothing here: --lora_r=8 --evaluation_strategy" in capsys.readouterr().err
 
 
+def test_a_report_is_not_left_out_in_silence(tmp_path, capsys):
+    path = write_rows(tmp_path, GOOD)
+    with pytest.raises(SystemExit):
+        flags(path, "--show", "0", "--report", "report.html")
+    assert "--show prints rows and writes no --report" in capsys.readouterr().err
+
+
 def run(*arguments, cwd):
     return processes.run([sys.executable, SCRIPT, *arguments], limit=120, cwd=cwd)
 
