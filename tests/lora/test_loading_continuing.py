@@ -7,7 +7,7 @@ from dataset import SupervisedDataset, data_collator
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, FingerprintError, read_adapter_folder
-from minicpm_tune.lora.loading import check_adapter, load_adapter, new_or_continued_adapter, new_tokens_of_run
+from minicpm_tune.lora.loading import check_adapter, load_adapter, new_tokens_of_run
 from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
@@ -32,21 +32,6 @@ def test_flags_that_say_what_the_adapter_is_are_taken(adapter):
     check(adapter, lora_r=4, lora_target_modules=OFFICIAL_LORA_TARGETS)
     check(adapter, vision=True, lora_modules_to_save=["resampler,embed_tokens"])
     check(adapter, base=checkpoint("v2_6", seed=1), allow_other_base=True)
-
-
-@pytest.mark.parametrize("continued", [False, True])
-def test_positions_that_never_train_stay_fixed_in_modules_trained_in_full(tmp_path, continued):
-    lora = LoraArguments(lora_r=4)
-    if continued:
-        saved_adapter(tmp_path / "adapter", "v2")
-        lora.lora_weight_path = str(tmp_path / "adapter")
-    model = new_or_continued_adapter(
-        loaded(checkpoint("v2"), "v2"), GENERATIONS["v2"], lora, vision=False, resampler=True
-    )
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trained_whole = {name.rsplit(".", 1)[-1] for name in trains if "resampler.modules_to_save" in name}
-    assert "query" in trained_whole
-    assert "pos_embed" not in trained_whole
 
 
 def test_a_continued_adapter_brings_its_tokens(tmp_path):

@@ -46,7 +46,6 @@ from minicpm_tune.lora.build import (
     set_frozen_copies_aside,
     translated_pattern,
 )
-from minicpm_tune.models.parameter_parts import freeze_fixed_tables
 from minicpm_tune.safe_loading import unreadable_files_as_messages
 from minicpm_tune.settings.argument_groups import LoraArguments
 
@@ -193,7 +192,6 @@ def new_or_continued_adapter(
         wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
         log_adapted_modules(wrapped)
     set_frozen_copies_aside(wrapped)
-    freeze_fixed_tables(wrapped)
     return wrapped
 
 

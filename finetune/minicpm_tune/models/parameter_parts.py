@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from minicpm_tune.checkpoints.model_generations import Generation, plain_name
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("vision", "audio", "resampler", "embeddings", "llm", "lora")
-# Positions that never train, as released: V-2's queries, and those of the audio encoder. Loading forgets that, and so
-# does PEFT for modules that are trained in full (0.21).
+# Positions that never train, as released: V-2's queries, and those of the audio encoder. Loading forgets that. Within a
+# module that an adapter trains in full they do train, as with the official script: PEFT (0.21) trains all of it, and
+# under ZeRO-3 a frozen part of it would be missing when it is saved.
 FIXED_TABLES = ("resampler.pos_embed", "apm.embed_positions.weight")
 
 
@@ -58,13 +59,6 @@ def freeze(
     trains = {"vision": vision, "audio": audio, "resampler": resampler, "embeddings": llm, "llm": llm}
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trains[generation.part_of(name)] and name not in FIXED_TABLES
-
-
-def freeze_fixed_tables(model: nn.Module) -> None:
-    """See that positions which never train don't; call when an adapter is on its model."""
-    for name, parameter in model.named_parameters():
-        if plain_name(name) in FIXED_TABLES:
-            parameter.requires_grad = False
 
 
 def check_parts(generation: Generation, *, audio: bool, **_: bool) -> None:
