@@ -53,7 +53,7 @@ STARTS = [
         "started": "2026-01-01T11:00:00", "ended": "2026-01-01T12:00:00", "outcome": "finished", "step": 30,
         "command": ["python", "finetune.py", "--output_dir", "a b"], "versions": {"torch": "2.13.0"},
         "machine": {"host": "here", "processes": 2, "gpus": ["H100", "H100"]},
-        "data": {"training": [{"path": "cats.json", "rows": 1200}]},
+        "data": {"training": [{"path": "cats.json", "rows": 1200}, {"path": "dogs.json", "rows": 90, "rows_used": 81}]},
         "arguments": {"TrainingArguments": {"learning_rate": 1e-4, "use_lora": False}, "LoraArguments": {"lora_r": 64}},
     },
 ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_page_shows_curves_figures_answers_and_what_the_run_was_made_of(tmp_pa
     for text in (
         "cut off",
         "2 x H100",
-        "1,200 of cats.json",
+        "1,200 of cats.json; 81 of the 90 of dogs.json",
         "finetune.py --output_dir &#39;a b&#39;",
         "2.13.0",
     ):

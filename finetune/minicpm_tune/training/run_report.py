@@ -250,6 +250,14 @@ def _columns(history: Sequence[dict[str, Any]]) -> list[str]:
     return ["step", *(name for name in names if name != "step")]
 
 
+def _rows_of(file: dict[str, Any]) -> str:
+    rows, used = (
+        file["rows"],
+        file.get("rows_used", file["rows"]),
+    )  # records of earlier versions lack the second
+    return f"{used:,} of {file['path']}" if used == rows else f"{used:,} of the {rows:,} of {file['path']}"
+
+
 def _facts(start: dict[str, Any]) -> dict[str, str]:
     """What the run was made of: the machine, the data and the arguments that matter most."""
     facts: dict[str, str] = {}
@@ -260,7 +268,7 @@ def _facts(start: dict[str, Any]) -> dict[str, str]:
         parts.append("1 process" if processes == 1 else f"{processes} processes")
         facts["machine"] = ", ".join([str(machine.get("host")), *parts])
     for kind, files in (start.get("data") or {}).items():
-        facts[f"{kind} rows"] = "; ".join(f"{file['rows']:,} of {file['path']}" for file in files)
+        facts[f"{kind} rows"] = "; ".join(_rows_of(file) for file in files)
     for group, names in _FACTS.items():
         given = start.get("arguments", {}).get(group, {})
         if group == "LoraArguments" and not start.get("arguments", {}).get("TrainingArguments", {}).get(
