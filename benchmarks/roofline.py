@@ -8,7 +8,8 @@ a launch. Attention counts the pairs of tokens that a variant computes, at the s
 reaches. The estimate leaves out the optimizer's step, communication, and waiting for data.
 
 Variants: a dense mask (all pairs, no flash kernel), variable-length attention with fp32 sums between layers, the same
-with 16-bit sums (the product's default), and without checkpointing.
+with 16-bit sums, with liger's kernels besides (the product's default where liger is installed), and without
+checkpointing. Of liger's kernels the bytes count: norms, rotary positions, and SwiGLU read and write once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,8 +109,51 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, is_causal: bool =
     return Counted.apply(*(step_memory.to_autocast_dtype(part) for part in (query, key, value)), is_causal)
 
 
+class Fused(torch.autograd.Function):
+    """One kernel that reads its inputs and writes something like the first of them; its backward writes all slopes."""
+
+    @staticmethod
+    def forward(ctx, first, *others):
+        ctx.save_for_backward(first, *others)
+        Operators.rows.append((0.0, float(sum(map(_bytes, (first, first, *others))))))
+        return first.new_empty(first.shape)
+
+    @staticmethod
+    def backward(ctx, slope):
+        saved = ctx.saved_tensors
+        slopes = [
+            part.new_empty(part.shape) if needed else None
+            for part, needed in zip(saved, ctx.needs_input_grad, strict=True)
+        ]
+        moved = [slope, *saved, *(part for part in slopes if part is not None)]
+        Operators.rows.append((0.0, float(sum(map(_bytes, moved)))))
+        return tuple(slopes)
+
+
+def use_fused_kernels(llm: torch.nn.Module) -> None:
+    """Let norms, rotary positions, and SwiGLU be a kernel each, as liger's are."""
+    for module in llm.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module)
+        elif hasattr(module, "gate_proj") and hasattr(module, "up_proj"):
+            module.forward = partial(_gated, module)
+
+
+def _norm(module: Any, hidden: Tensor) -> Tensor:
+    return Fused.apply(hidden, module.weight)
+
+
+def _gated(module: Any, hidden: Tensor) -> Tensor:
+    return module.down_proj(Fused.apply(module.gate_proj(hidden), module.up_proj(hidden)))
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Stands in for transformers' ``apply_rotary_pos_emb``."""
+    return Fused.apply(query, cos, sin), Fused.apply(key, cos, sin)
+
+
 def operators(
-    folder: Path, name: str, training: Training
+    folder: Path, name: str, training: Training, *, fused: bool
 ) -> tuple[list[tuple[float, float]], list[tuple[float, int]]]:
     """The operators of a step, and its attention: (operations of all pairs, whether only earlier tokens are seen)."""
     generation = GENERATIONS[name]
@@ -116,10 +162,16 @@ def operators(
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
         return model(**batch).loss
 
-    with mock.patch.object(step_memory, "StepMeter", Operators):
-        step_peak(
-            prepared_model(folder, generation, training), generation, training, loss=loss, attention=attend
-        )
+    model = prepared_model(folder, generation, training)
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(step_memory, "StepMeter", Operators))
+        if fused:
+            llm = model.get_submodule(generation.modules["llm"][0])
+            use_fused_kernels(llm)
+            layers = {type(module).__module__ for module in llm.modules() if hasattr(module, "q_proj")}
+            for layer in layers:
+                patches.enter_context(mock.patch.object(sys.modules[layer], "apply_rotary_pos_emb", rotate))
+        step_peak(model, generation, training, loss=loss, attention=attend)
     return Operators.rows, Counted.noted
 
 
@@ -166,10 +218,12 @@ def main() -> None:
         lora=LoraArguments(lora_modules_to_save=["resampler"]),
     )  # fmt: skip
     variants = {
-        "dense mask, fp32 sums": (replace(training, fp32_residual_connection=True), True),
-        "variable length, fp32 sums": (replace(training, fp32_residual_connection=True), False),
-        "variable length, 16-bit sums": (training, False),
-        "the same, no checkpointing": (replace(training, gradient_checkpointing=False), False),
+        "dense mask, fp32 sums": (replace(training, fp32_residual_connection=True), True, False),
+        "variable length, fp32 sums": (replace(training, fp32_residual_connection=True), False, False),
+        "variable length, 16-bit sums": (training, False, False),
+        "16-bit sums, liger": (training, False, True),
+        "no checkpointing, 16-bit sums": (replace(training, gradient_checkpointing=False), False, False),
+        "no checkpointing, liger": (replace(training, gradient_checkpointing=False), False, True),
     }
     print(
         f"AN ESTIMATE, nothing is measured: {given.generation}, LoRA and resampler, {given.samples} samples in a row"
@@ -184,10 +238,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = write_config(given.generation, Path(name))
         found = {
-            key: (*operators(folder, given.generation, how), dense) for key, (how, dense) in variants.items()
+            key: (*operators(folder, given.generation, how, fused=fused), dense)
+            for key, (how, dense, fused) in variants.items()
         }
     # What is needed is what a step without checkpointing does; doing it again is not.
-    rows, attention, _ = found["the same, no checkpointing"]
+    rows, attention, _ = found["no checkpointing, 16-bit sums"]
     needed = seconds(CARDS[given.cards[0]], rows, attention, given, dense=False)[1]
     for key, (rows, attention, dense) in found.items():
         for name in given.cards:
