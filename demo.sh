@@ -129,11 +129,11 @@ tune() {
 # Two stages, the second on other words for the same pictures; flags given are passed on to both runs.
 run_two_stages() {
     step "3. Full tuning on the questions, with finetune_ds.sh: $OUTPUT/full"
-    tune finetune_ds.sh "$OUTPUT/base" questions full --learning_rate 1e-3 --group_by_length true "$@"
+    tune finetune_ds.sh "$OUTPUT/base" questions full --learning_rate 1e-3 --train_sampling_strategy group_by_length "$@"
     step "4. LoRA on the descriptions, from that result, with finetune_lora.sh: $OUTPUT/lora"
-    tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --group_by_length true --vision_lr 1e-4 \
+    tune finetune_lora.sh "$OUTPUT/full" descriptions lora --learning_rate 3e-3 --train_sampling_strategy group_by_length --vision_lr 1e-4 \
         --resampler_lr 1e-4 "$@"
-    step "5. Held-out pictures, before and after"
+    step "5. Held-out pictures, before and after (LoRA learned the descriptions alone, and may forget the questions)"
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
 }
 
@@ -147,7 +147,7 @@ run_find() {
 
 run_listen() {
     step "3. Full tuning on sounds, the audio encoder included, with finetune_ds.sh: $OUTPUT/full"
-    tune finetune_ds.sh "$OUTPUT/base" sounds full --learning_rate 1e-3 --group_by_length true --tune_audio true
+    tune finetune_ds.sh "$OUTPUT/base" sounds full --learning_rate 1e-3 --train_sampling_strategy group_by_length --tune_audio true
     step "4. Singers that were never heard, before and after"
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} python "$ROOT/demo/compare.py" "$OUTPUT"
 }

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from minicpm_tune.data.media.images import ImageOptions, open_image
+from minicpm_tune.data.media.sources import decode_data_uri
 from minicpm_tune.errors import RowError
 
 RED = (200, 30, 40)
@@ -190,3 +191,9 @@ def test_remote_images_are_fetched_when_allowed(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+def test_a_data_uri_that_is_no_base64_is_named_by_what_it_holds(kind):
+    with pytest.raises(RowError, match=f"{kind} here: .*expected 'data:{kind}/...;base64,...'"):
+        decode_data_uri(f"data:{kind}/x;base64,%%%", "here")

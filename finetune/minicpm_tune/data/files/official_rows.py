@@ -6,8 +6,6 @@ What the official form lacks, videos, audios, objects, weights and thoughts, sta
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import os
 import re
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.data.grounding import Box, Ref
-from minicpm_tune.data.media.sources import find_file, is_remote
+from minicpm_tune.data.media.sources import decode_data_uri, find_file, is_remote
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.turns import ESCAPABLE, Literal, Media, Part, Source, Turn
 from minicpm_tune.errors import RowError
@@ -82,7 +80,7 @@ class OfficialForm:
             name = value.get("path") or ""
             value = (value.get("path") or value.get("url")) if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str) and value.startswith("data:"):
-            value = _decoded(value)
+            value = decode_data_uri(value, f"{value[:40]!r}")
         if isinstance(value, (bytes, bytearray)):
             return self._relative(self._saved(bytes(value), Path(name).suffix))
         if not isinstance(value, str) or not value.strip():
@@ -121,18 +119,6 @@ class OfficialForm:
 
 def _read(row: Any) -> ParsedRow:
     return parse_row(row, image_end=_END, hears=True)
-
-
-def _decoded(value: str) -> bytes:
-    header, _, body = value.partition(",")
-    try:
-        if not header.endswith(";base64"):
-            raise ValueError("it is not marked ';base64,'")
-        return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RowError(
-            "media", f"a data URI can't be read ({error}), expected 'data:...;base64,...'. Encode it again."
-        ) from error
 
 
 class _Writer:

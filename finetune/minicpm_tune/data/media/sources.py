@@ -108,7 +108,7 @@ def open_bytes(value: Any, folder: Path, name: str) -> io.BytesIO | Path:
     if is_remote(value):
         return io.BytesIO(_fetch(value))
     if value.startswith("data:"):
-        return io.BytesIO(_data_uri(value, name))
+        return io.BytesIO(decode_data_uri(value, name))
     return find_file(value, folder)
 
 
@@ -158,15 +158,22 @@ def _inner(value: Any) -> Any:
     return (value.get("path") or value.get("url")) if data is None else data
 
 
-def _data_uri(value: str, name: str) -> bytes:
+def decode_data_uri(value: str, name: str) -> bytes:
+    """The bytes of a ``data:...;base64,...`` address.
+
+    Raises:
+        RowError: When it is no base64.
+    """
     header, _, body = value.partition(",")
     try:
         if not header.endswith(";base64"):
             raise ValueError("it is not marked ';base64,'")
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
+        kind = header.removeprefix("data:").partition("/")[0]
+        word = kind if kind in ("video", "audio") else "image"
         raise RowError(
-            "image", f"image {name}: {error}, expected 'data:image/...;base64,...'. Encode it again."
+            word, f"{word} {name}: {error}, expected 'data:{word}/...;base64,...'. Encode it again."
         ) from error
 
 
