@@ -11,7 +11,7 @@ from minicpm_tune.checkpoints.weight_files import weight_files
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Turn
 from minicpm_tune.models.loading import load_model
-from minicpm_tune.models.minicpmv.resampler import grid_table
+from minicpm_tune.models.minicpmv.vision import grid_table
 
 SCALE_RESOLUTION = 112  # of the demo's checkpoints, in pixels
 

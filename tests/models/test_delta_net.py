@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minicpm_tune.models.minicpmv46 import delta_net as delta_net_module
-from minicpm_tune.models.minicpmv46.layout import SpreadLayout
+from minicpm_tune.models.minicpmv46.delta_net import SpreadLayout
 from support.minicpmv46_cases import golden_config, one_thread
 
 

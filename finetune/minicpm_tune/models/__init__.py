@@ -1,8 +1,8 @@
 """The models. One folder per family; beside them what families share.
 
 loading            a folder or hub id -> a model with its weights
-loss               the loss of supervised tokens, without all logits
-slices             the slices of a batch, and running a vision tower once on all of them
+loss               the loss of supervised tokens, without all logits; the balance of experts
+batch_layout       the slices and samples of a batch, and running a vision tower once on all slices
 attention          attention within slices and within packed samples
 quantization       the LLM in 4 or 8 bit
 parameter_parts    which parts train, and the table of parts

@@ -2,8 +2,8 @@
 
 modeling         the class: batch -> embeddings -> LLM -> loss; generation
 configuration    the released config.json, and what transformers' classes need of it
-vision           the two SigLIP towers (V-2's; the one of 2.5 and later)
-resampler        patches of a slice -> its query_num embeddings
+vision           the two SigLIP towers (V-2's; the one of 2.5 and later), and the resampler
+audio            the encoder half of Whisper (MiniCPM-o)
 """
 
 from typing import Any

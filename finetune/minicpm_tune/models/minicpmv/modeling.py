@@ -33,8 +33,14 @@ from minicpm_tune.models.loading import keep_present_blocks
 from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
 from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
-from minicpm_tune.models.minicpmv.resampler import FramePacks, Resampler, check_bounds, grid_table
-from minicpm_tune.models.minicpmv.vision import NaViTTower, TimmTower
+from minicpm_tune.models.minicpmv.vision import (
+    FramePacks,
+    NaViTTower,
+    Resampler,
+    TimmTower,
+    check_bounds,
+    grid_table,
+)
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 

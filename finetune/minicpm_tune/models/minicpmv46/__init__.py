@@ -1,10 +1,8 @@
 """MiniCPM-V 4.6 and 4.7 and MiniCPM-OCR: transformers' own classes, behind this project's batches.
 
 modeling     the two classes: training forward, generation, saving
-vision       tower and merger, run once on all slices of a batch
-layout       where samples and placeholders stand in a batch
+vision       placeholders of slices; tower and merger, run once on all slices of a batch
 delta_net    the recurrent layer, with packed samples kept apart
-experts      the loss that balances the experts of a mixture
 """
 
 from typing import Any

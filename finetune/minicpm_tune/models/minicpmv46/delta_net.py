@@ -1,8 +1,9 @@
 """The gated delta-net layer of Qwen3.5 for training: samples of a packed row stay apart.
 
-transformers 5.23 isolates packed samples in this layer only where both flash-linear-attention and
-causal-conv1d are installed, and refuses elsewhere. Here the isolation needs neither; where
-flash-linear-attention is at hand on a GPU, its kernel computes the delta rule.
+A recurrent layer has no mask: its convolution and its state run on from one sample of a row into the next.
+transformers 5.23 isolates packed samples in it only where both flash-linear-attention and causal-conv1d are
+installed, and refuses elsewhere. Here ``SpreadLayout`` does, and needs neither; where flash-linear-attention is at
+hand on a GPU, its kernel computes the delta rule.
 Letters: B rows, T tokens, N real tokens, W tokens of a spread row, H value heads.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 from transformers.utils.generic import maybe_autocast
 
-from minicpm_tune.models.minicpmv46.layout import SpreadLayout
+from minicpm_tune.models.batch_layout import SampleLayout, placed
 
+# The chunk length of the chunked delta rule (transformers' default): samples start at multiples of it.
+CHUNK = 64
 # Log decay at a reset: exp(-10000) is exactly 0 in fp32, so nothing of the old state is left. It stands
 # only on the last token of a chunk, where no later cumulative sum loses digits by its size.
 RESET = -10_000.0
@@ -30,6 +35,68 @@ RESET = -10_000.0
 _HAS_KERNEL = importlib.util.find_spec("fla") is not None
 _kernel_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
 _torch_rule = inspect.unwrap(_kernel_rule)
+
+
+@dataclass(frozen=True)
+class SpreadLayout(SampleLayout):
+    """The samples of a batch, and a spread form of it in which nothing can leak between them.
+
+    In the spread form every sample starts at a multiple of ``CHUNK``, behind at least ``gap`` empty
+    tokens; the last token of the gap is where a recurrent state is reset. A row that holds a single
+    sample is not spread at all.
+
+    Attributes:
+        gap: Fewest empty tokens between two samples; the kernel size of the convolution.
+    """
+
+    gap: int
+
+    @cached_property
+    def _spread_starts(self) -> tuple[list[list[int]], int]:
+        """Where samples start in each spread row, and W."""
+        rows, spread_width = [], 0
+        for lengths in self.lengths:
+            starts: list[int] = []
+            end = 0
+            for length in lengths:
+                start = 0 if not starts else -(-(end + self.gap) // CHUNK) * CHUNK
+                starts.append(start)
+                end = start + length
+            rows.append(starts)
+            spread_width = max(spread_width, end)
+        return rows, spread_width
+
+    @property
+    def spread_width(self) -> int:
+        """W, the length of a spread row."""
+        return self._spread_starts[1]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[N] place of each real token in the flattened [B * W] spread form."""
+        rows, spread_width = self._spread_starts
+        places = [
+            row * spread_width + start + torch.arange(length)
+            for row, starts in enumerate(rows)
+            for start, length in zip(starts, self.lengths[row], strict=True)
+        ]
+        return torch.cat(places).to(self.device, non_blocking=True)
+
+    @cached_property
+    def resets(self) -> Tensor:
+        """Places in the flattened [B * W] spread form in front of each sample but a row's first."""
+        rows, spread_width = self._spread_starts
+        places = [row * spread_width + start - 1 for row, starts in enumerate(rows) for start in starts[1:]]
+        return torch.tensor(places, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """[N, ...] -> [B, W, ...], zero between the samples."""
+        return placed(tokens, self.slots, len(self.lengths), self.spread_width)
+
+    def collect(self, spread: Tensor) -> Tensor:
+        """[B, W, ...] -> [N, ...], what stands between the samples dropped."""
+        flat = spread.flatten(0, 1)
+        return flat if flat.shape[0] == self.slots.shape[0] else flat[self.slots]
 
 
 class _PackedForward(nn.Module):

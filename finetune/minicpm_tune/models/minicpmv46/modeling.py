@@ -32,11 +32,15 @@ from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.batch_layout import FULL_SLICE, Grid, VisionInput
 from minicpm_tune.models.chat_interface import ChatMixin
 from minicpm_tune.models.loading import keep_present_blocks
-from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
-from minicpm_tune.models.minicpmv46.delta_net import use_packed_delta_nets
-from minicpm_tune.models.minicpmv46.experts import balance_losses, sample_weights
-from minicpm_tune.models.minicpmv46.layout import PlaceholderRuns, SpreadLayout
-from minicpm_tune.models.minicpmv46.vision import encode_slices, use_slice_modules
+from minicpm_tune.models.loss import (
+    MiniCPMVOutput,
+    as_lm_head,
+    balance_losses,
+    sample_weights,
+    supervised_loss,
+)
+from minicpm_tune.models.minicpmv46.delta_net import SpreadLayout, use_packed_delta_nets
+from minicpm_tune.models.minicpmv46.vision import PlaceholderRuns, encode_slices, use_slice_modules
 
 # What transformers calls the kinds of slices, see ``PlaceholderRuns``.
 _KINDS = ((1, "image", "target_sizes"), (2, "video", "target_sizes_videos"))

@@ -2,8 +2,7 @@
 
 modeling         the class: batch -> embeddings -> LLM -> loss; generation
 configuration    the released config.json, and what the weight files say beside it
-vision           images through tower and projector; 4khd's tiles
-clip_tower       CLIP ViT-L/14 under the released key names
+vision           images through tower (CLIP ViT-L/14) and projector; 4khd's tiles
 internlm2        the LLM with its partial LoRA
 """
 

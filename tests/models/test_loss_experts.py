@@ -10,8 +10,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 
 from minicpm_tune.models.batch_layout import SampleLayout
+from minicpm_tune.models.loss import balance_losses, sample_weights
 from minicpm_tune.models.minicpmv46.delta_net import PackedMoeDeltaNet, use_packed_delta_nets
-from minicpm_tune.models.minicpmv46.experts import balance_losses, sample_weights
 from support.minicpmv46_cases import (
     batch_of,
     gradients,
