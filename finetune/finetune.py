@@ -54,16 +54,14 @@ from minicpm_tune.planning.fitting import choose_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
 from minicpm_tune.settings.data_arguments import DataArguments
-from minicpm_tune.training.checkpointing import check_continues, write_failures_as_messages
-from minicpm_tune.training.learning_rates import check_rates
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
-from minicpm_tune.training.run_folder import RunFolder
-from minicpm_tune.training.run_plan import log_plan, plan_run
+from minicpm_tune.training.run_folder import RunFolder, write_failures_as_messages
+from minicpm_tune.training.run_plan import check_continues, log_plan, plan_run
 from minicpm_tune.training.run_record import start_record
 from minicpm_tune.training.run_report import RunReport
 from minicpm_tune.training.step_metrics import LossCurve
-from minicpm_tune.training.trainer_corrections import EarlyStopping
+from minicpm_tune.training.trainer_corrections import EarlyStopping, check_rates
 from trainer import CPMTrainer
 
 logger = logging.getLogger("minicpm_tune.finetune")

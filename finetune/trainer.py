@@ -25,11 +25,10 @@ from minicpm_tune.data.sampling import (
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
-from minicpm_tune.training.learning_rates import split_by_rate
 from minicpm_tune.training.resilient_trainer import ResilientTrainer
 from minicpm_tune.training.run_record import write_model_card
 from minicpm_tune.training.step_metrics import EvaluationSums, SourceLosses, ThroughputMeter
-from minicpm_tune.training.trainer_corrections import shard_on_cpus
+from minicpm_tune.training.trainer_corrections import shard_on_cpus, split_by_rate
 
 
 class CPMTrainer(ResilientTrainer):

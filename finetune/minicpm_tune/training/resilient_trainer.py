@@ -30,7 +30,6 @@ from minicpm_tune.logs import LOG_ONLY
 from minicpm_tune.processes import gather
 from minicpm_tune.safe_loading import allow_deepspeed_states, unreadable_files_as_messages
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.checkpointing import CheckpointError, CheckpointWriter, run_shape
 from minicpm_tune.training.nonfinite_and_memory import (
     MemoryExhaustedError,
     MicroBatch,
@@ -40,6 +39,8 @@ from minicpm_tune.training.nonfinite_and_memory import (
 )
 from minicpm_tune.training.peer_monitor import PeerMonitor
 from minicpm_tune.training.process_lifecycle import StopSignals
+from minicpm_tune.training.run_folder import CheckpointWriter
+from minicpm_tune.training.run_plan import ResumeError, run_shape
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class ResilientTrainer(Trainer):
             key for key in load_result.missing_keys if key in parameters and parameters[key].requires_grad
         ]
         if missing:
-            raise CheckpointError(
+            raise ResumeError(
                 f"the checkpoint lacks {len(missing)} of the weights that are trained, such as {missing[0]}. Give the "
                 "model that the run was started with."
             )

@@ -1,7 +1,13 @@
-"""The output folder while a run goes on: writable, locked for this run, shared between machines or not."""
+"""The output folder while a run goes on: locked for this run, shared between machines or not, with whole checkpoints.
+
+A checkpoint holds the trained weights, optimizer, schedule and random numbers of every process, as Trainer
+writes them, and a manifest: which files belong to it, and how the run was divided.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import re
@@ -9,18 +15,22 @@ import shutil
 import socket
 import time
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
 from torch import distributed
 
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import GIB, free_bytes, is_write_failure, system_reason
 from minicpm_tune.output_folder import LOCK_FILE, LOGS, MANIFEST, UNFINISHED
 from minicpm_tune.processes import gather, local_world_size
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.checkpointing import choose_checkpoint
+from minicpm_tune.training.run_plan import RunShape
 
 logger = logging.getLogger(__name__)
 
@@ -205,3 +215,151 @@ def _send(path: Path, *, writes: bool) -> None:
                 target.write(chunk[0])
     if writes:
         partial.replace(path)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be written.
+
+    Args:
+        text: The message.
+        leftover: A half-written folder.
+    """
+
+    def __init__(self, text: str, *, leftover: Path | None = None):
+        super().__init__(text)
+        self.leftover = leftover
+
+    def clean_up(self) -> None:
+        """Delete what was half written.
+
+        Not before the message is out: other processes write there too, would fail because of it, and be heard first.
+        """
+        if self.leftover is not None:
+            shutil.rmtree(self.leftover, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """One checkpoint while it is written.
+
+    Every process makes one and calls ``writing`` and ``move_into_place``; in each folder (one for all
+    machines, or one per machine) exactly one process has ``owns_folder``.
+
+    Args:
+        output_dir: The output folder.
+        step: Optimizer steps done.
+        owns_folder: Whether this process moves the checkpoint.
+        shape: The run's shape, for the manifest.
+    """
+
+    def __init__(self, output_dir: str | Path, step: int, *, owns_folder: bool, shape: RunShape):
+        self.name = f"checkpoint-{step}"
+        self.step, self.owns_folder, self.shape = step, owns_folder, shape
+        self.final = Path(output_dir) / self.name
+        self.staging = Path(output_dir) / UNFINISHED
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the system's refusal to write into a message; see ``write_failures_as_messages``."""
+        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            yield
+
+    def best(self, step: int | None, before: str | None) -> str | None:
+        """Where the best checkpoint is, or will be once this one is in place.
+
+        Args:
+            step: The step of the best checkpoint so far.
+            before: What was known before this checkpoint.
+        """
+        if step is None:
+            return before
+        path = self.final.parent / f"checkpoint-{step}"
+        return str(path) if step == self.step or path.is_dir() else before
+
+    def move_into_place(self) -> None:
+        """Write the manifest, and give the checkpoint its name.
+
+        Call when every process has written its files.
+        """
+        if not self.owns_folder:
+            return
+        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
+            self._move()
+
+    def _move(self) -> None:
+        written = self.staging / self.name
+        files = {
+            path.relative_to(written).as_posix(): path.stat().st_size
+            for path in sorted(written.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        manifest = {"step": self.step, **asdict(self.shape), "files": files}
+        with (written / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        replaced = self.staging / "replaced"
+        if self.final.exists():
+            # It is damaged, or the run was continued from an older checkpoint and has come here again.
+            os.replace(self.final, replaced)
+        os.replace(written, self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            self.staging.rmdir()
+
+
+@contextmanager
+def write_failures_as_messages(path: Path, *, leftover: Path | None = None) -> Iterator[None]:
+    """Turn the system's refusal to write something into a message.
+
+    Args:
+        path: What is written: the output folder, or a checkpoint in it.
+        leftover: What to delete afterwards.
+
+    Raises:
+        CheckpointError: When the disk is full, the folder can't be written, or a quota is reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_failure(error):
+            raise
+        raise CheckpointError(_cannot_write(path, error), leftover=leftover) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    output_dir = path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
+    free = free_bytes(output_dir)
+    reason, number = system_reason(error, output_dir)
+    text = f"{path} could not be written: {reason}. {free / GIB:.1f} GiB are free there. "
+    if free < GIB or number in (errno.ENOSPC, errno.EDQUOT):
+        text += "Free some space, or let --save_total_limit keep fewer checkpoints. "
+    last = output_folder.find_earlier_run(output_dir).last_checkpoint
+    if last is None:
+        return f"{text}There is no earlier checkpoint."
+    return f"{text}{last.name} is whole: continue from it with --resume_from_checkpoint true."
+
+
+def choose_checkpoint(training: TrainingArguments) -> Path | None:
+    """The checkpoint to continue from, the same on every process; None to start from the beginning.
+
+    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines with
+    folders of their own may have been stopped between two. The ones that are passed over are logged.
+    """
+    if not training.continues_last:
+        return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
+    found = {
+        step: output_folder.find_damage(path)
+        for step, path in output_folder.list_checkpoints(training.output_dir)
+    }
+    views = gather(found)
+    everywhere = set.intersection(*(set(view) for view in views))
+    problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
+    problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
+    chosen = max((step for step in everywhere if step not in problems), default=None)
+    for step in sorted(problems):
+        if training.process_index == 0 and (chosen is None or step > chosen):
+            logger.warning("checkpoint-%d is not whole and is passed over: %s.", step, problems[step])
+    if chosen is None:
+        return None
+    return Path(training.output_dir) / f"checkpoint-{chosen}"

@@ -1,17 +1,33 @@
-"""What a run is going to do, said before any weights are loaded: rows, steps, and when the first results come."""
+"""What a run is going to do, checked and said before any weights are loaded: rows, steps, when the first results come.
+
+A continued run must be divided as the interrupted one was.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from minicpm_tune import output_folder
 from minicpm_tune.data.samples import TrainingRows
+from minicpm_tune.errors import UserError
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 MANY_EPOCHS = 20  # more than this is rarely meant
+# What a run needs to go on exactly, besides the weights -> the files that hold it: one of them is there.
+_STATES = {
+    "the optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*"),
+    "the place in the schedule": ("scheduler.pt",),
+    "random numbers": ("rng_state*.pth",),
+}
+
+
+class ResumeError(UserError):
+    """A checkpoint that this run can't continue."""
 
 
 @dataclass(frozen=True)
@@ -118,3 +134,129 @@ def _first(training: TrainingArguments, plan: RunPlan, what: str, noun: str) -> 
     if getattr(training, f"{what}_strategy") == "best":
         return f"first {noun} after the first evaluation"
     return f"no {noun} before the end" if what == "save" or training.do_eval else f"no {noun}"
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a run is divided: what a continued run must have in common with the interrupted one.
+
+    Attributes:
+        processes: Processes over all machines.
+        rows_per_step: Rows (with packing: packs) of one optimizer step, over all processes.
+        rows: Rows of the training data.
+        deepspeed_stage: ZeRO stage; 0 without DeepSpeed.
+        trains: ``adapter`` or ``weights``.
+        order: The flags that decide the order of rows.
+    """
+
+    processes: int
+    rows_per_step: int
+    rows: int
+    deepspeed_stage: int
+    trains: str
+    order: str
+
+
+def run_shape(training: TrainingArguments, rows: int) -> RunShape:
+    """The shape of this run."""
+    per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    config = training.deepspeed or {}
+    return RunShape(
+        processes=training.world_size,
+        rows_per_step=training.world_size * per_process,
+        rows=rows,
+        deepspeed_stage=config.get("zero_optimization", {}).get("stage", 0),
+        trains="adapter" if training.use_lora else "weights",
+        order=_order(training),
+    )
+
+
+def _order(training: TrainingArguments) -> str:
+    names = ["train_sampling_strategy", "seed" if training.data_seed is None else "data_seed", "packing"]
+    if training.packing:
+        names += ["packing_window", "model_max_length"]
+    return " ".join(f"--{name} {getattr(training, name)}" for name in names)
+
+
+def check_continues(checkpoint: Path, training: TrainingArguments, *, rows: int) -> None:
+    """Check that a run can go on exactly where a checkpoint was written.
+
+    Args:
+        checkpoint: The checkpoint.
+        training: The arguments of this run.
+        rows: Rows of its training data.
+
+    Raises:
+        ResumeError: With every difference, and what to do.
+    """
+    shape = run_shape(training, rows)
+    manifest = output_folder.read_manifest(checkpoint)
+    problems = _lacks(checkpoint, shape, allowed=training.allow_inexact_resume)
+    if manifest:
+        before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
+        problems += _differs_in_kind(before, shape)
+        problems += [] if training.ignore_data_skip else _differs_in_rows(before, shape)
+    if problems:
+        raise ResumeError(f"{checkpoint} can't be continued: " + " Also, ".join(problems))
+    if manifest and before.processes != shape.processes:
+        logger.warning(
+            "%s was written by %d processes, this run has %d: the rows continue in their order, random numbers "
+            "(dropout) start anew.", checkpoint.name, before.processes, shape.processes,
+        )  # fmt: skip
+
+
+def _lacks(checkpoint: Path, shape: RunShape, *, allowed: bool) -> list[str]:
+    """What a checkpoint saved with --save_only_model does not hold, as a problem or, if allowed, as a warning."""
+    deepspeed = any(checkpoint.glob("global_step*"))  # all of it is in there
+    missing = [
+        what
+        for what, files in _STATES.items()
+        if not deepspeed and not any(any(checkpoint.glob(file)) for file in files)
+    ]
+    if not missing:
+        return []
+    lacks = f"it was saved with --save_only_model true and lacks {' and '.join(missing)}"
+    if shape.deepspeed_stage:
+        return [f"{lacks}, which DeepSpeed needs. Continue from another checkpoint."]
+    if not allowed:
+        return [
+            f"{lacks}. Continue from another checkpoint, or add --allow_inexact_resume true to start these anew: the "
+            "run will then differ from one that was not interrupted."
+        ]
+    logger.warning("%s: %s; these start anew (--allow_inexact_resume true).", checkpoint.name, lacks)
+    return []
+
+
+def _differs_in_kind(before: RunShape, shape: RunShape) -> list[str]:
+    if before.trains != shape.trains:
+        return [f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."]
+    if before.deepspeed_stage != shape.deepspeed_stage:
+        return [
+            f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."
+        ]
+    if shape.deepspeed_stage and before.processes != shape.processes:
+        return [
+            f"it was written by {before.processes} processes, this run has {shape.processes}. DeepSpeed's state is "
+            f"divided among them: start {before.processes} again."
+        ]
+    return []
+
+
+def _differs_in_rows(before: RunShape, shape: RunShape) -> list[str]:
+    """Why the rows that are left of the epoch are not those that were left then."""
+    if before.rows != shape.rows:
+        found = f"the data had {before.rows} rows and now has {shape.rows}. Give the same data"
+    elif before.order != shape.order:
+        found = f"its rows came in the order of {before.order}, now it is {shape.order}. Set these flags as they were"
+    elif before.rows_per_step != shape.rows_per_step:
+        found = (
+            f"a step had {before.rows_per_step} rows and now has {shape.rows_per_step} (processes x "
+            "--per_device_train_batch_size x --gradient_accumulation_steps). Make the product the same"
+        )
+    else:
+        return []
+    return [f"{found}, or add --ignore_data_skip true to begin an epoch anew."]
+
+
+def _stage(shape: RunShape) -> str:
+    return f"DeepSpeed ZeRO-{shape.deepspeed_stage}" if shape.deepspeed_stage else "no DeepSpeed"

@@ -10,14 +10,9 @@ import pytest
 from minicpm_tune import output_folder
 from minicpm_tune.settings.arguments import parse_arguments
 from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.training import checkpointing
-from minicpm_tune.training.checkpointing import (
-    CheckpointError,
-    CheckpointWriter,
-    check_continues,
-    choose_checkpoint,
-    run_shape,
-)
+from minicpm_tune.training import run_folder
+from minicpm_tune.training.run_folder import CheckpointError, CheckpointWriter, choose_checkpoint
+from minicpm_tune.training.run_plan import ResumeError, check_continues, run_shape
 from support import finetune_runs
 from support.paths import FINETUNE
 
@@ -90,7 +85,7 @@ def test_machines_with_folders_of_their_own_agree(tmp_path, monkeypatch, caplog)
     for step in (4, 6, 8):
         checkpoint(tmp_path, step)
     elsewhere = {4: None, 6: None, 7: None}
-    monkeypatch.setattr(checkpointing, "gather", lambda value: [value, elsewhere])
+    monkeypatch.setattr(run_folder, "gather", lambda value: [value, elsewhere])
     assert choose_checkpoint(settled(tmp_path)) == tmp_path / "checkpoint-6"
     assert "checkpoint-8 is not whole and is passed over: not on every machine" in caplog.text
 
@@ -164,7 +159,7 @@ def fail_while_writing(new, error):
 
 
 def test_a_full_disk_is_named_whatever_the_library_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: Namespace(free=1000))
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     with pytest.raises(CheckpointError, match=r"written: No space left on device\. 0\.0 GiB are free"):
         fail_while_writing(writer(tmp_path, 4), error)
@@ -178,7 +173,7 @@ def test_a_checkpoint_that_cannot_be_moved_is_a_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointing.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     with pytest.raises(CheckpointError, match="checkpoint-4 could not be written: No space left"):
         new.move_into_place()
 
@@ -207,7 +202,7 @@ def test_a_run_of_the_same_shape_continues(tmp_path):
 )
 def test_a_run_of_another_shape_is_refused(tmp_path, written, message):
     path = with_states(checkpoint(tmp_path, 3, **written))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ResumeError, match=message):
         check_continues(path, TRAINING, rows=100)
     if {"rows", "order", "rows_per_step"} & set(written):
         check_continues(path, with_flags(ignore_data_skip=True), rows=100)
@@ -223,13 +218,13 @@ def test_a_checkpoint_of_transformers_own_is_taken_as_it_is(tmp_path):
 def test_a_checkpoint_of_weights_alone_is_continued_only_when_that_is_wanted(tmp_path, caplog):
     path = checkpoint(tmp_path, 3)
     lacks = "lacks the optimizer's state and the place in the schedule and random numbers"
-    with pytest.raises(CheckpointError, match=f"{lacks}. .*--allow_inexact_resume true"):
+    with pytest.raises(ResumeError, match=f"{lacks}. .*--allow_inexact_resume true"):
         check_continues(path, TRAINING, rows=100)
     check_continues(path, with_flags(allow_inexact_resume=True), rows=100)
     assert f"{lacks}; these start anew" in caplog.text
     deepspeed = {"zero_optimization": {"stage": 2}}
     path = checkpoint(tmp_path, 4, deepspeed_stage=2)
-    with pytest.raises(CheckpointError, match=r"which DeepSpeed needs\. Continue from another checkpoint"):
+    with pytest.raises(ResumeError, match=r"which DeepSpeed needs\. Continue from another checkpoint"):
         check_continues(path, with_flags(allow_inexact_resume=True, deepspeed=deepspeed), rows=100)
     (path / "global_step4").mkdir()
     check_continues(path, with_flags(deepspeed=deepspeed), rows=100)
