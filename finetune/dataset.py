@@ -41,7 +41,7 @@ class SupervisedDataset(Dataset):
     holds, and ``len(dataset)`` how many those are.
 
     Args:
-        data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
+        data_path: What ``--data_path`` takes, see ``settings/data_arguments.py``.
         processing: What the checkpoint's samples look like, and how the user wants rows to become samples.
         max_samples: The rows that are taken of each file at most; None: all.
 

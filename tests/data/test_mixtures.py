@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from dataset import SupervisedDataset
 from minicpm_tune.data.files.mixtures import epoch_order
 from minicpm_tune.errors import DataError
-from minicpm_tune.settings.data_arguments import DataArguments
-from minicpm_tune.settings.data_path import MixtureSource, read_data_path
+from minicpm_tune.settings.data_arguments import DataArguments, MixtureSource, read_data_path
 from support.golden_checkpoints import processing
 from support.rows import chat, write_rows
 

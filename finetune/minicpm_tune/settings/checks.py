@@ -15,8 +15,7 @@ from pathlib import Path
 from minicpm_tune import output_folder
 from minicpm_tune.errors import UserError
 from minicpm_tune.settings.argument_groups import LoraArguments, ModelArguments
-from minicpm_tune.settings.data_arguments import DataArguments
-from minicpm_tune.settings.data_path import missing_sources
+from minicpm_tune.settings.data_arguments import DataArguments, missing_sources
 from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, contradictions, read_deepspeed_config
 from minicpm_tune.settings.trainer_checks import trainer_problems
 

@@ -20,7 +20,7 @@ from minicpm_tune.batch import Origin
 from minicpm_tune.data.files.columns import name_columns, read_columns
 from minicpm_tune.data.files.row_files import FirstRows, Rows, open_rows
 from minicpm_tune.errors import DataError
-from minicpm_tune.settings.data_path import MixtureSource, read_data_path
+from minicpm_tune.settings.data_arguments import MixtureSource, read_data_path
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Mixture:
     """The rows of all files that ``--data_path`` names.
 
     Args:
-        data_path: What ``--data_path`` takes, see ``settings/data_path.py``.
+        data_path: What ``--data_path`` takes, see ``settings/data_arguments.py``.
         given_num: Whether the amounts in it count; else every row stands once.
         max_samples: The rows that are taken of each file at most, the first ones; None: all.
         columns: What ``--columns`` takes, see ``files/columns.py``.
