@@ -29,7 +29,9 @@ class RowError(UserError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self):  # so that it survives the way out of a worker process
+    def __reduce__(
+        self,
+    ) -> tuple[type[RowError], tuple[str, str]]:  # so that it survives the way out of a worker process
         return type(self), (self.kind, str(self))
 
 

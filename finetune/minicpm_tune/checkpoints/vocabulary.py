@@ -184,7 +184,7 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
     return tokenizer
 
 
-def _private_characters(pieces, special_tokens: list[str]) -> dict[str, str]:
+def _private_characters(pieces: Iterable[Any], special_tokens: list[str]) -> dict[str, str]:
     hidden: dict[str, str] = {}
     for piece in pieces:
         if piece.type == _USER_DEFINED and piece.piece not in special_tokens:

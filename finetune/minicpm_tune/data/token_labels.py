@@ -95,12 +95,17 @@ def encode_pieces(
     return Encoded(ids, labels, bounds, media_spans, [count for _, _, count in media], weights)
 
 
-def _joined(pieces: Sequence[Piece], placeholders: Sequence[Placeholder]):
+_Span = tuple[int, int, int]  # from and to, in characters, and a number
+
+
+def _joined(
+    pieces: Sequence[Piece], placeholders: Sequence[Placeholder]
+) -> tuple[str, list[tuple[int, int, float]], list[_Span], list[_Span], int | None]:
     """Join the pieces: the text, and in its characters what is learned, with its weight, the runs, media and cut."""
     parts: list[str] = []
     learned: list[tuple[int, int, float]] = []
-    runs: list[tuple[int, int, int]] = []
-    media: list[tuple[int, int, int]] = []
+    runs: list[_Span] = []
+    media: list[_Span] = []
     cut = None
     length = 0
     for piece in pieces:

@@ -111,9 +111,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk, token_weights):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        token_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         narrow = (autocast_dtype(hidden.device) or weight.dtype) == torch.float16
-        inputs = (hidden, weight, bias)
+        inputs: tuple[Any, ...] = (hidden, weight, bias)
         ctx.dtypes = [
             given.dtype if need else None for given, need in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
@@ -154,7 +162,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return weighted.sum(), correct, token_losses
 
     @staticmethod
-    def backward(ctx, loss_slope, *_):
+    def backward(ctx: Any, loss_slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place: the gradient of an 8B model's output layer is a gibibyte.
         grads = [
             None if grad is None else grad.mul_(loss_slope).to(dtype)

@@ -154,7 +154,7 @@ class _LinearMemoryAttention(torch.autograd.Function):
     """Attention as the fused kernels hold it: no scores, one fp32 number per query kept for the backward."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length, _ = query.shape
         # Heads lie beside each other within a token, as in what these kernels give.
         out = query.new_empty((rows, length, heads, value.shape[-1])).transpose(1, 2)
@@ -163,7 +163,7 @@ class _LinearMemoryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -340,12 +340,12 @@ class QuantizedShape(nn.Linear):
 
 class _Dequantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, layer):
+    def forward(ctx: Any, hidden: Tensor, layer: QuantizedShape) -> Tensor:
         ctx.layer = layer
         return hidden @ layer.values().t()
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         return slope @ ctx.layer.values(), None
 
 

@@ -196,7 +196,7 @@ class DataArguments(RowLimits):
                 )
 
     @classmethod
-    def of_checkpoint(cls, **values) -> DataArguments:
+    def of_checkpoint(cls, **values: Any) -> DataArguments:
         """Arguments with no limits but the checkpoint's own: as at inference, unless ``values`` say otherwise."""
         return cls(**{"model_max_length": None, "max_slice_nums": None, **values})
 

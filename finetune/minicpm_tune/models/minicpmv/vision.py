@@ -35,7 +35,15 @@ TIMM_ENCODERS = {
 }
 
 
-def _siglip_attention(module, query, key, value, layout, scaling, **_):
+def _siglip_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SliceLayout,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Serve transformers' SigLIP attention: [1, heads, N, C / heads] in, [1, N, heads, C / heads] out."""
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     mixed = attend_within_slices(query, key, value, lengths=layout.lengths, scale=scaling)

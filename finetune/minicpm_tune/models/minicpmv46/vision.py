@@ -131,7 +131,16 @@ class SliceAttention(nn.Module):
         mixed = self.mix(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
         return self.out_proj(mixed.flatten(1)[None]), None
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        layout: SliceLayout | None,
+    ) -> Tensor:
         """Attend in [N, heads, C / heads]; transformers' window length plays no part."""
         if layout is None:
             lengths = cu_seqlens.diff().tolist()
@@ -145,7 +154,16 @@ class SliceAttention(nn.Module):
 class WindowAttention(SliceAttention):
     """Attention within windows that all have ``max_seqlen`` patches (the tower's inner merger)."""
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens, max_seqlen, layout) -> Tensor:
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        layout: SliceLayout | None,
+    ) -> Tensor:
         """Attend in [N, heads, C / heads]: the windows are one dense batch."""
         query, key, value = (
             part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in (query, key, value)
