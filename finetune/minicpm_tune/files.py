@@ -1,9 +1,15 @@
-"""Writing to disk: the system's refusals told apart from the program's faults, folders that appear only when whole."""
+"""Files: written whole or not at all, and read without running code.
+
+The system's refusals are told apart from the program's faults. torch's pickles are read with a list of harmless
+classes. Imports torch where it is used: ``refuse_pickles`` is called before anything slow.
+"""
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +27,8 @@ _UMASK = os.umask(0o077)  # it can only be read by setting it
 os.umask(_UMASK)
 # What torch's writer says when the system did not take its bytes (torch 2.13); it raises RuntimeError.
 _TORCH_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
+# How torch speaks of a file that it can't make sense of (torch 2.13), in a RuntimeError.
+_TORCH_READER = ("PytorchStreamReader", "legacy .tar format")
 
 
 def is_write_failure(error: Exception) -> bool:
@@ -163,3 +171,56 @@ def checked_size(text: str) -> str:
             f"--max_shard_size {text}: expected a number with KB, MB, GB or TB. Write it as 5GB."
         )
     return text
+
+
+class UnreadableFileError(UserError):
+    """A damaged file, or one that holds something other than tensors."""
+
+
+def refuse_pickles() -> None:
+    """Make every ``torch.load`` of this process refuse anything but tensors and plain containers.
+
+    Optimizer states are pickles, and a pickle can run any program. DeepSpeed asks torch to trust them
+    (0.19); this variable overrules it (torch 2.13, ``torch/serialization.py``).
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def allow_deepspeed_states() -> None:
+    """Allow the four classes in DeepSpeed's own optimizer states; all of them are plain values."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler])
+    # Python 3.11.0 to 3.11.3 write an Enum as a call of getattr, which no checkpoint may ask for; others as this.
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
+
+@contextmanager
+def unreadable_files_as_messages(folder: str | Path | None) -> Iterator[None]:
+    """Turn errors of torch and safetensors about a file into a message that names its folder.
+
+    Args:
+        folder: What is being read.
+
+    Raises:
+        UnreadableFileError: When a file is damaged, or is a pickle of something other than tensors.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_READER):
+            raise
+        raise UnreadableFileError(
+            f"{folder}: a file there is damaged, or holds something other than tensors, which is not loaded "
+            f"({_reason(error)}). Download or copy the files again, or use others."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What was found, without torch's advice to load the file nevertheless."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    found = [line.strip() for line in lines if "Unsupported" in line]
+    return (found or lines)[0].partition(" was not an allowed global")[0].partition(". In PyTorch 2.6")[0]

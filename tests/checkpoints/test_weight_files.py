@@ -13,7 +13,7 @@ from minicpm_tune.checkpoints.weight_files import (
     stored_tensors,
     weight_files,
 )
-from minicpm_tune.safe_loading import UnreadableFileError
+from minicpm_tune.files import UnreadableFileError
 from support.tiny_checkpoints import checkpoint, loaded
 
 RUN_FILES = (

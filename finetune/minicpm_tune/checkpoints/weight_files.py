@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import unreadable_files_as_messages
 from minicpm_tune.output_folder import RUN_RECORD
-from minicpm_tune.safe_loading import unreadable_files_as_messages
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from minicpm_tune.checkpoints.model_generations import Generation, plain_name
 from minicpm_tune.checkpoints.vocabulary import read_new_tokens
 from minicpm_tune.checkpoints.weight_files import tensors_in_file
+from minicpm_tune.files import unreadable_files_as_messages
 from minicpm_tune.lora.adapter_folders import (
     LEGACY_FILE,
     AdapterError,
@@ -46,7 +47,6 @@ from minicpm_tune.lora.build import (
     set_frozen_copies_aside,
     translated_pattern,
 )
-from minicpm_tune.safe_loading import unreadable_files_as_messages
 from minicpm_tune.settings.argument_groups import LoraArguments
 
 logger = logging.getLogger(__name__)

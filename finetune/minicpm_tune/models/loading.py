@@ -20,8 +20,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder, stored_dtype
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import WeightFileError
+from minicpm_tune.files import unreadable_files_as_messages
 from minicpm_tune.models.quantization import finish_loading, loading_arguments, loading_quantization
-from minicpm_tune.safe_loading import unreadable_files_as_messages
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from minicpm_tune import processes
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import refuse_pickles
 from minicpm_tune.logs import log_to_file, log_to_screen, silence_libraries
 from minicpm_tune.output_folder import LOGS
-from minicpm_tune.safe_loading import refuse_pickles
 
 if TYPE_CHECKING:
     from minicpm_tune.settings.arguments import TrainingArguments

@@ -26,9 +26,9 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from transformers.trainer_utils import TrainOutput
 
 from minicpm_tune import output_folder
+from minicpm_tune.files import allow_deepspeed_states, unreadable_files_as_messages
 from minicpm_tune.logs import LOG_ONLY
 from minicpm_tune.processes import gather
-from minicpm_tune.safe_loading import allow_deepspeed_states, unreadable_files_as_messages
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.nonfinite_and_memory import (
     MemoryExhaustedError,

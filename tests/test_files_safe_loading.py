@@ -7,7 +7,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from minicpm_tune.safe_loading import allow_deepspeed_states, refuse_pickles
+from minicpm_tune.files import allow_deepspeed_states, refuse_pickles
 from support.hostile import Bomb
 
 
