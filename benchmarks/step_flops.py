@@ -126,8 +126,7 @@ def _linear_weights(module: nn.Module) -> int:
 
 def shape_of_folder(folder: Path) -> ModelShape:
     """Read the shape off a checkpoint's config.json alone."""
-    from minicpm_tune.checkpoints.generation_detection import detect_generation
-    from minicpm_tune.checkpoints.model_folder import read_config
+    from minicpm_tune.checkpoints.model_folder import detect_generation, read_config
     from minicpm_tune.planning.step_memory import build_on_meta
 
     return shape_of(build_on_meta(folder, detect_generation(read_config(folder))))

@@ -29,8 +29,7 @@ from transformers import PreTrainedModel, set_seed
 from dataset import SupervisedDataset, data_collator
 from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.answering.prediction_callback import PredictionCallback
-from minicpm_tune.checkpoints.generation_detection import check_llm_type
-from minicpm_tune.checkpoints.model_folder import resolve_model_folder
+from minicpm_tune.checkpoints.model_folder import check_llm_type, resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE

@@ -6,12 +6,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AddedToken
 
-from minicpm_tune.checkpoints.model_folder import load_tokenizer
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.vocabulary import (
     VocabularyError,
     add_tokens,
     check_vocabulary,
+    load_tokenizer,
     read_new_tokens,
     write_added_tokens,
 )

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import sentencepiece
 
-from minicpm_tune.checkpoints.model_folder import ModelFolderError, load_tokenizer, read_config
+from minicpm_tune.checkpoints.model_folder import ModelFolderError, read_config
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.checkpoints.vocabulary import TokenizerError, build_tokenizer
+from minicpm_tune.checkpoints.vocabulary import TokenizerError, build_tokenizer, load_tokenizer
 from support.golden_checkpoints import checkpoint_folder, processing
 from support.paths import GOLDENS
 

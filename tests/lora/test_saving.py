@@ -6,8 +6,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from minicpm_tune.checkpoints.model_folder import load_tokenizer
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
+from minicpm_tune.checkpoints.vocabulary import load_tokenizer
 from support.tiny_checkpoints import checkpoint, saved_adapter
 
 # The fields of peft.LoraConfig in peft 0.10.0, read off that version.

@@ -181,7 +181,7 @@ def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
         # Remote tokenizer classes lose their pre-tokenizer or normalizer on transformers 5.
         logger.warning(
             "The tokenizer given to chat encodes text differently from the checkpoint's tokenizer file, so the "
-            "file is used. Leave tokenizer out, or load it with checkpoints.model_folder.load_tokenizer."
+            "file is used. Leave tokenizer out, or load it with checkpoints.vocabulary.load_tokenizer."
         )
         return processing
     if tokenizer.chat_template == own.chat_template:

@@ -1,6 +1,9 @@
-"""A model's vocabulary: where it comes from, whether everything agrees on it, and tokens that a run adds.
+"""A model's vocabulary: its tokenizer, whether everything agrees on it, and tokens that a run adds.
 
-Two old checkpoints have only a SentencePiece ``tokenizer.model``; their fast tokenizers are built from it.
+Nothing here runs code from the folder. Tokenizers are loaded as plain fast tokenizers from
+``tokenizer.json``, because on transformers 5 the released classes lose their pre-tokenizer (2.6 and later)
+or rebuild their normalizer (Llama-based ones). MiniCPM-V 2.0 and InternLM-XComposer2 have only a SentencePiece
+``tokenizer.model``; their fast tokenizers are built from it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,76 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 
+from minicpm_tune.checkpoints.model_folder import ModelFolderError, chat_template, read_settings
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_shape
 from minicpm_tune.errors import UserError
 
+# Keys of tokenizer_config.json that are for the released classes, not for a plain tokenizer.
+_CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
+SPACE = "\u2581"  # SentencePiece's visible space
+_PRIVATE_AREA = 0xF0000  # Unicode's supplementary private use area A, 65534 characters
+_BPE_MODEL = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
+_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
+_UNUSED = 5
+
 
 class VocabularyError(UserError):
     """A tokenizer, embeddings or new tokens that don't fit each other."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer file that can't be used."""
+
+
+def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedTokenizerFast:
+    """Load a model folder's tokenizer as a plain fast tokenizer.
+
+    Args:
+        folder: The model folder.
+        generation: Its generation, which says whether there is a ``tokenizer.json``.
+
+    Returns:
+        The tokenizer, with the folder's special tokens and chat template (V-2 has none).
+
+    Raises:
+        ModelFolderError: If the tokenizer's files are missing.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder, "tokenizer_config.json")
+    decoder = settings.get("added_tokens_decoder", {})
+    settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
+    settings["chat_template"] = chat_template(folder, settings) or generation.chat_template
+    if generation.tokenizer == "sentencepiece":
+        listed = [entry for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        special = [entry["content"] for entry in listed if entry.get("special", True)]
+        special += [token for token in generation.special_tokens if token not in special]
+        backend = build_tokenizer(
+            _existing(folder / "tokenizer.model"),
+            special_tokens=special,
+            add_bos=settings.get("add_bos_token", True),
+        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+        add_tokens(tokenizer, [entry["content"] for entry in listed if entry["content"] not in special])
+        return tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_existing(folder / "tokenizer.json")), **settings)
+    vocabulary = tokenizer.get_vocab()
+    missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
+    if missing:
+        raise ModelFolderError(
+            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which tokenizer_config.json lists, "
+            "expected both to hold the same tokens. Download the tokenizer files again."
+        )
+    return tokenizer
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelFolderError(
+            f"{path.parent}: found no {path.name}, expected the model's own tokenizer. Copy the tokenizer files into "
+            "the folder, or download the model again."
+        )
+    return path
 
 
 def read_new_tokens(name: str) -> tuple[str, ...]:
@@ -122,17 +188,6 @@ def _edit_json(path: Path, edit: Any) -> None:
     if path.is_file():
         content = edit(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-SPACE = "\u2581"  # SentencePiece's visible space
-_PRIVATE_AREA = 0xF0000  # Unicode's supplementary private use area A, 65534 characters
-_BPE_MODEL = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
-_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
-_UNUSED = 5
-
-
-class TokenizerError(UserError):
-    """A tokenizer file that can't be used."""
 
 
 def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> Tokenizer:

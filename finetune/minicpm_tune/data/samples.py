@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import IGNORE_INDEX, Sample
-from minicpm_tune.checkpoints.model_folder import load_tokenizer, read_generation
+from minicpm_tune.checkpoints.model_folder import read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary
+from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary, load_tokenizer
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.mixtures import Mixture
 from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects

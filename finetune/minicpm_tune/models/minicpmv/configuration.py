@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
 
-from minicpm_tune.checkpoints.generation_detection import detect_generation
+from minicpm_tune.checkpoints.model_folder import detect_generation
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.released_format import ReleasedConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from minicpm_tune.checkpoints.generation_detection import detect_generation
+from minicpm_tune.checkpoints.model_folder import detect_generation
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.released_format import ReleasedConfig
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names

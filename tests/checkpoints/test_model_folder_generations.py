@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from minicpm_tune.checkpoints.generation_detection import (
+from minicpm_tune.checkpoints.model_folder import (
     UnknownCheckpointError,
     check_llm_type,
     detect_generation,
+    read_generation,
 )
-from minicpm_tune.checkpoints.model_folder import read_generation
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from support.paths import LAYOUTS
 
