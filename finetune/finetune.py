@@ -37,8 +37,8 @@ from minicpm_tune.data.eval_split import first_of_each_file, held_out_rows
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
+from minicpm_tune.lora.adapter_folders import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run
-from minicpm_tune.lora.saving import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.loading import add_token_rows, load_model
 from minicpm_tune.models.parameter_parts import (

@@ -107,7 +107,7 @@ def run(values: argparse.Namespace) -> None:
 def _export(base: Path, adapter: AdapterFolder, output: Path) -> None:
     from minicpm_tune.checkpoints.model_folder import read_generation
     from minicpm_tune.files import whole_folder
-    from minicpm_tune.lora.saving import check_convertible, write_gguf_names
+    from minicpm_tune.lora.merging import check_convertible, write_gguf_names
 
     generation = read_generation(base)
     check_convertible(adapter, generation)

@@ -11,7 +11,7 @@ from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
 from minicpm_tune.lora.build import adapted_modules, add_adapter, check_experts
 from minicpm_tune.lora.loading import check_adapter
-from minicpm_tune.lora.saving import check_convertible
+from minicpm_tune.lora.merging import check_convertible
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.minicpmv46_cases import our_model
 from support.tiny_checkpoints import checkpoint, loaded, logits, saved_adapter

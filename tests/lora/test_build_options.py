@@ -8,10 +8,9 @@ from peft import PeftModel
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.lora.adapter_folders import read_adapter_folder
+from minicpm_tune.lora.adapter_folders import fit_to_original_base, read_adapter_folder
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.loading import load_adapter
-from minicpm_tune.lora.saving import fit_to_original_base
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.golden_models import full_batch, golden_model

@@ -6,9 +6,14 @@ import torch
 from dataset import SupervisedDataset, data_collator
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
-from minicpm_tune.lora.adapter_folders import LEGACY_FILE, AdapterError, FingerprintError, read_adapter_folder
+from minicpm_tune.lora.adapter_folders import (
+    LEGACY_FILE,
+    AdapterError,
+    FingerprintError,
+    complete_adapter_folder,
+    read_adapter_folder,
+)
 from minicpm_tune.lora.loading import check_adapter, load_adapter, new_tokens_of_run
-from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
 from support import finetune_runs
 from support.tiny_checkpoints import checkpoint, edit_json, loaded, saved_adapter

@@ -7,10 +7,9 @@ import merge_lora
 from minicpm_tune.answering.load import ModelChoice, load_for_inference
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
-from minicpm_tune.lora.adapter_folders import AdapterError, read_adapter_folder
+from minicpm_tune.lora.adapter_folders import AdapterError, complete_adapter_folder, read_adapter_folder
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.loading import load_adapter
-from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.models.loading import add_token_rows
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.tiny_checkpoints import checkpoint, loaded

@@ -15,9 +15,9 @@ import merge_lora
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.data.samples import load_processing
+from minicpm_tune.lora.adapter_folders import complete_adapter_folder
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.lora.merging import probe_logits
-from minicpm_tune.lora.saving import complete_adapter_folder
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.settings.argument_groups import LoraArguments
 

@@ -205,7 +205,7 @@ def set_frozen_copies_aside(model: PeftModel) -> None:
 
 
 def _remember_start(model: PeftModel) -> None:
-    """Keep a copy of an adapter whose start changed the base weights; see ``saving.fit_to_original_base``."""
+    """Keep a copy of an adapter whose start changed the base weights; see ``adapter_folders.fit_to_original_base``."""
     config: Any = model.peft_config["default"]
     if str(config.init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)

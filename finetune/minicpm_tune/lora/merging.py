@@ -1,4 +1,8 @@
-"""Merging: an adapter's weights added to those of its base model, with a check that nothing else changed.
+"""Adapters for use elsewhere: merged into the base model, with a check that nothing else changed, or for llama.cpp.
+
+llama.cpp converts adapters of the LLM as a model by itself: ``base_model.model.model.layers...``, where an adapter of
+MiniCPM-V has ``base_model.model.llm.model.layers...``. It scales them by alpha / r, whatever the adapter's
+settings say (convert_lora_to_gguf.py of 2026, ``get_base_tensor_name`` and ``LoraModel``).
 
 Letters: T tokens of the probe prompt, V vocabulary.
 """
@@ -6,6 +10,7 @@ Letters: T tokens of the probe prompt, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,20 +23,24 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minicpm_tune.checkpoints.weight_files import tensor_names
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.weight_files import tensor_names, tensors_in_file
 from minicpm_tune.data.samples import Processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import UserError
+from minicpm_tune.lora.adapter_folders import WEIGHT_FILES, AdapterError, AdapterFolder, write_adapter_config
 
 PROBE_QUESTION = "\nWhat is in the image?"
 PROBE_SIZE = (640, 400)  # in pixels; every generation cuts it into slices
 # A merge that changes logits by more than this share of the largest one went wrong; rounding an 8B model's
 # weights to bf16 changes them by about 1 %.
 LARGEST_CHANGE = 0.1
+_WRAPPED = "base_model.model."
+_LORA_WEIGHT = re.compile(r".*\.lora_[AB]\.weight")
 
 
 class MergeError(UserError):
@@ -214,3 +223,58 @@ def to_bin_files(folder: Path) -> None:
 
 def _bin_name(name: str) -> str:
     return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+
+def check_convertible(adapter: AdapterFolder, generation: Generation) -> None:
+    """Refuse an adapter that is more than LoRA weights of the LLM.
+
+    Raises:
+        AdapterError: With what it holds, and what to do instead.
+    """
+    llm = f"{_WRAPPED}{generation.modules['llm'][0]}."
+    names = [tensor.name for tensor in tensors_in_file(adapter.weights)]
+    others = sorted(name for name in names if not (name.startswith(llm) and _LORA_WEIGHT.fullmatch(name)))
+    found = None
+    if adapter.config.get("layer_replication"):
+        found = "an adapter on replicated layers"
+    elif adapter.config.get("target_parameters"):
+        found = "an adapter of experts"
+    elif adapter.is_legacy:
+        found = "vision tower, resampler and embeddings in a file of their own"
+    elif others:
+        found = f"{len(others)} tensors besides LoRA weights of the LLM (the first is {others[0]})"
+    if found:
+        raise AdapterError(
+            f"{adapter.path}: found {found}, expected a plain LoRA adapter of the LLM, as llama.cpp does. Merge it "
+            "into its base, or train one with --lora_modules_to_save none and without DoRA and biases."
+        )
+
+
+def write_gguf_names(adapter: AdapterFolder, generation: Generation, folder: Path) -> None:
+    """Write a copy of a plain adapter for convert_lora_to_gguf.py; see ``check_convertible``.
+
+    Args:
+        adapter: The adapter.
+        generation: Its base model's generation.
+        folder: Where the copy goes; it must exist.
+    """
+    llm = generation.modules["llm"][0]
+    tensors = {_renamed(tensor.name, llm): tensor.read() for tensor in tensors_in_file(adapter.weights)}
+    save_file(tensors, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+    config = dict(adapter.config)
+    if config.pop("use_rslora", False):
+        config["lora_alpha"] *= config["r"] ** 0.5
+    write_adapter_config(folder, config)
+
+
+def _renamed(name: str, llm: str) -> str:
+    """A tensor's name in the LLM as a model by itself.
+
+    Example:
+        >>> _renamed("base_model.model.llm.model.layers.0.mlp.up_proj.lora_A.weight", "llm")
+        'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+        >>> _renamed("base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight", "model.language_model")
+        'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    inner = name.removeprefix(f"{_WRAPPED}{llm}.")
+    return _WRAPPED + (inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}")
