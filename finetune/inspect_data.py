@@ -171,7 +171,7 @@ def show(rows: SupervisedDataset, index: int) -> bool:
         DataError: When there is no such row.
     """
     from minicpm_tune.batch import IGNORE_INDEX
-    from minicpm_tune.planning.sample_preview import contact_sheet, prompt_text, spectrogram
+    from minicpm_tune.planning.row_view import contact_sheet, prompt_text, spectrogram
 
     processing, count = rows.processing, rows.mixture.row_count
     if not 0 <= index < count:

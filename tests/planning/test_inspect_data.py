@@ -15,7 +15,7 @@ from minicpm_tune.errors import DataError
 from minicpm_tune.files import OutputError
 from minicpm_tune.planning.data_report import summarize
 from minicpm_tune.planning.row_statistics import padding_shares, pixel_hashes
-from minicpm_tune.planning.sample_preview import contact_sheet, slice_images, spectrogram
+from minicpm_tune.planning.row_view import contact_sheet, slice_images, spectrogram
 from support import processes
 from support.golden_checkpoints import checkpoint_folder, processing
 from support.paths import FINETUNE, GOLDENS, IMAGES

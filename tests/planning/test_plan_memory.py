@@ -13,8 +13,15 @@ from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.parameter_parts import freeze
 from minicpm_tune.models.quantization import bytes_by_part
 from minicpm_tune.planning import memory_plan
-from minicpm_tune.planning.largest_batch import PlanError, largest_batch
-from minicpm_tune.planning.memory_plan import CUDA_BYTES, NCCL_BYTES, Training, host_bytes, plan
+from minicpm_tune.planning.memory_plan import (
+    CUDA_BYTES,
+    NCCL_BYTES,
+    PlanError,
+    Training,
+    host_bytes,
+    largest_batch,
+    plan,
+)
 from minicpm_tune.planning.step_memory import build_on_meta
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support import processes
@@ -50,13 +57,7 @@ def real_model(generation, folder, training):
 
 def real_batch(folder, generation, training):
     """The planned batch with pixels."""
-    batch = largest_batch(
-        build_on_meta(folder, generation),
-        generation,
-        rows=training.batch_size,
-        length=training.model_max_length,
-        slices=training.max_slice_nums + 1,
-    )
+    batch = largest_batch(build_on_meta(folder, generation), generation, training)
     return {**batch, "pixel_values": torch.zeros(batch["pixel_values"].shape, dtype=torch.uint8)}
 
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.samples import TrainingRows
-from minicpm_tune.pages.charts import Histogram, histogram
-from minicpm_tune.pages.page import render
+from minicpm_tune.pages.page import Histogram, histogram, render
 from minicpm_tune.planning.row_statistics import (
     COLUMNS,
     DataStatistics,

@@ -23,6 +23,7 @@ from minicpm_tune.data.samples import Plan, TrainingRows
 from minicpm_tune.data.sampling import pack_in_windows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
+from minicpm_tune.planning.row_view import patch_strips
 
 # What is measured in a row. ``length``: tokens before --model_max_length applies; ``kept``: tokens that training sees,
 # 0 when the row can't be used; ``token_zero``: 1 when the text holds token id 0; ``audio_tokens``: those of whole
@@ -178,14 +179,10 @@ def _details(rows: TrainingRows, index: int, sample: Sample) -> str:
 
 def pixel_hashes(sample: Sample) -> list[dict[str, Any]]:
     """Shape and SHA-256 of every slice's uint8 pixels, in patch form ``[3, 14, 14 * L]``."""
-    hashes, start = [], 0
-    side = sample["pixel_values"].shape[1]
-    for rows, columns in sample["tgt_sizes"].tolist():
-        end = start + side * rows * columns
-        strip = sample["pixel_values"][:, :, start:end].contiguous().numpy()
-        hashes.append({"shape": list(strip.shape), "sha256": hashlib.sha256(strip.tobytes()).hexdigest()})
-        start = end
-    return hashes
+    return [
+        {"shape": list(strip.shape), "sha256": hashlib.sha256(strip.tobytes()).hexdigest()}
+        for strip in patch_strips(sample)
+    ]
 
 
 @dataclass

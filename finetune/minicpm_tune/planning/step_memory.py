@@ -230,7 +230,7 @@ def measure_step(
     attention: Attention = fused_attention,
     autocast: torch.dtype | None = None,
     keep_gradients: bool = False,
-    after_gradient: Callable[[Tensor], object] = lambda gradient: None,
+    copy_gradients: bool = False,
 ) -> Counter[str]:
     """Run forward and backward on tensors without contents and measure the peak of what they make.
 
@@ -243,7 +243,7 @@ def measure_step(
         autocast: What autocast computes in; None: there is no autocast.
         keep_gradients: Whether gradients stay and count, as where an optimizer step follows every backward. Otherwise
             a parameter's gradient is dropped as soon as it is complete, and the caller counts complete ones.
-        after_gradient: Called with every complete gradient; what it makes counts.
+        copy_gradients: Whether every complete gradient is copied, which counts for as long as that takes.
 
     Returns:
         Label of ``LABELS`` -> bytes at the peak.
@@ -253,7 +253,8 @@ def measure_step(
 
     def complete(parameter: Tensor) -> None:
         assert parameter.grad is not None, "a hook behind the gradient ran before it"
-        after_gradient(parameter.grad)
+        if copy_gradients:
+            torch.empty_like(parameter.grad)
         if keep_gradients:
             meter.recount(parameter.grad, "gradients")
         else:

@@ -18,8 +18,7 @@ from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.answering.prediction_callback import read_answers
 from minicpm_tune.files import whole_file
 from minicpm_tune.output_folder import RUN_RECORD
-from minicpm_tune.pages.charts import Chart, Series, chart
-from minicpm_tune.pages.page import data_uri, render, shown_number, thumbnail
+from minicpm_tune.pages.page import Chart, Series, chart, data_uri, render, shown_number, thumbnail
 from minicpm_tune.training.run_record import read_starts
 from minicpm_tune.training.step_metrics import running_mean
 
