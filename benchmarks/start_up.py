@@ -73,8 +73,7 @@ def write_rows(folder: Path, count: int) -> Path:
 def keep_check(path: Path, model: Path) -> None:
     """Check the different rows as finetune.py does, and keep what the check of all would find."""
     from dataset import SupervisedDataset
-    from minicpm_tune.data.check_cache import FileCheck, check_path
-    from minicpm_tune.data.row_check import check_row, for_rows
+    from minicpm_tune.data.row_check import FileCheck, check_path, check_row, for_rows
     from minicpm_tune.data.samples import load_processing
     from minicpm_tune.settings.data_arguments import DataArguments
 

@@ -86,10 +86,9 @@ def rows_parser() -> CommandParser:
 def convert_rows(values: argparse.Namespace) -> int:
     """Write rows in the official form; 1 when some of them can't be."""
     # Imported here: what reads rows takes seconds that --help need not wait for.
-    from minicpm_tune.data.bad_rows import BadRow
-    from minicpm_tune.data.files.mixtures import Mixture
+    from minicpm_tune.data.bad_rows import SHOWN_PROBLEMS, BadRow
     from minicpm_tune.data.files.official_rows import OfficialForm
-    from minicpm_tune.data.row_check import SHOWN_PROBLEMS
+    from minicpm_tune.data.files.row_files import Mixture
     from minicpm_tune.files import whole_file
 
     output = Path(values.output).expanduser()

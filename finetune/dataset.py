@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.collating import data_collator
-from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.media.audio import Clip, open_audio
 from minicpm_tune.data.media.films import open_film
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image

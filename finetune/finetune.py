@@ -33,9 +33,9 @@ from minicpm_tune.checkpoints.model_folder import check_llm_type, resolve_model_
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.quantized_files import check_training, stored_quantization
 from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
-from minicpm_tune.data.eval_split import first_of_each_file, held_out_rows
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
+from minicpm_tune.data.sampling import first_of_each_file, held_out_rows
 from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
 from minicpm_tune.lora.adapter_folders import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run

@@ -3,7 +3,7 @@
 import pytest
 
 from dataset import SupervisedDataset
-from minicpm_tune.data import check_cache, row_check
+from minicpm_tune.data import row_check
 from minicpm_tune.data.row_check import check_rows
 from support.check_on_two_ranks import on_two_ranks
 from support.golden_checkpoints import processing
@@ -44,7 +44,7 @@ def test_odd_rows_are_counted_once_and_are_no_problem(tmp_path, caplog):
 
 def test_what_was_odd_is_told_again_from_the_stored_check(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(check_cache, "STORED_FROM", 6)
+    monkeypatch.setattr(row_check, "STORED_FROM", 6)
     path = write_rows(tmp_path, odd_rows(6))
     check_rows(SupervisedDataset(path, processing("v2_6", check_images="header")))
     caplog.clear()

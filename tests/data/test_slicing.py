@@ -11,9 +11,8 @@ from PIL import Image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from minicpm_tune.data.samples import load_processing
-from minicpm_tune.data.slicing.adaptive import SliceRules, choose_grid
+from minicpm_tune.data.slicing.adaptive import MergedSliceRules, SliceRules, choose_grid
 from minicpm_tune.data.slicing.layouts import cut_into_patches, patch_columns
-from minicpm_tune.data.slicing.minicpmv46 import MergedSliceRules
 from minicpm_tune.errors import RowError
 from support.golden_checkpoints import checkpoint_folder
 

@@ -6,17 +6,19 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.row_keys import type_name
 from minicpm_tune.errors import RowError
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "bad_rows.jsonl"
+SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,17 @@ class BadRow:
     def __str__(self) -> str:
         name = f" (id {self.id!r:.80})" if self.id is not None else ""
         return f"{self.file}: row {self.row}{name}: {self.reason}"
+
+
+def problems_text(problems: Sequence[BadRow], total: int) -> str:
+    """The first problems and their number."""
+    shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
+    more = len(problems) - SHOWN_PROBLEMS
+    return (
+        f"{len(problems)} of {total} rows can't be used:{shown}"
+        + (f"\n  ... and {more} more" if more > 0 else "")
+        + "\nFix them (finetune/inspect_data.py lists all), or pass --on_bad_row skip to leave them out."
+    )
 
 
 class BadRowLog:

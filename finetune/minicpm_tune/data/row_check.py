@@ -1,55 +1,114 @@
-"""The check of a whole data set before training: every row, shared by all ranks, without a model."""
+"""The check of a whole data set before training: every row, shared by all ranks, without a model.
+
+Checking a row takes a fraction of a millisecond, a million rows some minutes. So what was found in a large file is
+stored beside its index, and found again by everything it depends on: the file (path, size, time of change), the
+checkpoint's tokenizer and rules, the options, and this program's own files. Whether images are still there is not
+asked of every row again: all rows that had problems and a sample of the others are looked at, and one that is worse
+than before has the whole file checked anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minicpm_tune import processes
-from minicpm_tune.data.bad_rows import BadRow
-from minicpm_tune.data.check_cache import FileCheck, Finding, check_path, stored_checks
+from minicpm_tune.data.bad_rows import SHOWN_PROBLEMS, BadRow, problems_text
 from minicpm_tune.data.row_parsing import ParsedRow
-from minicpm_tune.data.samples import TrainingRows
+from minicpm_tune.data.samples import Processing, TrainingRows
 from minicpm_tune.data.turns import media_of
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
+from minicpm_tune.files import cache_file, file_state, written_whole
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PROBLEMS = 20
 UNKNOWN_KEY, EMPTY_ANSWER, DUPLICATE_ID = "unknown key: ", "empty answer", "duplicate id"
 _ROWS_PER_TASK = 32
 _FEW_ROWS = 400  # starting processes takes longer than checking these
 FEW_ROWS_TO_DECODE = 500  # seconds; a larger data set would hold up the training
+STORED_FROM = 5000  # rows; fewer are checked within seconds
+_LOOKED_AT = 500  # good rows that are looked at again
+_MOST_BAD = 20_000  # with more, looking at all of them again is no gain
+_LIBRARIES = ("Pillow", "tokenizers", "transformers")
 
 
-class _Task(Dataset):
-    """Does something with chosen rows, for a DataLoader's workers."""
+@dataclass(frozen=True)
+class Finding:
+    """What the check saw in a row.
 
-    def __init__(
-        self, rows: TrainingRows, indices: Sequence[int], work: Callable[[TrainingRows, int], Any]
-    ) -> None:
-        self.rows, self.indices, self.work = rows, indices, work
+    Attributes:
+        length: Its length in tokens; 1, that of a padding sample, when it can't be used.
+        bad: Its problem, if it has one.
+        dropped: Whether the user asked to leave such rows out.
+        notes: What is odd about it and no problem, see ``row_notes``.
+        id_hash: Stands for its ``id``; 0 without one.
+    """
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    length: int
+    bad: BadRow | None = None
+    dropped: bool = False
+    notes: tuple[str, ...] = ()
+    id_hash: int = 0
 
-    def __getitem__(self, place: int) -> Any:
-        return self.work(self.rows, self.indices[place])
+
+@dataclass
+class FileCheck:
+    """The findings of one data file.
+
+    Attributes:
+        lengths: Every row's length in tokens, int32 [rows].
+        bad: The findings of rows with problems, by their number in the file.
+        notes: How many rows have each note.
+    """
+
+    lengths: np.ndarray
+    bad: dict[int, Finding]
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Store it, unless most of it would have to be looked at again."""
+        if len(self.lengths) < STORED_FROM or len(self.bad) > _MOST_BAD:
+            return
+        bad = [(row, asdict(finding)) for row, finding in self.bad.items()]
+        text = json.dumps({"bad": bad, "notes": self.notes}, default=str)
+        with written_whole(path) as file:
+            np.savez(file, lengths=self.lengths, rest=np.frombuffer(text.encode(), dtype=np.uint8))
+
+    @classmethod
+    def load(cls, path: Path) -> FileCheck | None:
+        """Read what was stored; None when nothing was."""
+        if not path.is_file():
+            return None
+        with np.load(path) as content:
+            lengths, rest = content["lengths"], json.loads(content["rest"].tobytes())
+        bad = {row: _finding(**values) for row, values in rest["bad"]}
+        return cls(lengths, bad, rest["notes"])
+
+
+def _finding(bad: dict[str, Any] | None, notes: Sequence[str], **rest: Any) -> Finding:
+    return Finding(bad=BadRow(**bad) if bad else None, notes=tuple(notes), **rest)
+
+
+Work = Callable[[TrainingRows, int], Any]  # on the row of that number
 
 
 def for_rows(
     rows: TrainingRows,
     indices: Sequence[int],
-    work: Callable[[TrainingRows, int], Any],
+    work: Work,
     *,
     title: str,
     workers: int | None = None,
@@ -69,14 +128,18 @@ def for_rows(
     few = len(indices) < _FEW_ROWS
     if workers is None:
         workers = 0 if few else _free_cores()
-    loader = DataLoader(
-        _Task(rows, indices, work), batch_size=_ROWS_PER_TASK, num_workers=workers, collate_fn=list
-    )
+    numbers: Any = indices  # a sequence is all that the loader asks of a data set
+    do = partial(_work_on, rows, work)
+    loader = DataLoader(numbers, batch_size=_ROWS_PER_TASK, num_workers=workers, collate_fn=do)
     hidden = few or processes.rank() != 0
     with tqdm(total=len(indices), desc=title, unit=" rows", disable=hidden, mininterval=1) as progress:
         for results in loader:
             yield from results
             progress.update(len(results))
+
+
+def _work_on(rows: TrainingRows, work: Work, indices: Sequence[int]) -> list[Any]:
+    return [work(rows, index) for index in indices]
 
 
 def _free_cores() -> int:
@@ -86,17 +149,11 @@ def _free_cores() -> int:
     return share if share > 1 else 0
 
 
-def check_row(rows: TrainingRows, index: int) -> Finding:
-    """Check one row: form, roles, placeholders, files, image headers, length, something to learn."""
-    return _check(rows, index, decode=False)
+def check_row(rows: TrainingRows, index: int, *, decode: bool = False) -> Finding:
+    """Check one row: form, roles, placeholders, files, image headers, length, something to learn.
 
-
-def decode_row(rows: TrainingRows, index: int) -> Finding:
-    """Check one row as ``check_row`` does, and decode its images and videos as well."""
-    return _check(rows, index, decode=True)
-
-
-def _check(rows: TrainingRows, index: int, *, decode: bool) -> Finding:
+    With ``decode`` its images and videos are decoded as well.
+    """
     try:
         row = rows.parse(index)
         plan = rows.processing.plan(row.turns, rows.open_media(index, row.sources))
@@ -106,6 +163,9 @@ def _check(rows: TrainingRows, index: int, *, decode: bool) -> Finding:
     except RowError as error:
         return Finding(1, rows.describe(index, error), isinstance(error, DroppedRowError))
     return Finding(len(plan.encoded.input_ids), notes=tuple(row_notes(row)), id_hash=_hash(row.row_id))
+
+
+decode_row = partial(check_row, decode=True)
 
 
 def row_notes(row: ParsedRow) -> list[str]:
@@ -127,9 +187,8 @@ def row_notes(row: ParsedRow) -> list[str]:
 def _hash(row_id: Any) -> int:
     if not isinstance(row_id, (str, int, float)):
         return 0
-    return (
-        int.from_bytes(hashlib.blake2b(repr(row_id).encode("utf-8", "replace"), digest_size=7).digest()) + 1
-    )
+    digest = hashlib.blake2b(repr(row_id).encode("utf-8", "replace"), digest_size=7).digest()
+    return int.from_bytes(digest) + 1
 
 
 def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
@@ -163,13 +222,18 @@ def check_rows(rows: TrainingRows, *, workers: int | None = None) -> np.ndarray:
     _leave_out_or_raise(rows, bad)
     rest = np.flatnonzero(to_check)
     works = {"checking rows": check_row} | ({"decoding images": decode_row} if decodes else {})
-    found = _Findings(lengths[rest], {}, np.zeros(len(rest), dtype=np.int64), {})
+    found = _Findings.none(len(rest))
     for title, work in works.items() if len(rest) else ():
         found = _check_shared(rows, rest, work, title=title, workers=workers)
         _leave_out_or_raise(rows, bad | found.bad)
     lengths[rest] = found.lengths
+    bad |= found.bad
     if processes.joined()[0] == 0:
-        _log_left_out(bad | found.bad, rows.mixture.row_count)
+        if bad:
+            dropped = sum(finding.dropped for finding in bad.values())
+            logger.warning(
+                "%d of %d rows are left out, %d of them as over-long", len(bad), len(lengths), dropped
+            )
         new = _by_file(rows, rest, lengths, found)
         for number, check in new.items():
             check.save(check_path(rows, number, decoded=decodes))
@@ -182,14 +246,58 @@ def _stored(rows: TrainingRows, decodes: bool) -> dict[int, FileCheck]:
 
     The first process reads it for all, so that they agree, and none but it looks at rows twice.
     """
-    found = None
-    if processes.joined()[0] == 0:
-        found = stored_checks(rows, decode_row if decodes else check_row, decoded=decodes)
-        for number in found:
+    found: dict[int, FileCheck] = {}
+    for number, file in enumerate(rows.mixture.files) if processes.joined()[0] == 0 else ():
+        if len(file.rows) < STORED_FROM:
+            continue
+        check = FileCheck.load(check_path(rows, number, decoded=decodes))
+        look = decode_row if decodes else check_row
+        if check is not None and _still_holds(check, rows, rows.mixture.first_row(number), look):
             logger.info("%s: checked before, and unchanged since", rows.mixture.names[number])
-    found = processes.gather(found)[0]
-    assert found is not None
-    return found
+            found[number] = check
+    return processes.gather(found)[0]
+
+
+def _still_holds(check: FileCheck, rows: TrainingRows, first: int, look: Work) -> bool:
+    """Look at rows again; what has become better is corrected."""
+    for row in list(check.bad):
+        now = look(rows, first + row)
+        if now.bad is None:
+            check.lengths[row] = now.length
+            del check.bad[row]
+    places = np.linspace(0, len(check.lengths) - 1, _LOOKED_AT, dtype=np.int64).tolist()
+    again = ((row, look(rows, first + row)) for row in places if row not in check.bad)
+    return all(found.bad is None and found.length == check.lengths[row] for row, found in again)
+
+
+def check_path(rows: TrainingRows, number: int, *, decoded: bool) -> Path:
+    """Where the findings of a file are stored, in the present state of everything they depend on."""
+    # Neither the names of the files, nor what happens to bad rows, nor a row's side changes what is found.
+    arguments = replace(
+        rows.processing.arguments, data_path=None, eval_data_path=None, on_bad_row="skip", eval_split=None,
+        max_samples=None, eval_max_samples=None,
+    )  # fmt: skip
+    file = rows.mixture.files[number].rows
+    parts = [_program(), _checkpoint_state(rows.processing), repr(arguments), str(decoded), str(len(file))]
+    return cache_file("|".join([*parts, *map(file_state, file.files)]), ".check.npz")
+
+
+@cache
+def _program() -> str:
+    """The code and the libraries that decide what the check of a row finds."""
+    digest = hashlib.sha256()
+    for room in ("checkpoints", "data", "settings"):
+        for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest() + "|".join(version(name) for name in _LIBRARIES)
+
+
+def _checkpoint_state(processing: Processing) -> str:
+    tokenizer, media = processing.tokenizer, processing.media
+    text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    slicing = {name: value for name, value in vars(media.slicing).items() if not name.startswith("_")}
+    state = (processing.generation.name, slicing, media.style, media.video, media.downsample_mode)
+    return hashlib.sha256(text.encode()).hexdigest() + repr(state)
 
 
 @dataclass
@@ -208,19 +316,19 @@ class _Findings:
     id_hashes: np.ndarray
     notes: dict[int, tuple[str, ...]]
 
+    @classmethod
+    def none(cls, count: int) -> _Findings:
+        """Of so many rows, before they are checked."""
+        return cls(np.ones(count, dtype=np.int32), {}, np.zeros(count, dtype=np.int64), {})
+
 
 def _check_shared(
-    rows: TrainingRows,
-    indices: np.ndarray,
-    work: Callable[[TrainingRows, int], Finding],
-    *,
-    title: str,
-    workers: int | None,
+    rows: TrainingRows, indices: np.ndarray, work: Work, *, title: str, workers: int | None
 ) -> _Findings:
     """Have every rank do its share of some rows, and give what all found to each."""
     rank, ranks = processes.joined()
     share = indices[rank::ranks].tolist()
-    own = _Findings(np.ones(len(share), dtype=np.int32), {}, np.zeros(len(share), dtype=np.int64), {})
+    own = _Findings.none(len(share))
     seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows share their notes: most have the same
     for place, finding in enumerate(for_rows(rows, share, work, title=title, workers=workers)):
         own.lengths[place], own.id_hashes[place] = finding.length, finding.id_hash
@@ -228,13 +336,13 @@ def _check_shared(
             own.bad[share[place]] = finding
         if finding.notes:
             own.notes[share[place]] = seen.setdefault(finding.notes, finding.notes)
-    parts = processes.gather(own)
-    lengths, id_hashes = np.ones(len(indices), dtype=np.int32), np.zeros(len(indices), dtype=np.int64)
-    for number, part in enumerate(parts):
-        lengths[number::ranks], id_hashes[number::ranks] = part.lengths, part.id_hashes
-    bad = {row: finding for part in parts for row, finding in part.bad.items()}
-    notes = {row: note for part in parts for row, note in part.notes.items()}
-    return _Findings(lengths, {row: bad[row] for row in sorted(bad)}, id_hashes, notes)
+    every = _Findings.none(len(indices))
+    for number, part in enumerate(processes.gather(own)):
+        every.lengths[number::ranks], every.id_hashes[number::ranks] = part.lengths, part.id_hashes
+        every.bad |= part.bad
+        every.notes |= part.notes
+    every.bad = {row: every.bad[row] for row in sorted(every.bad)}
+    return every
 
 
 def _by_file(
@@ -257,22 +365,13 @@ def _by_file(
     return checks
 
 
-def _log_left_out(bad: dict[int, Finding], total: int) -> None:
-    dropped = sum(finding.dropped for finding in bad.values())
-    if bad:
-        logger.warning("%d of %d rows are left out, %d of them as over-long", len(bad), total, dropped)
-
-
 def _log_notes(checks: Iterable[FileCheck]) -> None:
     """Log what is odd about the rows, once and with counts."""
-    notes: Counter[str] = Counter()
-    for check in checks:
-        notes.update(check.notes)
+    notes = sum((Counter(check.notes) for check in checks), Counter())
     unknown = [(note, count) for note, count in notes.most_common() if note.startswith(UNKNOWN_KEY)]
     if unknown:
-        listed = ", ".join(
-            f"{note.removeprefix(UNKNOWN_KEY)} ({count} rows)" for note, count in unknown[:SHOWN_PROBLEMS]
-        )
+        shown = unknown[:SHOWN_PROBLEMS]
+        listed = ", ".join(f"{note.removeprefix(UNKNOWN_KEY)} ({count} rows)" for note, count in shown)
         more = f" and {len(unknown) - SHOWN_PROBLEMS} more" if len(unknown) > SHOWN_PROBLEMS else ""
         logger.warning(
             "Keys that nothing reads: %s%s. Check that they don't change what a row means.", listed, more
@@ -285,28 +384,16 @@ def _log_notes(checks: Iterable[FileCheck]) -> None:
 
 def _leave_out_or_raise(rows: TrainingRows, bad: dict[int, Finding]) -> None:
     """Raise, or have the bad rows left out and listed."""
-    first = processes.rank() == 0
     problems = [finding.bad for finding in bad.values() if finding.bad and not finding.dropped]
     dropped = len(bad) - len(problems)
     if problems and rows.processing.arguments.on_bad_row == "error":
         raise DataError(problems_text(problems, rows.mixture.row_count))
     for index, finding in bad.items():
         rows.leave_out(index)
-        if first and finding.bad:
+        if finding.bad and processes.rank() == 0:
             rows.bad_rows.add(finding.bad)
     if len(bad) == rows.mixture.row_count:
         raise DataError(
             f"{problems_text(problems, rows.mixture.row_count)}\n{dropped} were dropped as over-long. No row is left "
             "to train on."
         )
-
-
-def problems_text(problems: Sequence[BadRow], total: int) -> str:
-    """The first problems and their number."""
-    shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
-    more = len(problems) - SHOWN_PROBLEMS
-    return (
-        f"{len(problems)} of {total} rows can't be used:{shown}"
-        + (f"\n  ... and {more} more" if more > 0 else "")
-        + "\nFix them (finetune/inspect_data.py lists all), or pass --on_bad_row skip to leave them out."
-    )

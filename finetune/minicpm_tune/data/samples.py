@@ -24,7 +24,7 @@ from minicpm_tune.checkpoints.model_folder import read_generation
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary, load_tokenizer
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
-from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import ImageOptions, Picture
@@ -38,9 +38,8 @@ from minicpm_tune.data.placeholders import (
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.sample_audio import audio_runs, audio_tensors, heard_in, message_numbers, sounding_film
-from minicpm_tune.data.slicing.families import read_media_rules
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
-from minicpm_tune.data.slicing.media_rules import MediaRules
+from minicpm_tune.data.slicing.media_rules import MediaRules, read_media_rules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
 from minicpm_tune.data.turns import Source, Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache

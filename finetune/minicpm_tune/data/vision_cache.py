@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from minicpm_tune.batch import NewFeatures, PictureFeatures
 from minicpm_tune.checkpoints.model_generations import Generation, plain_name
 from minicpm_tune.checkpoints.weight_files import stored_tensors
-from minicpm_tune.data.files.cache import written_whole
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig
 from transformers import SchedulerType, TrainerState
 
-from minicpm_tune.data.files.mixtures import Mixture
+from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.output_folder import RUN_RECORD
 from minicpm_tune.processes import world_size

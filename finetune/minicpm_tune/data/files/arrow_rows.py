@@ -17,8 +17,8 @@ from typing import Any
 import datasets
 import pyarrow
 
-from minicpm_tune.data.files.cache import cache_folder
 from minicpm_tune.errors import DataError, RowError
+from minicpm_tune.files import cache_folder
 
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev)\b|(train|test|validation|valid|val|dev)[-_]")
 _READ_ERRORS = (

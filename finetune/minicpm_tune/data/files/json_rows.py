@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from minicpm_tune.data.files.cache import cache_file_of, written_whole
 from minicpm_tune.errors import DataError, RowError, check_unicode
+from minicpm_tune.files import cache_file_of, written_whole
 
 _NOT_SPACE = re.compile(r"\S")
 _LONGEST_FIXED = 10**6  # characters; nobody reads a longer line, and parsing it takes seconds

@@ -1,22 +1,14 @@
-"""The slicing rules of MiniCPM-V 2.0 to 4.5."""
+"""The slicing rules of MiniCPM-V and MiniCPM-o: an overview, and slices in a grid that fits the image's shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-from minicpm_tune.checkpoints.model_folder import read_settings
-from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.media.audio import AudioRules
-from minicpm_tune.data.media.films import FilmRules
-from minicpm_tune.data.media.videos import VideoRules
-from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Grid, ImageLayout, Size, checked_size
-from minicpm_tune.data.slicing.media_rules import MediaRules, log_assumed, slice_limit
-from minicpm_tune.settings.data_arguments import DataArguments
 
 
 @dataclass(frozen=True)
@@ -132,57 +124,54 @@ def _nearest_multiple(length: float, divisor: int) -> int:
     return max(round(length / divisor) * divisor, divisor)
 
 
-def read_rules(
-    folder: Path, config: dict[str, Any], generation: Generation, arguments: DataArguments
-) -> MediaRules:
-    """Read the rules; what the released processor is configured with goes before the model's config."""
-    settings = read_settings(folder, "preprocessor_config.json")
-    rules = SliceRules(
-        max_slice_nums=slice_limit(arguments, settings, config, default=1),
-        scale_resolution=int(settings.get("scale_resolution") or config.get("scale_resolution", 448)),
-        patch_size=config.get("patch_size", 14),
-    )
-    style = PlaceholderStyle(
-        query_num=config["query_num"],
-        image_ids=generation.image_ids and settings.get("use_image_id", True),
-        slice_tag=generation.slice_tag,
-    )
-    used = {
-        "max_slice_nums": rules.max_slice_nums,
-        "scale_resolution": rules.scale_resolution,
-        "patch_size": rules.patch_size,
-    }
-    used |= {"use_image_id": style.image_ids} if generation.image_ids else {}
-    log_assumed(folder, "preprocessor_config.json", used, config, config.get("slice_config") or {})
-    return MediaRules(
-        rules,
-        style,
-        _video_rules(generation, arguments),
-        audio=_audio_rules(generation, config),
-        film=_film_rules(generation, config, arguments),
-    )
+@dataclass(frozen=True)
+class MergedSliceRules:
+    """The slicing rules of MiniCPM-V 4.6 and 4.7 and MiniCPM-OCR, taken from transformers' own image processor.
+
+    Sides are multiples of 4 patches (2 with downsample mode 4x), because the vision tower merges patches before the
+    language model sees them. Only the size rules of ``MiniCPMV4_6ImageProcessorPil`` are used; resizing and cutting
+    is ``layouts.cut_into_patches``, which gives the same pixels.
+
+    Attributes:
+        max_slice_nums: Most slices an image is cut into, the overview not counted; 1 means never cut.
+        scale_resolution: Side of the square the encoder was trained on, in pixels.
+        patch_size: Side of a patch, in pixels.
+        downsample_mode: ``16x`` or ``4x``: patches that become one token.
+        upsizes: Whether an image that is not cut is enlarged to ``scale_resolution`` where it is smaller.
+
+    Example:
+        >>> MergedSliceRules(max_slice_nums=9).layout(1200, 500).tgt_sizes
+        [(20, 48), (28, 36), (28, 36)]
+    """
+
+    max_slice_nums: int = 9
+    scale_resolution: int = 448
+    patch_size: int = 14
+    downsample_mode: str = "16x"
+    upsizes: bool = True
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Decide how an image of this size, in pixels, is resized and cut."""
+        checked_size(width, height)
+        size = (height, width)
+        shared = (self.scale_resolution, self.patch_size, self.downsample_mode)
+        cut = _released_sizes().get_sliced_grid(size, self.max_slice_nums, self.scale_resolution)
+        whole = _released_sizes().find_best_resize(size, *shared, cut is None and self.upsizes)
+        overview = Size(height=whole[0], width=whole[1])
+        if cut is None:
+            return ImageLayout(overview, None, None, self.patch_size)
+        refined = _released_sizes().get_refine_size(size, cut, *shared, True)
+        grid = Grid(columns=cut[1], rows=cut[0])
+        return ImageLayout(overview, grid, Size(height=refined[0], width=refined[1]), self.patch_size)
+
+    def limited(self, max_slice_nums: int) -> MergedSliceRules:
+        """The same rules with another limit of slices."""
+        return replace(self, max_slice_nums=max_slice_nums)
 
 
-def _audio_rules(generation: Generation, config: dict[str, Any]) -> AudioRules | None:
-    if generation.hearing is None or not config.get("init_audio", True):
-        return None
-    return AudioRules(config.get("audio_pool_step", 2), generation.hearing.per_second)
+@cache
+def _released_sizes() -> Any:
+    # Imported here: it brings in transformers' model package, which the other families don't need.
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-
-def _film_rules(generation: Generation, config: dict[str, Any], arguments: DataArguments) -> FilmRules | None:
-    if generation.hearing is None or not config.get("init_audio", True):
-        return None
-    units = bool(generation.hearing.unit)
-    most = None if units else 64
-    return FilmRules(units, most).for_one(arguments.video_fps, arguments.max_num_frames)
-
-
-def _video_rules(generation: Generation, arguments: DataArguments) -> VideoRules | None:
-    """Source: the released README files of 2.6 and 4.5 (``encode_video``)."""
-    if generation.frames is None:
-        return None
-    if generation.frames == "packs":
-        return VideoRules.requested(
-            arguments, "packs", fps=3.0, max_num_frames=180, max_slice_nums=1, max_frames_per_pack=3
-        )
-    return VideoRules.requested(arguments, "step", fps=1.0, max_num_frames=64, max_slice_nums=2)
+    return MiniCPMV4_6ImageProcessorPil()

@@ -9,35 +9,22 @@ evidence. Held against its sizes and pixels by ``tests/data/test_xcomposer2.py``
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.xcomposer2_geometry import (
     PATCH,
     encoded_size,
-    position_rows,
-    square_side,
     tile_tokens,
 )
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Bands, Grid, ImageLayout, Size, checked_size, split_bands
-from minicpm_tune.data.slicing.media_rules import MediaRules
-from minicpm_tune.errors import DataError
-from minicpm_tune.settings.data_arguments import DataArguments
-
-logger = logging.getLogger(__name__)
 
 WHITE = (255, 255, 255)
-# 4khd's tiles when nothing says how many: what it was trained with ("HD-25", arXiv:2404.06512).
-DEFAULT_TILES = 25
 
 
 @dataclass(frozen=True)
@@ -192,42 +179,3 @@ def _tiles_across(ratio: float, limit: int) -> int:
     while (across + 1) * np.ceil((across + 1) / ratio) <= limit:
         across += 1
     return across
-
-
-def read_square_rules(
-    folder: Path, config: dict[str, Any], generation: Generation, arguments: DataArguments
-) -> MediaRules:
-    """The rules of 7b and vl-7b."""
-    side = square_side(config, tiles=False, positions=position_rows(folder))
-    pixels = side * PATCH
-    if arguments.img_size not in (None, pixels):
-        raise DataError(
-            f"--img_size: found {arguments.img_size}, expected {pixels}, which is what this checkpoint "
-            f"({generation.title}) sees. Use --img_size {pixels}, or leave it out."
-        )
-    if arguments.hd_num not in (None, -1):
-        raise DataError(
-            f"--hd_num: found {arguments.hd_num}, expected -1: {generation.title} does not cut images. Use --hd_num "
-            "-1, or an internlm-xcomposer2-4khd-7b checkpoint."
-        )
-    style = PlaceholderStyle(query_num=side * side, image_ids=False, slice_tag="")
-    return MediaRules(SquareRules(side), style)
-
-
-def read_tile_rules(
-    folder: Path, config: dict[str, Any], generation: Generation, arguments: DataArguments
-) -> MediaRules:
-    """The rules of 4khd."""
-    side = square_side(config, tiles=True, positions=position_rows(folder))
-    if arguments.hd_num is not None and arguments.hd_num < 1:
-        raise DataError(
-            f"--hd_num: found {arguments.hd_num}, expected at least 1: {generation.title} cuts images into up to so "
-            "many tiles. Use for example --hd_num 16."
-        )
-    if arguments.img_size is not None:
-        logger.info(
-            "--img_size has no meaning for %s: its tiles have %d pixels.", generation.title, side * PATCH
-        )
-    tiles = arguments.max_slice_nums if arguments.hd_num is None else arguments.hd_num
-    rules = TileRules(side, max_slice_nums=DEFAULT_TILES if tiles is None else tiles)
-    return MediaRules(rules, TileStyle(image_ids=False, slice_tag="", query_num=0, side=side))

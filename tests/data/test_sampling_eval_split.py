@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from dataset import SupervisedDataset
-from minicpm_tune.data.eval_split import (
+from minicpm_tune.data.row_check import check_rows
+from minicpm_tune.data.sampling import (
     choose_groups,
     first_of_each_file,
     group_rows,
     held_out_rows,
     identities,
 )
-from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.errors import DataError
 from support.golden_checkpoints import processing
 from support.rows import chat

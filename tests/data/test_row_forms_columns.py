@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dataset import SupervisedDataset
-from minicpm_tune.data.files.columns import read_columns
+from minicpm_tune.data.files.row_forms import read_columns
 from minicpm_tune.errors import DataError, RowError
 from support.golden_checkpoints import processing, supervised_text
 

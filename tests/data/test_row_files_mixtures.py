@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import SupervisedDataset
-from minicpm_tune.data.files.mixtures import epoch_order
+from minicpm_tune.data.files.row_files import epoch_order
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_arguments import DataArguments, MixtureSource, read_data_path
 from support.golden_checkpoints import processing

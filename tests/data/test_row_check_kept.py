@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from dataset import SupervisedDataset
-from minicpm_tune.data import check_cache, row_check
-from minicpm_tune.data.check_cache import FileCheck, Finding, check_path
-from minicpm_tune.data.row_check import check_rows
+from minicpm_tune.data import row_check
+from minicpm_tune.data.row_check import FileCheck, Finding, check_path, check_rows
 from minicpm_tune.errors import DataError
 from support.check_on_two_ranks import on_two_ranks
 from support.golden_checkpoints import processing
@@ -22,8 +21,8 @@ LOOKED_AT = 6
 @pytest.fixture
 def looks(monkeypatch, tmp_path):
     """The rows that were looked at; files of ten rows count as large."""
-    monkeypatch.setattr(check_cache, "STORED_FROM", 10)
-    monkeypatch.setattr(check_cache, "_LOOKED_AT", LOOKED_AT)
+    monkeypatch.setattr(row_check, "STORED_FROM", 10)
+    monkeypatch.setattr(row_check, "_LOOKED_AT", LOOKED_AT)
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     found, check_row = [], row_check.check_row
     monkeypatch.setattr(
@@ -75,7 +74,7 @@ def test_what_the_check_depends_on_makes_it_anew(tmp_path, looks, monkeypatch):
     assert checked(path, looks, on_bad_row="skip")[1] == LOOKED_AT
     write(tmp_path, answer="No, it is not.")
     assert checked(path, looks)[1] == ROWS
-    monkeypatch.setattr(check_cache, "_program", lambda: "another version")
+    monkeypatch.setattr(row_check, "_program", lambda: "another version")
     assert checked(path, looks)[1] == ROWS
 
 
@@ -131,9 +130,9 @@ def test_several_processes_use_what_was_found_before(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICPMV_CACHE", str(tmp_path / "cache"))
     text = json.dumps({"conversations": chat("Yes?", "No.")})
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([text] * check_cache.STORED_FROM))
+    path.write_text("\n".join([text] * row_check.STORED_FROM))
     rows = SupervisedDataset(path, processing("v2_6", model_max_length=512))
-    lengths = np.full(check_cache.STORED_FROM, len(rows.plan(0).encoded.input_ids), dtype=np.int32)
+    lengths = np.full(row_check.STORED_FROM, len(rows.plan(0).encoded.input_ids), dtype=np.int32)
     bad = {7: Finding(1, rows.describe(7, OfAKindError("odd")), dropped=True)}
     FileCheck(lengths, bad).save(check_path(rows, 0, decoded=False))
     found = on_two_ranks(path, "skip")
