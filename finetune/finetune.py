@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.logs import silence_libraries
-from minicpm_tune.settings.command_line import answer_or_check
+from minicpm_tune.settings.finetune_command import answer_or_check
 from minicpm_tune.training.process_lifecycle import end_at_interrupt
 
 if __name__ == "__main__":
@@ -51,8 +51,8 @@ from minicpm_tune.models.parameter_parts import (
 from minicpm_tune.models.speed_options import Checkpointing, set_checkpointing, use_fast_kernels
 from minicpm_tune.planning.fitting import choose_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
-from minicpm_tune.settings.command_line import log_how_to_continue, log_what_comes_next
 from minicpm_tune.settings.data_arguments import DataArguments
+from minicpm_tune.settings.finetune_command import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
 from minicpm_tune.training.run_folder import RunFolder, write_failures_as_messages

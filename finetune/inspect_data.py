@@ -25,8 +25,8 @@ from typing import IO, TYPE_CHECKING
 from minicpm_tune.errors import DataError, RowError
 from minicpm_tune.settings.argument_groups import ModelArguments
 from minicpm_tune.settings.command_flags import CommandParser, add_fields
-from minicpm_tune.settings.command_line import flag_names
 from minicpm_tune.settings.data_arguments import DataArguments
+from minicpm_tune.settings.finetune_command import flag_names
 from minicpm_tune.training.process_lifecycle import run_command
 
 if TYPE_CHECKING:

@@ -123,7 +123,7 @@ set -- \
     "$@"
 
 # Help and mistakes first: looking at the hardware takes seconds.
-PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m minicpm_tune.settings.command_line \
+PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m minicpm_tune.settings.finetune_command \
     ${MAX_RESTARTS:+--resume_from_checkpoint true} "$@" || exit 1
 for word in "$@"; do
     case $word in
@@ -197,7 +197,7 @@ elif [ -z "${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set}" ]; then
     export PYTORCH_ALLOC_CONF
 fi
 
-# For the command that continues a stopped run, see minicpm_tune/settings/command_line.py.
+# For the command that continues a stopped run, see minicpm_tune/settings/finetune_command.py.
 LAUNCHER=$HERE/$(basename -- "$0")
 export LAUNCHER LAUNCHER_FLAGS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_tune.settings.command_line import read_command_line
+from minicpm_tune.settings.finetune_command import read_command_line
 from support.launcher_stage import Stage
 from support.pages import PAGES, commands
 from support.paths import FINETUNE, ROOT

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minicpm_tune.settings.command_line import flag_names
+from minicpm_tune.settings.finetune_command import flag_names
 from support import processes
 from support.pages import PAGES, commands, name_of, prose, read
 from support.paths import FINETUNE, ROOT

@@ -16,7 +16,7 @@ from minicpm_tune.planning import fitting
 from minicpm_tune.planning.fitting import Room, flags_that_fit, training_of
 from minicpm_tune.planning.memory_plan import Training
 from minicpm_tune.settings.argument_groups import LoraArguments
-from minicpm_tune.settings.command_line import read_command_line
+from minicpm_tune.settings.finetune_command import read_command_line
 from support.paths import GOLDENS, ROOT
 
 GIBIBYTE = 2**30

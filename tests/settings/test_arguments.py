@@ -24,12 +24,12 @@ from minicpm_tune.settings.arguments import (
     parse_arguments,
 )
 from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.settings.command_line import answer_or_check, render_help
 from minicpm_tune.settings.deepspeed_setup import (
     DeepSpeedConfigError,
     drop_automatic_scheduler,
     read_deepspeed_config,
 )
+from minicpm_tune.settings.finetune_command import answer_or_check, render_help
 from minicpm_tune.settings.legacy_flags import DROPPED, RENAMED, REWRITTEN, LegacyFlagError, translate
 from support import processes
 from support.paths import ROOT
@@ -355,7 +355,7 @@ def test_a_missing_deepspeed_file_names_those_that_are_there():
 def test_help_shows_every_argument_of_ours_and_needs_no_torch():
     code = (
         "import sys\n"
-        "from minicpm_tune.settings.command_line import render_help\n"
+        "from minicpm_tune.settings.finetune_command import render_help\n"
         "page = render_help()\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "sys.stdout.write(page)"
@@ -402,7 +402,7 @@ def test_a_wrong_command_line_ends_before_anything_heavy_is_imported(place, caps
     assert "Did you mean --learning_rate?" in capsys.readouterr().err
     code = (
         "import sys\n"
-        "from minicpm_tune.settings.command_line import answer_or_check\n"
+        "from minicpm_tune.settings.finetune_command import answer_or_check\n"
         "try:\n    answer_or_check(sys.argv[1:])\n"
         "finally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
     )

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 from minicpm_tune.answering.metrics import BOX_METRICS, ERROR_RATES, METRICS
 from minicpm_tune.settings.arguments import TrainingArguments, parse_arguments
 from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.settings.command_line import read_command_line
+from minicpm_tune.settings.finetune_command import read_command_line
 from minicpm_tune.settings.trainer_arguments import (
     LOG_LEVELS,
     OPTIMIZERS,

@@ -35,8 +35,8 @@ from minicpm_tune.planning.memory_plan import (
     prepared_model,
 )
 from minicpm_tune.settings.argument_groups import LoraArguments
-from minicpm_tune.settings.command_line import read_command_line
 from minicpm_tune.settings.deepspeed_setup import read_deepspeed_config
+from minicpm_tune.settings.finetune_command import read_command_line
 from minicpm_tune.settings.hardware import free_memory, has_accelerator
 
 logger = logging.getLogger(__name__)

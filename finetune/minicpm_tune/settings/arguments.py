@@ -24,7 +24,6 @@ from minicpm_tune.settings.argument_groups import (
 )
 from minicpm_tune.settings.checks import UsageError, raise_problems
 from minicpm_tune.settings.command_flags import switch
-from minicpm_tune.settings.command_line import read_command_line
 from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.deepspeed_setup import (
     contradictions,
@@ -32,6 +31,7 @@ from minicpm_tune.settings.deepspeed_setup import (
     read_deepspeed_config,
     start_on_cpu,
 )
+from minicpm_tune.settings.finetune_command import read_command_line
 from minicpm_tune.settings.hardware import accelerator_count, apply_settings, data_workers, has_accelerator
 
 logger = logging.getLogger(__name__)
@@ -118,14 +118,9 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
     @property
     def learning_rates(self) -> LearningRates:
         """``--learning_rate`` and the parts' own."""
-        parts = {
-            "vision": self.vision_lr,
-            "audio": self.audio_lr,
-            "resampler": self.resampler_lr,
-            "llm": self.llm_lr,
-            "embeddings": self.embed_lr,
-        }
-        return LearningRates(self.learning_rate, parts, self.lora_lr_ratio)
+        own = {"vision": self.vision_lr, "audio": self.audio_lr, "resampler": self.resampler_lr}
+        own |= {"llm": self.llm_lr, "embeddings": self.embed_lr}
+        return LearningRates(self.learning_rate, own, self.lora_lr_ratio)
 
     def _settle_data_loading(self) -> None:
         if self.dataloader_num_workers is None:
@@ -160,9 +155,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             return None
         if value.lower() != "true":
             return os.path.expanduser(value)
-        last = output_folder.find_earlier_run(
-            os.path.expanduser(self.output_dir or "trainer_output")
-        ).last_checkpoint
+        folder = os.path.expanduser(self.output_dir or "trainer_output")
+        last = output_folder.find_earlier_run(folder).last_checkpoint
         return None if last is None else str(last)
 
     def _read_deepspeed(self, value: str) -> None:
@@ -198,7 +192,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         UsageError: With every problem that can be seen without the model.
     """
     line = read_command_line(argv)
-    raise_problems([*hardware_problems(line.model, line.training)])
+    raise_problems([*_hardware_problems(line.model, line.training)])
     os.environ.update(line.environment)
     for note in line.notes:
         _note(note)
@@ -211,7 +205,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return Arguments(line.model, line.data, training, line.lora)
 
 
-def hardware_problems(model: ModelArguments, training: Namespace) -> Iterator[str]:
+def _hardware_problems(model: ModelArguments, training: Namespace) -> Iterator[str]:
     """What is wrong with a command line on this machine."""
     accelerators = 0 if training.use_cpu else accelerator_count()
     started = processes.local_world_size()
@@ -225,9 +219,7 @@ def hardware_problems(model: ModelArguments, training: Namespace) -> Iterator[st
             yield f"--{flag} true needs a GPU, and none is used. Use --{flag} false."
     if training.fp32_residual_connection is False and not (training.bf16 or training.fp16):
         yield "--fp32_residual_connection false needs --bf16 true or --fp16 true: in fp32 everything is fp32."
-    if training.ddp_backend not in (None, "nccl", "gloo") or (
-        training.ddp_backend == "nccl" and not accelerators
-    ):
+    if training.ddp_backend not in (None, "gloo", "nccl" if accelerators else None):
         yield f"--ddp_backend {training.ddp_backend} does not work on this machine. Leave it out."
     yield from _process_problems(training, accelerators)
     if model.attn_implementation == "flash_attention_2":
@@ -245,11 +237,12 @@ def _process_problems(training: Namespace, accelerators: int) -> Iterator[str]:
     if training.fsdp not in (None, "", "false") and processes.world_size() < 2:
         yield "--fsdp divides the model among several processes, and one was started. Leave it out, or start more."
     if training.deepspeed:
-        yield from contradictions(
-            read_deepspeed_config(training.deepspeed), training, processes=processes.world_size()
-        )
+        config = read_deepspeed_config(training.deepspeed)
+        yield from contradictions(config, training, processes=processes.world_size())
     workers = training.dataloader_num_workers
-    if (data_workers(accelerator=bool(accelerators)) if workers is None else workers) == 0:
+    if workers is None:
+        workers = data_workers(accelerator=bool(accelerators))
+    if workers == 0:
         for flag in ("dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
             if getattr(training, flag) is not None:
                 yield f"--{flag} is about processes that load data, and there are none: add --dataloader_num_workers 2."

@@ -20,17 +20,9 @@ from minicpm_tune.settings.deepspeed_setup import DeepSpeedConfigError, contradi
 from minicpm_tune.settings.trainer_checks import trainer_problems
 
 _AT_LEAST_ONE = (
-    "model_max_length",
-    "max_slice_nums",
-    "packing_window",
-    "generation_samples",
-    "generation_max_new_tokens",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "lora_r",
-    "lora_alpha",
-)
+    "model_max_length", "max_slice_nums", "packing_window", "generation_samples", "generation_max_new_tokens",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
+)  # fmt: skip
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
 
 
@@ -53,18 +45,19 @@ def check_arguments(
     Raises:
         UsageError: When anything is wrong; one line per problem.
     """
-    problems = [
-        *_what_trains(training, lora),
-        *_numbers(training, lora),
-        *_model_folder(model),
-        *_new_tokens(model, training),
-        *_data_files(data, training),
-        *_vision_cache(training),
-        *trainer_problems(training),
-        *_deepspeed(training),
-        *_output_folder(training),
-    ]
-    raise_problems(problems)
+    raise_problems(
+        [
+            *_what_trains(training, lora),
+            *_numbers(training, lora),
+            *_model_folder(model),
+            *_new_tokens(model, training),
+            *_data_files(data, training),
+            *_vision_cache(training),
+            *trainer_problems(training),
+            *_deepspeed(training),
+            *_output_folder(training),
+        ]
+    )
 
 
 def raise_problems(problems: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the small commands share: their flags. Imports no torch, so that ``--help`` is quick."""
+"""How flags are read, and those that the small commands share. Imports no torch, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -69,38 +69,6 @@ def nearest(flag: str, known: Iterable[str]) -> str | None:
     return next(iter([*close, *longer]), None)
 
 
-def unknown_flags(
-    words: Sequence[str], parser: argparse.ArgumentParser, *, foreign: Mapping[str, str]
-) -> Iterator[str]:
-    """One problem for each flag that a parser does not know.
-
-    Args:
-        words: The command line.
-        parser: Knows its flags.
-        foreign: Flags of other trainers -> what to use here.
-    """
-    known = parser._option_string_actions
-    for flag in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
-        if flag in known:
-            continue
-        if flag[2:] in foreign:
-            yield f"unknown argument {flag}. Here it is {foreign[flag[2:]]}."
-        elif near := nearest(flag, known):
-            yield f"unknown argument {flag}. Did you mean {near}?"
-        else:
-            yield f"unknown argument {flag}. finetune.py --help-all lists every argument."
-
-
-def with_underscores(words: Sequence[str]) -> list[str]:
-    """Write flags as their fields are called: ``--learning-rate=1`` becomes ``--learning_rate=1``."""
-    return [_with_underscores(word) if word.startswith("--") else word for word in words]
-
-
-def _with_underscores(word: str) -> str:
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
-
-
 def add_fields(parser: argparse._ActionsContainer, group: type, names: Collection[str] | None = None) -> None:
     """Add a flag for each field of a dataclass.
 
@@ -113,9 +81,9 @@ def add_fields(parser: argparse._ActionsContainer, group: type, names: Collectio
     for one in fields(group):
         if names is not None and one.name not in names:
             continue
-        kinds = [kind for kind in get_args(hints[one.name]) or [hints[one.name]] if kind is not NoneType]
-        kind = list if get_origin(hints[one.name]) is list or get_origin(kinds[0]) is list else kinds[0]
-        how = flag_reader(kind, item=_item(hints[one.name]), choices=one.metadata.get("choices"))
+        hint = hints[one.name]  # a type, or a type and None
+        kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
+        how = flag_reader(kind, choices=one.metadata.get("choices"))
         how |= {name: one.metadata[name] for name in ("nargs", "const") if name in one.metadata}
         default = one.default if one.default_factory is MISSING else one.default_factory()
         text = one.metadata["help"].replace("%", "%%")
@@ -126,31 +94,24 @@ def add_fields(parser: argparse._ActionsContainer, group: type, names: Collectio
             )
 
 
-def _item(hint: Any) -> type:
-    """What a list holds: ``int`` of ``list[int] | None``."""
-    lists = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is list]
-    return get_args(lists[0])[0] if lists else str
-
-
-def flag_reader(
-    kind: Any, *, item: type = str, choices: Sequence[Any] | None = None, optional: bool = False
-) -> dict[str, Any]:
+def flag_reader(kind: Any, *, choices: Sequence[Any] | None = None, optional: bool = False) -> dict[str, Any]:
     """How a value is read, as arguments of ``add_argument``.
 
     Args:
-        kind: ``bool``, ``int``, ``float``, ``str``, ``dict`` (JSON, or a file's name), ``list``, or a tuple of choices.
-        item: What a list holds.
+        kind: ``bool``, ``int``, ``float``, ``str``, ``dict`` (JSON, or a file's name), ``list`` (of texts),
+            ``list[int]``, or a tuple of choices.
         choices: The values it takes.
         optional: Whether the flag alone means ``true``.
     """
     if isinstance(kind, tuple):
         kind, choices = str, kind
+    is_list = list in (kind, get_origin(kind))
     if choices is not None:
         how: dict[str, Any] = {"type": _one_of(choices), "metavar": "CHOICE"}
     else:
         readers: dict[Any, Any] = {bool: switch, int: whole_number, float: number}
-        how = {"type": readers.get(item if kind is list else kind, str)}
-    if kind is list:
+        how = {"type": readers.get(get_args(kind)[0] if get_args(kind) else kind, str)}
+    if is_list:
         how["nargs"] = "+"
     if kind is bool or optional:
         how |= {"nargs": "?", "const": True if kind is bool else "true"}

@@ -11,20 +11,24 @@ from typing import Any
 
 from minicpm_tune.errors import UserError
 
+# What the file calls it -> the flag that must say the same.
+_SAME = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+}
+
 
 class DeepSpeedConfigError(UserError):
     """A DeepSpeed configuration that can't be found or read."""
 
 
 def _find_config(path: str) -> Path:
-    """Find a configuration file: as given, or beside finetune.py.
-
-    The official commands say ``--deepspeed ds_config_zero2.json`` and are run from that folder; here they
-    may be run from any folder.
-
-    Raises:
-        DeepSpeedConfigError: When there is no such file.
-    """
+    """Find a configuration file: as given, or beside finetune.py, where the official commands are run."""
     own = Path(__file__).parents[2]
     for candidate in (Path(path).expanduser(), own / path):
         if candidate.is_file():
@@ -72,25 +76,9 @@ def contradictions(
         processes: Processes of the run. None leaves out what depends on them and on the precision, which a launcher
             chooses by the hardware.
     """
-    same = {
-        "train_micro_batch_size_per_gpu": (
-            "--per_device_train_batch_size",
-            training.per_device_train_batch_size,
-        ),
-        "gradient_accumulation_steps": (
-            "--gradient_accumulation_steps",
-            training.gradient_accumulation_steps,
-        ),
-        "gradient_clipping": ("--max_grad_norm", training.max_grad_norm),
-        "optimizer.params.lr": ("--learning_rate", training.learning_rate),
-        "optimizer.params.betas": (
-            "--adam_beta1 and --adam_beta2",
-            [training.adam_beta1, training.adam_beta2],
-        ),
-        "optimizer.params.eps": ("--adam_epsilon", training.adam_epsilon),
-        "optimizer.params.weight_decay": ("--weight_decay", training.weight_decay),
-        "scheduler.params.warmup_max_lr": ("--learning_rate", training.learning_rate),
-    }
+    same = {name: (f"--{flag}", getattr(training, flag)) for name, flag in _SAME.items()}
+    betas = [training.adam_beta1, training.adam_beta2]
+    same["optimizer.params.betas"] = ("--adam_beta1 and --adam_beta2", betas)
     if processes is not None:
         rows = processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
         same |= {
@@ -161,13 +149,14 @@ def start_on_cpu() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, it warns that it found no GPU
     import deepspeed  # takes seconds, and only runs under DeepSpeed need it
 
-    for name, value in {
+    alone = {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
-    }.items():
+    }
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

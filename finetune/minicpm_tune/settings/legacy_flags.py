@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from minicpm_tune.errors import UserError
 
@@ -57,57 +58,42 @@ _VALUES = {
     ("include_num_input_tokens_seen", "false"): "--include_num_input_tokens_seen no",
 }
 
-FOREIGN = {
-    "adapter_name_or_path": "--lora_weight_path",
-    "adapters": "--lora_weight_path",
-    "additional_target": "--lora_modules_to_save",
-    "aligner_lr": "--resampler_lr",
-    "attn_impl": "--attn_implementation",
-    "cutoff_len": "--model_max_length",
-    "dataset": "--data_path",
-    "dataset_dir": "--data_path, which takes paths",
-    "dataset_num_proc": "--dataloader_num_workers",
-    "early_stop_interval": "--early_stopping_patience",
-    "early_stopping_steps": "--early_stopping_patience",
-    "eval_dataset": "--eval_data_path",
-    "finetuning_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
-    "flash_attn": "--attn_implementation",
-    "fps": "--video_fps",
-    "freeze_aligner": "--tune_resampler, with the opposite value",
-    "freeze_llm": "--tune_llm, with the opposite value",
-    "freeze_multi_modal_projector": "--tune_resampler, with the opposite value",
-    "freeze_vision_tower": "--tune_vision, with the opposite value",
-    "freeze_vit": "--tune_vision, with the opposite value",
-    "image_dir": "--image_folder",
-    "image_max_pixels": "--max_slice_nums (slices of 448 x 448 pixels)",
-    "init_weights": "--init_lora_weights",
-    "lora_rank": "--lora_r",
-    "lora_target": "--lora_target_modules",
-    "loraplus_lr_ratio": "--lora_lr_ratio",
-    "lorap_lr_ratio": "--lora_lr_ratio",
-    "max_pixels": "--max_slice_nums (slices of 448 x 448 pixels)",
-    "media_dir": "--image_folder",
-    "model": "--model_name_or_path",
-    "model_id_or_path": "--model_name_or_path",
-    "modules_to_save": "--lora_modules_to_save",
-    "neat_packing": "--packing",
-    "preprocessing_num_workers": "--dataloader_num_workers",
-    "quantization_bit": "--q_lora true --quant_bits",
-    "resume_lora": "--lora_weight_path",
-    "sft_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
-    "split_dataset_ratio": "--eval_split",
-    "system": "the system message of a row",
-    "target_modules": "--lora_target_modules",
-    "template": "not needed: the model folder says how conversations are written",
-    "torch_dtype": "--bf16 true or --fp16 true",
-    "train_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
-    "tuner_type": "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning",
-    "val_dataset": "--eval_data_path",
-    "val_size": "--eval_split",
-    "video_fps_max_frames": "--max_num_frames",
-    "video_maxlen": "--max_num_frames",
-    "vit_lr": "--vision_lr",
+# What to use here -> what ms-swift and LLaMA-Factory call it.
+_ELSEWHERE = {
+    "--attn_implementation": "attn_impl flash_attn",
+    "--bf16 true or --fp16 true": "torch_dtype",
+    "--data_path": "dataset",
+    "--data_path, which takes paths": "dataset_dir",
+    "--dataloader_num_workers": "dataset_num_proc preprocessing_num_workers",
+    "--early_stopping_patience": "early_stop_interval early_stopping_steps",
+    "--eval_data_path": "eval_dataset val_dataset",
+    "--eval_split": "split_dataset_ratio val_size",
+    "--image_folder": "image_dir media_dir",
+    "--init_lora_weights": "init_weights",
+    "--lora_lr_ratio": "loraplus_lr_ratio lorap_lr_ratio",
+    "--lora_modules_to_save": "additional_target modules_to_save",
+    "--lora_r": "lora_rank",
+    "--lora_target_modules": "lora_target target_modules",
+    "--lora_weight_path": "adapter_name_or_path adapters resume_lora",
+    "--max_num_frames": "video_fps_max_frames video_maxlen",
+    "--max_slice_nums (slices of 448 x 448 pixels)": "image_max_pixels max_pixels",
+    "--model_max_length": "cutoff_len",
+    "--model_name_or_path": "model model_id_or_path",
+    "--packing": "neat_packing",
+    "--q_lora true --quant_bits": "quantization_bit",
+    "--resampler_lr": "aligner_lr",
+    "--tune_llm, with the opposite value": "freeze_llm",
+    "--tune_resampler, with the opposite value": "freeze_aligner freeze_multi_modal_projector",
+    "--tune_vision, with the opposite value": "freeze_vision_tower freeze_vit",
+    "--use_lora true --tune_llm false for LoRA, --tune_llm true for full tuning": (
+        "finetuning_type sft_type train_type tuner_type"
+    ),
+    "--video_fps": "fps",
+    "--vision_lr": "vit_lr",
+    "not needed: the model folder says how conversations are written": "template",
+    "the system message of a row": "system",
 }
+FOREIGN = {old: new for new, olds in _ELSEWHERE.items() for old in olds.split()}
 
 
 class LegacyFlagError(UserError):
@@ -128,16 +114,17 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def replace(self, flag: _Flag, new: str) -> None:
-        """Write other flags in the place of one."""
-        self.argv += new.split()
-        self.notes.append(f"{flag.text} is now {new or 'the default'}.")
+    def replace(self, flag: _Flag, *words: str) -> None:
+        """Write other words in the place of a flag."""
+        self.argv += words
+        self.notes.append(f"{flag.text} is now {' '.join(words) or 'the default'}.")
 
 
 @dataclass(frozen=True)
 class _Flag:
     name: str
     values: tuple[str, ...]
+    words: tuple[str, ...]  # as they were given, but for underscores in the name
 
     @property
     def text(self) -> str:
@@ -158,6 +145,8 @@ class _Flag:
 def translate(argv: list[str]) -> Translation:
     """Rewrite the old flags of a command line, in place, so that a later flag still wins.
 
+    All flags are written as their fields are called: ``--learning-rate=1`` becomes ``--learning_rate=1``.
+
     Args:
         argv: The words after the script's name.
 
@@ -174,44 +163,31 @@ def translate(argv: list[str]) -> Translation:
         >>> result.notes
         ['--evaluation_strategy steps is now --eval_strategy steps.']
     """
-    flags = _split(argv)
-    given = {flag.name for flag, _ in flags if flag}
-    result = Translation()
-    for flag, words in flags:
-        if flag is None:
-            result.argv += words
-        elif flag.name in DROPPED:
+    starts = [place for place, word in enumerate(argv) if word.startswith("--")]
+    ends = [*starts, len(argv)]
+    flags = [_flag(*argv[start:end]) for start, end in pairwise(ends)]
+    given = {flag.name for flag in flags}
+    result = Translation(argv[: ends[0]])
+    for flag in flags:
+        if flag.name in DROPPED:
             result.notes.append(f"{flag.text} is left out: {DROPPED[flag.name]}.")
         elif flag.name in RENAMED:
-            result.argv += [f"--{RENAMED[flag.name]}", *flag.values]
-            result.notes.append(f"{flag.text} is now {' '.join([f'--{RENAMED[flag.name]}', *flag.values])}.")
+            result.replace(flag, f"--{RENAMED[flag.name]}", *flag.values)
         elif flag.name in _SWITCHES:
-            result.replace(flag, _SWITCHES[flag.name][not flag.is_true])
+            result.replace(flag, *_SWITCHES[flag.name][not flag.is_true].split())
         elif (new := _VALUES.get((flag.name, " ".join(flag.values).lower()))) is not None:
-            result.replace(flag, new)
+            result.replace(flag, *new.split())
         elif flag.name in _SPECIAL:
             _SPECIAL[flag.name](flag, given, result)
         else:
-            result.argv += words
+            result.argv += flag.words
     return result
 
 
-def _split(argv: list[str]) -> list[tuple[_Flag | None, list[str]]]:
-    """Cut a command line into flags with their values; words before the first flag have none."""
-    groups: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--") or not groups:
-            groups.append([word])
-        else:
-            groups[-1].append(word)
-    return [(_flag(words), words) for words in groups]
-
-
-def _flag(words: list[str]) -> _Flag | None:
-    if not words[0].startswith("--"):
-        return None
-    name, equals, value = words[0][2:].partition("=")
-    return _Flag(name.replace("-", "_"), ((value,) if equals else ()) + tuple(words[1:]))
+def _flag(word: str, *values: str) -> _Flag:
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    return _Flag(name, ((value,) if equals else ()) + values, (f"--{name}{equals}{value}", *values))
 
 
 def _batch_size(flag: _Flag, given: set[str], result: Translation) -> None:
@@ -219,7 +195,7 @@ def _batch_size(flag: _Flag, given: set[str], result: Translation) -> None:
     new = f"--per_device_train_batch_size {flag.value}"
     if "per_device_eval_batch_size" not in given:
         new += f" --per_device_eval_batch_size {flag.value}"
-    result.replace(flag, new)
+    result.replace(flag, *new.split())
 
 
 def _warmup_ratio(flag: _Flag, given: set[str], result: Translation) -> None:
@@ -252,7 +228,7 @@ def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None
             f"{flag.text}: transformers 5 always writes safetensors. Remove the flag; "
             "merge_lora.py --safe_serialization false writes .bin files of a finished model."
         )
-    result.replace(flag, "")
+    result.replace(flag)
 
 
 _SPECIAL: dict[str, Callable[[_Flag, set[str], Translation], None]] = {

@@ -52,11 +52,7 @@ class TrainerArgument:
     optional: bool = False
 
 
-def _refused(kind: Any, default: Any, refusal: str) -> TrainerArgument:
-    return TrainerArgument(kind, default, refusal)
-
-
-_ACTS = TrainerArgument
+_ACTS = _refused = TrainerArgument
 _HUB = "this script does not upload. When the run is finished: hf upload OWNER/NAME FOLDER"
 _COUNTS = "evaluation adds up counts and keeps no predictions"
 _ORDER = "the order of rows and their division among processes must be the same on every start"
@@ -138,9 +134,8 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "eval_steps": _ACTS(float),
     "eval_delay": _ACTS(float, 0),
     "per_device_eval_batch_size": _ACTS(int, 8),
-    "prediction_loss_only": _ACTS(
-        bool, False
-    ),  # either way no predictions are kept; the official launchers name it
+    # Either way no predictions are kept; the official launchers name it.
+    "prediction_loss_only": _ACTS(bool, False),
     "eval_on_start": _ACTS(bool, False),
     "eval_do_concat_batches": _refused(bool, True, _COUNTS),
     "eval_use_gather_object": _refused(bool, False, _COUNTS),
@@ -209,9 +204,8 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "fsdp": _ACTS(str, None, optional=True),
     "fsdp_config": _ACTS(dict),
     "deepspeed": _ACTS(str),
-    "local_rank": _ACTS(
-        int, -1
-    ),  # torch.distributed.launch passes it; the variable LOCAL_RANK is what counts
+    # torch.distributed.launch passes it; the variable LOCAL_RANK is what counts.
+    "local_rank": _ACTS(int, -1),
     # Debugging
     "debug": _refused(
         str, "", "steps whose gradients are not finite are reported with their rows, see --on_nonfinite"

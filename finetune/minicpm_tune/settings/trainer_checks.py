@@ -44,7 +44,7 @@ def trainer_problems(training: Namespace) -> Iterator[str]:
     yield from _schedule(training)
     yield from _evaluation(training)
     yield from _best_model(training)
-    yield from optimizer_problems(training)
+    yield from _optimizer(training)
     yield from _reporters(training)
     yield from _fsdp(training)
 
@@ -73,12 +73,17 @@ def _json_values(training: Namespace) -> Iterator[str]:
             if not Path(value).expanduser().is_file():
                 yield f"--fsdp_config: there is no file {value!r}. Give a JSON file, or JSON text."
             continue
-        try:
-            is_object = isinstance(json.loads(value), dict)
-        except json.JSONDecodeError:
-            is_object = False
-        if not is_object:
+        if _read_json(value) is None:
             yield f"--{name} is {value!r}, expected a JSON object such as '{{\"min_lr\": 1e-7}}'."
+
+
+def _read_json(text: str | None) -> dict[str, Any] | None:
+    """A JSON object's content; None where there is none, which is reported with the other JSON values."""
+    try:
+        value = json.loads("{}" if text is None else text)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _checkpointing(training: Namespace) -> Iterator[str]:
@@ -90,19 +95,16 @@ def _checkpointing(training: Namespace) -> Iterator[str]:
             yield f"--activation_checkpointing is {value!r}, expected true, false or auto."
     if training.memory_gib is not None and not training.memory_gib > 0:
         yield f"--memory_gib is {training.memory_gib:g}, expected more than 0."
-    try:
-        options = json.loads(training.activation_checkpointing_kwargs or "{}")
-    except json.JSONDecodeError:
-        return  # reported with the other JSON values
+    options = _read_json(training.activation_checkpointing_kwargs) or {}
     known = ("use_reentrant", "preserve_rng_state", "determinism_check", "every_n_layers", "offload")
-    for name in sorted(set(options) - set(known)) if isinstance(options, dict) else ():
+    for name in sorted(set(options) - set(known)):
         yield f"--activation_checkpointing_kwargs has {name!r}, expected {', '.join(known)}. Remove it."
-    if value == "auto" and isinstance(options, dict) and "every_n_layers" in options:
+    if value == "auto" and "every_n_layers" in options:
         yield (
             "--activation_checkpointing_kwargs: every_n_layers contradicts --activation_checkpointing auto, which "
             "chooses the layers itself. Add --activation_checkpointing true, or leave every_n_layers out."
         )
-    if isinstance(options, dict) and options.get("use_reentrant"):
+    if options.get("use_reentrant"):
         yield (
             "--activation_checkpointing_kwargs: use_reentrant true drops the gradients of layers whose inputs need "
             "none (adapters on a frozen model). Use false, the default."
@@ -140,14 +142,10 @@ def _steps(training: Namespace) -> Iterator[str]:
 
 def _schedule(training: Namespace) -> Iterator[str]:
     kind = training.lr_scheduler_type
-    try:
-        options = json.loads(training.lr_scheduler_kwargs or "{}")
-    except json.JSONDecodeError:
-        return  # reported with the other JSON values
-    if (
-        kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-        and len({"min_lr", "min_lr_rate"} & set(options)) != 1
-    ):
+    if (options := _read_json(training.lr_scheduler_kwargs)) is None:
+        return
+    one_of_two = len({"min_lr", "min_lr_rate"} & set(options)) == 1
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not one_of_two:
         yield (
             f"--lr_scheduler_type {kind} needs either min_lr or min_lr_rate: add "
             "--lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'."
@@ -248,9 +246,9 @@ _WITHOUT_ARGS = (
 _LOW_RANK = r"galore_|apollo_"
 
 
-def optimizer_problems(training: Namespace) -> Iterator[str]:
+def _optimizer(training: Namespace) -> Iterator[str]:
     """What is wrong with ``--optim`` and its options."""
-    name = "adamw_torch" if training.optim is None else str(training.optim)
+    name = "adamw_torch" if training.optim is None else training.optim
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(OPTIMIZERS)}."
@@ -273,12 +271,9 @@ def optimizer_problems(training: Namespace) -> Iterator[str]:
 
 
 def _reporters(training: Namespace) -> Iterator[str]:
-    value = training.report_to
-    names = [
-        name for text in ([value] if isinstance(value, str) else value or []) for name in text.split(",")
-    ]
+    names = [training.report_to] if isinstance(training.report_to, str) else training.report_to
     for name in names:
-        if name in ("all", "none", ""):
+        if name in ("all", "none"):
             continue
         if name not in REPORTERS:
             yield f"--report_to is {name!r}, expected all, none, or some of {', '.join(REPORTERS)}."

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from minicpm_tune.settings.command_line import VARIABLES, command_to_continue, commands_after
+from minicpm_tune.settings.finetune_command import VARIABLES, command_to_continue, commands_after
 from support.launcher_stage import Stage
 from support.paths import FINETUNE
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -18,14 +19,9 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from minicpm_tune import __version__
 from minicpm_tune.errors import UserError
 from minicpm_tune.processes import local_rank
-from minicpm_tune.settings.argument_groups import (
-    LoraArguments,
-    ModelArguments,
-    RunOptions,
-    TuningOptions,
-)
+from minicpm_tune.settings.argument_groups import LoraArguments, ModelArguments, RunOptions, TuningOptions
 from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
-from minicpm_tune.settings.command_flags import add_fields, flag_reader, unknown_flags, with_underscores
+from minicpm_tune.settings.command_flags import add_fields, flag_reader, nearest
 from minicpm_tune.settings.data_arguments import DataArguments, RowLimits
 from minicpm_tune.settings.legacy_flags import (
     DROPPED,
@@ -37,7 +33,10 @@ from minicpm_tune.settings.legacy_flags import (
 )
 from minicpm_tune.settings.trainer_arguments import TRAINER_ARGUMENTS
 
+logger = logging.getLogger(__name__)
+
 OWN_GROUPS = (ModelArguments, DataArguments, TuningOptions, LoraArguments, RunOptions)
+_OWN = {item.name for group in OWN_GROUPS for item in fields(group)}
 _HIDDEN = ("local_rank", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 # Torchrun ends all processes soon after the first has failed; the message of one is enough.
 _LATER = 3.0  # seconds
@@ -50,6 +49,13 @@ A switch takes true or false; alone it means true.
 _MORE = (
     "--help-all also lists the arguments of transformers' Trainer. Each acts, or is refused with a reason.\n"
 )
+# The launchers' variables. A launcher exports LAUNCHER, its path, and LAUNCHER_FLAGS, how many of finetune.py's words
+# came from the user; what the user set in the environment is still there.
+VARIABLES = (
+    "MODEL", "DATA", "EVAL_DATA", "LLM_TYPE", "MODEL_MAX_Length", "IMG_SIZE", "HD_NUM", "OUTPUT_DIR", "MAX_STEPS",
+    "EPOCHS", "LEARNING_RATE", "SAVE_STEPS", "EVAL_STEPS", "PRECISION", "DEEPSPEED", "FSDP", "GPUS_PER_NODE", "NNODES",
+    "NODE_RANK", "MAX_RESTARTS", "RDZV", "RDZV_ID", "RDZV_CONF", "LOCAL_ADDR",
+)  # fmt: skip
 
 Group = TypeVar("Group")
 
@@ -90,24 +96,36 @@ def read_command_line(argv: list[str]) -> CommandLine:
         UsageError: With every problem found.
     """
     try:
-        translation = translate(with_underscores(argv))
+        translation = translate(argv)
     except LegacyFlagError as error:
         raise UsageError(str(error)) from error
     parser = _parser()
-    raise_problems([*unknown_flags(translation.argv, parser, foreign=FOREIGN)])
+    raise_problems([*_unknown_flags(translation.argv, parser)])
     values = parser.parse_args(translation.argv)
-    model, data, lora = (
-        _pick(ModelArguments, values),
-        _pick(DataArguments, values),
-        _pick(LoraArguments, values),
-    )
-    training = Namespace(**{name: getattr(values, name) for name in _training_names()})
+    model = _pick(ModelArguments, values)
+    data = _pick(DataArguments, values)
+    lora = _pick(LoraArguments, values)
+    own = (item.name for group in (TuningOptions, RunOptions) for item in fields(group))
+    training = Namespace(**{name: getattr(values, name) for name in (*own, *TRAINER_ARGUMENTS)})
     if isinstance(training.report_to, list):
         training.report_to = [name for text in training.report_to for name in text.split(",") if name]
     if training.optim_target_modules == ["all-linear"]:
         training.optim_target_modules = "all-linear"  # transformers takes a list's items for parts of names
     check_arguments(model, data, training, lora)
     return CommandLine(model, data, lora, training, translation.notes, translation.environment)
+
+
+def _unknown_flags(argv: list[str], parser: _Parser) -> Iterator[str]:
+    known = parser._option_string_actions
+    for flag in dict.fromkeys(word.partition("=")[0] for word in argv if word.startswith("--")):
+        if flag in known:
+            continue
+        if flag[2:] in FOREIGN:
+            yield f"unknown argument {flag}. Here it is {FOREIGN[flag[2:]]}."
+        elif near := nearest(flag, known):
+            yield f"unknown argument {flag}. Did you mean {near}?"
+        else:
+            yield f"unknown argument {flag}. finetune.py --help-all lists every argument."
 
 
 def _pick(group: type[Group], values: Namespace) -> Group:
@@ -146,23 +164,16 @@ def _leave(text: str) -> NoReturn:
 
 def flag_names() -> set[str]:
     """Every flag that ``finetune.py`` takes, old names included."""
-    own = {item.name for group in OWN_GROUPS for item in fields(group)}
-    return {f"--{name}" for name in own | {*TRAINER_ARGUMENTS, *RENAMED, *DROPPED, *REWRITTEN}}
-
-
-def _training_names() -> list[str]:
-    own = [item.name for group in (TuningOptions, RunOptions) for item in fields(group)]
-    return [*own, *(name for name in TRAINER_ARGUMENTS if name not in own)]
+    return {f"--{name}" for name in (*_OWN, *TRAINER_ARGUMENTS, *RENAMED, *DROPPED, *REWRITTEN)}
 
 
 def _parser() -> _Parser:
     # resolve: two groups share the limits of a row, and one flag fills both.
     parser = _Parser(prog="finetune.py", add_help=False, allow_abbrev=False, conflict_handler="resolve")
-    own = {item.name for group in OWN_GROUPS for item in fields(group)}
     for group in OWN_GROUPS:
         add_fields(parser, group)
     for name, argument in TRAINER_ARGUMENTS.items():
-        if name not in own:
+        if name not in _OWN:
             how = flag_reader(argument.kind, optional=argument.optional)
             parser.add_argument(f"--{name}", default=argument.default, **how)
             if argument.kind is bool and argument.default is True:
@@ -186,8 +197,7 @@ def render_help(width: int = 100, *, everything: bool = False) -> str:
     if everything:
         from transformers import TrainingArguments  # takes seconds, and only --help-all asks
 
-        own = {item.name for group in OWN_GROUPS for item in fields(group)}
-        inherited = [item for item in fields(TrainingArguments) if item.name not in {*own, *_HIDDEN}]
+        inherited = [item for item in fields(TrainingArguments) if item.name not in {*_OWN, *_HIDDEN}]
         pages.append(_page("transformers' Trainer", inherited, width))
     else:
         pages.append(_MORE)
@@ -225,39 +235,19 @@ def _old_names(width: int) -> str:
     return "Old names that still work:\n" + textwrap.indent("\n".join(lines), " " * 6) + "\n"
 
 
-if __name__ == "__main__":
-    answer_or_check(sys.argv[1:])
-
-logger = logging.getLogger(__name__)
-
-
-# The launchers' variables. A launcher exports LAUNCHER, its path, and LAUNCHER_FLAGS, how many of finetune.py's words
-# came from the user; what the user set in the environment is still there.
-VARIABLES = (
-    "MODEL", "DATA", "EVAL_DATA", "LLM_TYPE", "MODEL_MAX_Length", "IMG_SIZE", "HD_NUM", "OUTPUT_DIR", "MAX_STEPS",
-    "EPOCHS", "LEARNING_RATE", "SAVE_STEPS", "EVAL_STEPS", "PRECISION", "DEEPSPEED", "FSDP", "GPUS_PER_NODE", "NNODES",
-    "NODE_RANK", "MAX_RESTARTS", "RDZV", "RDZV_ID", "RDZV_CONF", "LOCAL_ADDR",
-)  # fmt: skip
-_OF_SEVERAL_MACHINES = ("MASTER_ADDR", "MASTER_PORT")  # torchrun sets them too
-_NEXT_RUN_DECIDES = ("resume_from_checkpoint", "overwrite_output_dir")
-
-
 def log_how_to_continue(argv: list[str], *, step: int, steps: int) -> None:
     """After a signal, log what was saved and the command that continues from it."""
     logger.info(
-        "Stopped after step %d of %d; checkpoint-%d holds everything. To continue, in %s:\n\n    %s\n",
-        step, steps, step, os.getcwd(), command_to_continue(argv, script=sys.argv[0]),
-    )  # fmt: skip
+        f"Stopped after step {step} of {steps}; checkpoint-{step} holds everything. To continue, in {os.getcwd()}:"
+        f"\n\n    {command_to_continue(argv, script=sys.argv[0])}\n"
+    )
 
 
 def log_what_comes_next(output_dir: str, *, adapter: bool) -> None:
     """After a finished run, log where the result is and the commands that use it."""
-    commands = "".join(
-        f"    {text}\n" for text in commands_after(output_dir, adapter=adapter, script=sys.argv[0])
-    )
-    logger.info(
-        "Finished: the %s is in %s. Next:\n\n%s", "adapter" if adapter else "model", output_dir, commands
-    )
+    commands = commands_after(output_dir, adapter=adapter, script=sys.argv[0])
+    listed = "".join(f"    {command}\n" for command in commands)
+    logger.info(f"Finished: the {'adapter' if adapter else 'model'} is in {output_dir}. Next:\n\n{listed}")
 
 
 def command_to_continue(argv: list[str], *, script: str) -> str:
@@ -275,14 +265,14 @@ def command_to_continue(argv: list[str], *, script: str) -> str:
     environment = os.environ
     continues = ["--resume_from_checkpoint", "true"]
     if "LAUNCHER" not in environment:
-        return shlex.join([*_start(), script, *_without(argv, _NEXT_RUN_DECIDES), *continues])
-    several = environment.get("NNODES", "1") != "1"
-    names = [*VARIABLES, *(_OF_SEVERAL_MACHINES if several else ())]
+        return shlex.join([*_start(), script, *_kept(argv), *continues])
+    several = environment.get("NNODES", "1") != "1"  # torchrun sets these two for one machine as well
+    names = (*VARIABLES, "MASTER_ADDR", "MASTER_PORT") if several else VARIABLES
     values = [f"{name}={shlex.quote(environment[name])}" for name in names if name in environment]
     if environment.get("MAX_RESTARTS"):
         argv = argv[:-2]  # the launcher's own --resume_from_checkpoint true
     flags = argv[len(argv) - int(environment["LAUNCHER_FLAGS"]) :]
-    words = ["bash", _shown(Path(environment["LAUNCHER"])), *_without(flags, _NEXT_RUN_DECIDES), *continues]
+    words = ["bash", _shown(Path(environment["LAUNCHER"])), *_kept(flags), *continues]
     return " ".join([*values, shlex.join(words)])
 
 
@@ -332,13 +322,18 @@ def _start() -> list[str]:
     return start
 
 
-def _without(argv: list[str], names: tuple[str, ...]) -> list[str]:
-    """Leave flags out, with their values."""
+def _kept(argv: list[str]) -> list[str]:
+    """The words without the flags that the next run decides, and their values."""
     kept: list[str] = []
     dropping = False
     for word in argv:
         if word.startswith("--"):
-            dropping = word[2:].partition("=")[0].replace("-", "_") in names
+            name = word[2:].partition("=")[0].replace("-", "_")
+            dropping = name in ("resume_from_checkpoint", "overwrite_output_dir")
         if not dropping:
             kept.append(word)
     return kept
+
+
+if __name__ == "__main__":
+    answer_or_check(sys.argv[1:])
