@@ -23,7 +23,8 @@ from minicpm_tune.data.media.films import open_film
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import ParsedRow, Source
-from minicpm_tune.data.samples import Plan, Processing
+from minicpm_tune.data.sample_tensors import Plan
+from minicpm_tune.data.samples import Processing
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 
 __all__ = ["SupervisedDataset", "data_collator"]

@@ -153,7 +153,7 @@ def test_measures_and_cuts_take_the_film_as_a_whole(tmp_path):
     write_film(tmp_path / "a.mkv")
     rows = dataset(tmp_path, [row("a.mkv", use_audio=True)], "o4_5")
     plan = rows.plan(0)
-    assert rows.processing.audio_tokens(plan) == 42 + 2 * 5
+    assert plan.encoded.audio_tokens == 42 + 2 * 5
     assert sum(clip.samples for clip in plan.clips) == round(4.2 * RATE)
     limit = len(rows[0]["input_ids"]) - 40
     cut = dataset(tmp_path, [row("a.mkv", use_audio=True)], "o4_5")

@@ -1,4 +1,4 @@
-"""The text that stands for an image in the prompt, and where its slices' features go.
+"""The text that stands for an image, a video or an audio in the prompt, and where its features go.
 
 U is the run of pad tokens that one slice's features replace. Overview first, then the slices row by row;
 a newline only BETWEEN rows of slices:
@@ -9,18 +9,26 @@ a newline only BETWEEN rows of slices:
 - 4.6, 4.7: as 2.6, with ``<|image_pad|>`` and as many of them as the slice has merged patches.
 
 A video is its frames' placeholders: joined by newlines up to 4.5, where a pack of frames has one placeholder;
-joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7. A video with its sound (MiniCPM-o) is frames and
-audio in turn, joined by nothing.
+joined by nothing and made of ``<|video_pad|>`` in 4.6 and 4.7. An audio of MiniCPM-o is
+``<|audio_start|>U<|audio_end|>``, for every second (o-2.6) or once (o-4.5). A video with its sound is every frame and,
+behind it, the sound up to the next one, joined by nothing.
 
 Source: the released processors; held token by token by ``tests/goldens/test_goldens_data.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.data.media.audio import AudioRules, Clip
+from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.layouts import ImageLayout
+from minicpm_tune.errors import RowError
+
+Layouts = Sequence[tuple[ImageLayout, ...]]  # of every frame of every picture
 
 
 @dataclass(frozen=True)
@@ -60,143 +68,150 @@ class PlaceholderStyle:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The text for one image or video, and its runs.
+    """The text for one image, video or audio, and its runs.
 
     Attributes:
         text: The text, pad tokens written out.
         runs: Per slice, [start, end) in characters of ``text``, of its pad tokens.
+        audio_runs: The same for its sound.
         pad_length: Characters of one pad token.
     """
 
     text: str
     runs: tuple[tuple[int, int], ...]
+    audio_runs: tuple[tuple[int, int], ...]
     pad_length: int
 
 
-def image_placeholder(layout: ImageLayout, style: PlaceholderStyle, *, number: int | None) -> Placeholder:
-    """Write the placeholder of one image.
-
-    Args:
-        layout: The image's layout.
-        style: The generation's style.
-        number: The image's number in the sample, counted from 0; ``None`` writes none.
-
-    Returns:
-        The text and the runs in it, one per slice, in the order of ``layout.tgt_sizes``.
-    """
-    writer = _Writer(style.pad)
-    if number is not None:
-        writer.write(f"<image_id>{number}</image_id>")
-    _write_image(writer, layout, style)
-    return writer.placeholder()
-
-
-def video_placeholder(
-    layouts: Sequence[ImageLayout], style: PlaceholderStyle, *, number: int | None
-) -> Placeholder:
-    """Write the placeholder of one video.
-
-    Args:
-        layouts: The layout of each frame, or, where frames are packed, of each pack's first frame.
-        style: The generation's style.
-        number: The video's number in the sample, counted from 0; ``None`` writes none.
-
-    Returns:
-        The text and the runs in it.
-    """
-    writer = _Writer(style.video_pad)
-    if number is not None:
-        writer.write(f"<image_id>{number}</image_id>")
-    for index, layout in enumerate(layouts):
-        if index:
-            writer.write(style.frame_separator)
-        _write_image(writer, layout, style)
-    return writer.placeholder()
-
-
-def audio_placeholder(runs: Sequence[int], style: PlaceholderStyle) -> Placeholder:
-    """Write the placeholder of one audio of MiniCPM-o.
-
-    Args:
-        runs: Audio tokens of each run: of every second (o-2.6), or of the whole audio (o-4.5).
-        style: The generation's style; image and audio share the pad token.
-
-    Returns:
-        The text and the runs in it.
-    """
-    writer = _Writer(style.pad)
-    for count in runs:
-        writer.write_run("<|audio_start|>", count, "<|audio_end|>")
-    return writer.placeholder()
-
-
-def film_placeholder(
-    layouts: Sequence[ImageLayout],
-    runs: Sequence[Sequence[int]],
+def write_placeholders(
+    pictures: Sequence[Picture | Clip],
+    layouts: Layouts,
     style: PlaceholderStyle,
     *,
-    unit: str,
-    tags_alone: bool,
-) -> Placeholder:
-    """Write the placeholder of a video with its sound: every frame, and behind it the sound up to the next one.
+    generation: Generation,
+    audio: AudioRules | None,
+) -> list[Placeholder]:
+    """Write the placeholder of every medium of a sample.
 
     Args:
-        layouts: The layout of each frame.
-        runs: Audio tokens of each run of the sound behind each frame.
-        style: The generation's style.
-        unit: What stands in front of every frame.
-        tags_alone: Whether sound too short for a token leaves its tags (o-4.5), or nothing (o-2.6).
+        pictures: The sample's images, videos and audios.
+        layouts: How every frame of each is cut; where frames are packed, the first of each pack counts.
+        style: The generation's style; image and audio share the pad token.
+        generation: The checkpoint's generation.
+        audio: How its audio becomes tokens; None where there is none.
 
     Returns:
-        The text and the runs in it, in the order of the text.
+        The texts and the runs in them, in the order of the text; those of an image as ``layout.tgt_sizes``.
+
+    Raises:
+        RowError: When an audio, or all the sound of a video, is too short for a token.
     """
-    writer = _Writer(style.pad)
-    for layout, counts in zip(layouts, runs, strict=True):
-        writer.write(unit)
-        _write_image(writer, layout, style)
-        for count in counts:
-            writer.write_run("<|audio_start|>", count, "<|audio_end|>")
-        if not counts and tags_alone:
-            writer.write("<|audio_start|><|audio_end|>")
-    return writer.placeholder()
+    has_video = any(picture.kind == "video" for picture in pictures)
+    numbered = {
+        "image": style.image_ids and (generation.image_ids_beside_video or not has_video),
+        "video": style.video_ids,
+    }
+    numbers = {"image": itertools.count(), "video": itertools.count()}
+    placeholders = []
+    for picture, frames in zip(pictures, layouts, strict=True):
+        writer = _Writer(style)
+        if isinstance(picture, Clip):
+            writer.write_audio(_audio_runs(picture, audio))
+        elif picture.sound:
+            writer.write_film(picture, frames, audio, generation)
+        else:
+            if numbered[picture.kind]:
+                writer.write(f"<image_id>{next(numbers[picture.kind])}</image_id>")
+            writer.write_picture(picture, frames)
+        placeholders.append(writer.placeholder())
+    return placeholders
 
 
-def _write_image(writer: _Writer, layout: ImageLayout, style: PlaceholderStyle) -> None:
-    overview, *slices = (style.token_count(size) for size in layout.tgt_sizes)
-    if not style.slice_tag:
-        writer.write_run("", overview, "")
-        return
-    writer.write_run("<image>", overview, "</image>")
-    if layout.grid is None:
-        return
-    wrapped = style.slice_tag == "image"
-    if wrapped:
-        writer.write("<slice>")
-    for index, count in enumerate(slices):
-        if index and index % layout.grid.columns == 0:
-            writer.write("\n")
-        writer.write_run(f"<{style.slice_tag}>", count, f"</{style.slice_tag}>")
-    if wrapped:
-        writer.write("</slice>")
+def _audio_runs(clip: Clip, rules: AudioRules | None) -> list[int]:
+    """Lengths of the runs of pad tokens that stand for a clip."""
+    assert rules is not None, clip
+    runs = rules.runs(clip.samples)
+    if not runs:
+        raise RowError(
+            "audio",
+            f"audio {clip.name} has {clip.samples} samples of 16 kHz, expected at least {rules.fewest_samples}: "
+            "fewer make no audio token. Replace it, or remove the row.",
+        )
+    return runs
 
 
 class _Writer:
-    def __init__(self, pad: str) -> None:
-        self.pad = pad
+    """Writes one placeholder."""
+
+    def __init__(self, style: PlaceholderStyle) -> None:
+        self.style, self.pad = style, style.pad
         self.parts: list[str] = []
         self.length = 0
         self.runs: list[tuple[int, int]] = []
+        self.audio_runs: list[tuple[int, int]] = []
 
     def write(self, text: str) -> None:
         self.parts.append(text)
         self.length += len(text)
 
-    def write_run(self, before: str, count: int, after: str) -> None:
+    def write_run(self, before: str, count: int, after: str) -> tuple[int, int]:
+        """Write pad tokens between two tags, and give their [start, end)."""
         self.write(before)
         start = self.length
         self.write(self.pad * count)
-        self.runs.append((start, self.length))
+        run = start, self.length
         self.write(after)
+        return run
+
+    def write_audio(self, runs: Sequence[int]) -> None:
+        self.audio_runs += [self.write_run("<|audio_start|>", count, "<|audio_end|>") for count in runs]
+
+    def write_picture(self, picture: Picture, frames: Sequence[ImageLayout]) -> None:
+        if picture.kind == "video":
+            self.pad = self.style.video_pad
+        for place, index in enumerate(picture.pack_starts):
+            if place:
+                self.write(self.style.frame_separator)
+            self.write_frame(frames[index])
+
+    def write_film(
+        self, film: Picture, frames: Sequence[ImageLayout], rules: AudioRules | None, generation: Generation
+    ) -> None:
+        hearing = generation.hearing
+        assert rules is not None, film
+        assert hearing is not None, film
+        runs = [rules.runs(clip.samples) for clip in film.sound]
+        if not any(runs):
+            raise RowError(
+                "audio",
+                f"the sound of video {film.sound[0].name} has {sum(clip.samples for clip in film.sound)} samples of 16 "
+                'kHz, expected enough for an audio token. Set "use_audio": false in the row, or replace it.',
+            )
+        for frame, counts in zip(frames, runs, strict=True):
+            self.write(hearing.unit)
+            self.write_frame(frame)
+            self.write_audio(counts)
+            if not counts and not hearing.per_second:  # of sound too short for a token, o-4.5 leaves the tags
+                self.write("<|audio_start|><|audio_end|>")
+
+    def write_frame(self, layout: ImageLayout) -> None:
+        """Write the overview and the slices of an image or a frame."""
+        tag = self.style.slice_tag
+        overview, *slices = (self.style.token_count(size) for size in layout.tgt_sizes)
+        if not tag:
+            self.runs.append(self.write_run("", overview, ""))
+            return
+        self.runs.append(self.write_run("<image>", overview, "</image>"))
+        if layout.grid is None:
+            return
+        if tag == "image":
+            self.write("<slice>")
+        for index, count in enumerate(slices):
+            if index and index % layout.grid.columns == 0:
+                self.write("\n")
+            self.runs.append(self.write_run(f"<{tag}>", count, f"</{tag}>"))
+        if tag == "image":
+            self.write("</slice>")
 
     def placeholder(self) -> Placeholder:
-        return Placeholder("".join(self.parts), tuple(self.runs), len(self.pad))
+        return Placeholder("".join(self.parts), tuple(self.runs), tuple(self.audio_runs), len(self.pad))

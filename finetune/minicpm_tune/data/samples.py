@@ -1,16 +1,12 @@
 """Turns and media -> a sample, step by step: ``Processing`` holds what one checkpoint needs for it.
 
-    layouts -> pieces -> placeholders -> tokens -> truncate -> patches
-
-Shapes: T is a sample's length in tokens, S its slices, P the runs of pad tokens that stand for them (a pack of video
-frames shares one), L a slice's patches.
+pieces -> layouts -> placeholders -> tokens and labels -> truncate -> tensors
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +24,11 @@ from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import ImageOptions, Picture
-from minicpm_tune.data.placeholders import (
-    Placeholder,
-    PlaceholderStyle,
-    audio_placeholder,
-    image_placeholder,
-    video_placeholder,
-)
+from minicpm_tune.data.placeholders import PlaceholderStyle, write_placeholders
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
-from minicpm_tune.data.sample_audio import audio_runs, audio_tensors, heard_in, message_numbers, sounding_film
-from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules, cut_into_patches, patch_columns
+from minicpm_tune.data.sample_tensors import Plan, sample_tensors
+from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules
 from minicpm_tune.data.slicing.media_rules import MediaRules, read_media_rules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
 from minicpm_tune.data.turns import Source, Turn, media_of
@@ -46,29 +36,7 @@ from minicpm_tune.data.vision_cache import VisionCache
 from minicpm_tune.errors import OVER_LONG, DroppedRowError, RowError, check_unicode
 from minicpm_tune.settings.data_arguments import DataArguments
 
-Layouts = tuple[tuple[ImageLayout, ...], ...]  # of every frame of every picture
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A sample before any pixel is decoded.
-
-    Attributes:
-        pieces: The prompt.
-        encoded: Its tokens and labels.
-        pictures: Its images, videos and audios.
-        layouts: How every frame of each is cut.
-    """
-
-    pieces: Sequence[Piece]
-    encoded: Encoded
-    pictures: tuple[Picture | Clip, ...]
-    layouts: Layouts
-
-    @property
-    def clips(self) -> list[Clip]:
-        """Its audios, and the sound of its videos in pieces."""
-        return [clip for picture in self.pictures for clip in heard_in(picture)]
+Pictures = Sequence[Picture | Clip | Image.Image]  # by ``Media.index``; decoded images in mode RGB
 
 
 class TrainingRows(Protocol):
@@ -82,35 +50,27 @@ class TrainingRows(Protocol):
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        ...
 
     def __getitem__(self, index: int) -> Sample:
         """Make the sample of a row."""
-        ...
 
     def parse(self, index: int) -> ParsedRow:
         """Read a row's turns, and where its media come from."""
-        ...
 
     def open_media(self, index: int, sources: Sequence[Source]) -> list[Picture | Clip]:
         """Open a row's images and videos; they are decoded later."""
-        ...
 
     def image_options(self, index: int) -> ImageOptions:
         """How a row's images are found and opened."""
-        ...
 
     def plan(self, index: int) -> Plan:
         """Everything of a row's sample but its pixels; ``RowError`` when the row can't be used."""
-        ...
 
     def describe(self, index: int, error: RowError) -> BadRow:
         """A bad row with its place."""
-        ...
 
     def leave_out(self, index: int) -> None:
         """Have a row contribute nothing from now on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -171,12 +131,12 @@ class Processing:
 
     # --- training samples ---
 
-    def encode(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Sample:
+    def encode(self, turns: Sequence[Turn], pictures: Pictures) -> Sample:
         """Turn a conversation with its last answer into a training sample.
 
         Args:
             turns: The conversation; media are numbered in the order of the text.
-            pictures: Its pictures, or decoded images in mode RGB, by ``Media.index``.
+            pictures: Its pictures.
 
         Returns:
             The sample, at most ``--model_max_length`` tokens long.
@@ -186,41 +146,33 @@ class Processing:
         """
         return self.finish(self.plan(turns, pictures))
 
-    def plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Plan:
+    def plan(self, turns: Sequence[Turn], pictures: Pictures) -> Plan:
         """Decide everything of a training sample but its pixels; arguments and errors as of ``encode``."""
         return self.fit(self.whole_plan(turns, pictures))
 
-    def whole_plan(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip | Image.Image]) -> Plan:
+    def whole_plan(self, turns: Sequence[Turn], pictures: Pictures) -> Plan:
         """The plan before ``--model_max_length`` is applied."""
-        opened = _opened(pictures)
-        turns = self.with_boxes_written(turns, opened)
-        self.check(turns)
+        turns, opened = self._ready(turns, pictures)
         return self._tokenize(self.writer.training_pieces(turns), opened, self.rules)
 
     def fit(self, plan: Plan) -> Plan:
         """Make a whole plan fit ``--model_max_length``, and see that something is left to learn."""
         plan = self._shorten(plan)
-        if not plan.encoded.supervised:
-            raise RowError("nothing to learn", self._nothing_to_learn(plan))
-        return plan
-
-    def _nothing_to_learn(self, plan: Plan) -> str:
-        limit, length = self.arguments.model_max_length, len(plan.encoded.input_ids)
+        if plan.encoded.supervised:
+            return plan
+        limit, found = self.arguments.model_max_length, f"none of the {len(plan.encoded.input_ids)} tokens"
         if limit is None:
-            return f"none of the {length} tokens is supervised, expected an answer to learn. Add one, or remove it."
-        return (
-            f"none of the {length} tokens that --model_max_length {limit} leaves is supervised, expected an answer to "
-            "learn. Raise --model_max_length, cut images into fewer slices with --overlength shrink_slices, or remove "
-            "the row."
-        )
+            advice = "is supervised, expected an answer to learn. Add one, or remove it."
+        else:
+            advice = (
+                f"that --model_max_length {limit} leaves is supervised, expected an answer to learn. Raise "
+                "--model_max_length, cut images into fewer slices with --overlength shrink_slices, or remove the row."
+            )
+        raise RowError("nothing to learn", f"{found} {advice}")
 
     def finish(self, plan: Plan) -> Sample:
-        """Decode a plan's pictures, and give the training sample.
-
-        With a ``vision_cache`` only those pictures are decoded whose features are not stored yet; see
-        ``batch.PictureFeatures``.
-        """
-        sample = self._sample(plan, self.vision_cache)
+        """Decode a plan's pictures, and give the training sample."""
+        sample = self._tensors(plan, self.vision_cache)
         sample["labels"] = torch.tensor(plan.encoded.labels, dtype=torch.int64)
         if plan.encoded.weights is not None:
             sample["loss_weights"] = torch.tensor(plan.encoded.weights, dtype=torch.float32)
@@ -236,17 +188,13 @@ class Processing:
     # --- prompts for generation ---
 
     def encode_prompt(
-        self,
-        turns: Sequence[Turn],
-        pictures: Sequence[Picture | Clip | Image.Image],
-        *,
-        thinking: bool | None = None,
+        self, turns: Sequence[Turn], pictures: Pictures, *, thinking: bool | None = None
     ) -> Sample:
         """Turn a conversation into what inference gives the model to answer.
 
         Args:
             turns: The conversation so far; its last turn is the user's.
-            pictures: Its pictures, or decoded images in mode RGB, by ``Media.index``.
+            pictures: Its pictures.
             thinking: Whether the model is asked to think first (4.5 and later); None: as training asks, and
                 by default as the model does by itself.
 
@@ -256,18 +204,25 @@ class Processing:
         Raises:
             RowError: When the conversation can't be used, or the generation can't think.
         """
-        opened = _opened(pictures)
-        turns = self.with_boxes_written(turns, opened)
-        self.check(turns)
+        turns, opened = self._ready(turns, pictures)
         if thinking and not self.generation.thinking:
             raise RowError(
                 "thinking",
                 f"enable_thinking is true, but {self.generation.title} has no thinking mode. Leave it out.",
             )
         pieces = self.writer.generation_pieces(turns, thinking=thinking)
-        return self._sample(self._tokenize(pieces, opened, self.rules))
+        return self._tensors(self._tokenize(pieces, opened, self.rules))
 
     # --- the steps ---
+
+    def _ready(
+        self, turns: Sequence[Turn], pictures: Pictures
+    ) -> tuple[list[Turn], tuple[Picture | Clip, ...]]:
+        """Checked turns with their boxes written, and opened pictures."""
+        opened = tuple(Picture.of(each) if isinstance(each, Image.Image) else each for each in pictures)
+        written = self.with_boxes_written(turns, opened)
+        self.check(written)
+        return written, opened
 
     def with_boxes_written(self, turns: Sequence[Turn], pictures: Sequence[Picture | Clip]) -> list[Turn]:
         """The names and boxes of a row's ``objects`` as text.
@@ -332,7 +287,9 @@ class Processing:
         """Pieces of the prompt and opened pictures -> layouts -> placeholders -> tokens."""
         assert sum(piece.media is not None for piece in pieces) == len(pictures), (pieces, len(pictures))
         layouts = tuple(self._layout(picture, rules) for picture in pictures)
-        placeholders = self._placeholders(pictures, layouts)
+        placeholders = write_placeholders(
+            pictures, layouts, self.style, generation=self.generation, audio=self.media.audio
+        )
         return Plan(pieces, encode_pieces(pieces, placeholders, self.tokenizer), pictures, layouts)
 
     def _layout(self, picture: Picture | Clip, rules: SlicingRules) -> tuple[ImageLayout, ...]:
@@ -343,30 +300,6 @@ class Processing:
             most = 1 if picture.sound else self.media.video.max_slice_nums
             rules = rules.limited(min(rules.max_slice_nums, most))
         return tuple(rules.layout(width, height) for width, height in picture.sizes)
-
-    def _placeholders(self, pictures: Sequence[Picture | Clip], layouts: Layouts) -> list[Placeholder]:
-        style = self.style
-        has_video = any(picture.kind == "video" for picture in pictures)
-        numbered = {
-            "image": style.image_ids and (self.generation.image_ids_beside_video or not has_video),
-            "video": style.video_ids,
-        }
-        counts = {"image": 0, "video": 0}
-        placeholders = []
-        for picture, frames in zip(pictures, layouts, strict=True):
-            if isinstance(picture, Clip):
-                placeholders.append(audio_placeholder(audio_runs(picture, self.media.audio), style))
-                continue
-            number = counts[picture.kind] if numbered[picture.kind] else None
-            counts[picture.kind] += 1
-            if picture.sound:
-                placeholders.append(sounding_film(picture, frames, self.media.audio, self.generation, style))
-            elif picture.kind == "image":
-                placeholders.append(image_placeholder(frames[0], style, number=number))
-            else:
-                shown = [frames[index] for index in picture.pack_starts]
-                placeholders.append(video_placeholder(shown, style, number=number))
-        return placeholders
 
     def _shorten(self, plan: Plan) -> Plan:
         """Bring a plan over ``--model_max_length`` to it, in the way that ``--overlength`` says."""
@@ -387,65 +320,10 @@ class Processing:
                     return plan
         return replace(plan, encoded=truncate(plan.encoded, limit))
 
-    def _sample(self, plan: Plan, cache: VisionCache | None = None) -> Sample:
-        """The tensors of a plan; what was cut off is not decoded."""
-        encoded = plan.encoded
-        media = list(
-            zip(plan.pictures, plan.layouts, encoded.media_spans, strict=False)
-        )  # the rest was cut off
-        pictures = [picture for picture, *_ in media if isinstance(picture, Picture)]
-        layouts = tuple(frames for picture, frames, _ in media if isinstance(picture, Picture))
-        known = [] if cache is None else cache.pictures(pictures, layouts)
-        unknown = [index for index in range(len(pictures)) if not known or known[index].features is None]
-        image_bound, audio_bound = self._bounds(plan)
-        input_ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
-        sizes = [size for frames in layouts for layout in frames for size in layout.tgt_sizes]
-        sample: Sample = {
-            "input_ids": input_ids,
-            "pixel_values": _patches(
-                [pictures[index] for index in unknown],
-                [layouts[index] for index in unknown],
-                self.rules.patch_size,
-            ),
-            "tgt_sizes": torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
-            "image_bound": torch.tensor(image_bound, dtype=torch.int64).reshape(-1, 2),
-        }
-        if audio_bound:
-            sample["audio_bound"] = torch.tensor(audio_bound)
-            whole = range(len(encoded.media_spans))  # the rest was cut off
-            messages = message_numbers(plan.pieces, self.generation.turn_end)
-            heard = [(clip, messages[index]) for index in whole for clip in heard_in(plan.pictures[index])]
-            places = sum(end - start for start, end in audio_bound)
-            values = audio_tensors(heard, places, self.media.audio, self.generation)
-            sample["audio_values"], sample["audio_segments"] = values
-        if self.generation.token_types:
-            sample["mm_token_type_ids"] = _token_types(input_ids, self.tokenizer, self.style)
-        if cache is not None:
-            sample["pictures"] = known
-        if any(picture.packs for picture in pictures):
-            sample["temporal_ids"] = _temporal_ids(pictures, layouts)
-        return sample
-
-    def audio_tokens(self, plan: Plan) -> int:
-        """Tokens of the placeholders of a plan's audios, the tags around each run included."""
-        _, bounds = self._bounds(plan)
-        return sum(end - start + 2 for start, end in bounds)
-
-    def _bounds(self, plan: Plan) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The runs of pad tokens that stand for slices, and those that stand for audio."""
-        images: list[tuple[int, int]] = []
-        audio: list[tuple[int, int]] = []
-        runs = iter(plan.encoded.image_bound)
-        for picture, count in zip(plan.pictures, plan.encoded.slices, strict=False):
-            if isinstance(picture, Clip):
-                audio += islice(runs, count)
-            elif not picture.sound:
-                images += islice(runs, count)
-            for clip in () if isinstance(picture, Clip) else picture.sound:  # a frame is never cut: one run
-                images += islice(runs, 1)
-                assert self.media.audio is not None, clip
-                audio += islice(runs, len(self.media.audio.runs(clip.samples)))
-        return images, audio
+    def _tensors(self, plan: Plan, cache: VisionCache | None = None) -> Sample:
+        return sample_tensors(
+            plan, generation=self.generation, tokenizer=self.tokenizer, media=self.media, cache=cache
+        )
 
 
 def load_processing(
@@ -479,59 +357,7 @@ def load_processing(
     )
 
 
-def _opened(pictures: Sequence[Picture | Clip | Image.Image]) -> tuple[Picture | Clip, ...]:
-    return tuple(Picture.of(picture) if isinstance(picture, Image.Image) else picture for picture in pictures)
-
-
 def _image_sizes(pictures: Sequence[Picture | Clip]) -> list[Size | None]:
     """(width, height) of every image; None for a video and for audio."""
     images = (picture if isinstance(picture, Picture) else None for picture in pictures)
     return [image.sizes[0] if image is not None and image.kind == "image" else None for image in images]
-
-
-def _patches(
-    pictures: Sequence[Picture], layouts: Sequence[tuple[ImageLayout, ...]], patch_size: int
-) -> torch.Tensor:
-    """Decode the pictures: the patches of all slices side by side, uint8 ``[3, 14, 14 * sum(L)]``."""
-    total = sum(patch_columns(layout) for frames in layouts for layout in frames)
-    pixels = np.empty((3, patch_size, total), dtype=np.uint8)
-    start = 0
-    for picture, frames in zip(pictures, layouts, strict=True):
-        for image, layout in zip(picture.frames(), frames, strict=True):
-            end = start + patch_columns(layout)
-            cut_into_patches(image, layout, pixels[:, :, start:end])
-            start = end
-    return torch.from_numpy(pixels)
-
-
-def _token_types(
-    input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast, style: PlaceholderStyle
-) -> torch.Tensor:
-    """0 for text, 1 for image tokens, 2 for video tokens ``[T]``, as transformers' processor of 4.7 gives."""
-    types = torch.zeros_like(input_ids)
-    types[input_ids == tokenizer.convert_tokens_to_ids(style.pad)] = 1
-    types[input_ids == tokenizer.convert_tokens_to_ids(style.video_pad)] = 2
-    return types
-
-
-def _temporal_ids(pictures: Sequence[Picture], layouts: Layouts) -> torch.Tensor:
-    """Of every slice the run of pad tokens it belongs to and its time index, -1 for stills, ``[S, 2]``."""
-    return torch.tensor(list(_run_and_time(pictures, layouts)), dtype=torch.int64).reshape(-1, 2)
-
-
-def _run_and_time(pictures: Sequence[Picture], layouts: Layouts) -> Iterator[tuple[int, int]]:
-    """For every slice, the run it belongs to and its time index, -1 for stills.
-
-    Packed frames are never cut (their rules say one slice), so a frame is a slice.
-    """
-    run = 0
-    for picture, frames in zip(pictures, layouts, strict=True):
-        if picture.packs is None:
-            for _ in (size for layout in frames for size in layout.tgt_sizes):
-                yield run, -1
-                run += 1
-            continue
-        for pack in picture.packs:
-            for time in pack:
-                yield run, time
-            run += 1

@@ -34,23 +34,28 @@ class Encoded:
     Attributes:
         input_ids: Token ids, ``[T]``.
         labels: The token's id where it is supervised, else -100; not shifted, ``[T]``.
-        image_bound: [start, end) in tokens of every run of pad tokens, those of audio included, ``[P]``.
+        image_bound: [start, end) in tokens of every run of pad tokens that stands for slices, ``[P]``.
+        audio_bound: The same for audio.
         media_spans: [start, end) in tokens of every medium's whole placeholder.
-        slices: Number of runs of every medium.
         weights: How much each token counts in the loss, ``[T]``; None: all supervised ones count alike.
     """
 
     input_ids: list[int]
     labels: list[int]
     image_bound: list[tuple[int, int]] = field(default_factory=list)
+    audio_bound: list[tuple[int, int]] = field(default_factory=list)
     media_spans: list[tuple[int, int]] = field(default_factory=list)
-    slices: list[int] = field(default_factory=list)
     weights: list[float] | None = None
 
     @property
     def supervised(self) -> int:
         """Number of supervised tokens; the first token of a text can't be predicted and doesn't count."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+    @property
+    def audio_tokens(self) -> int:
+        """Tokens of the placeholders of audio, the tags around each run included."""
+        return sum(end - start + 2 for start, end in self.audio_bound)
 
 
 def encode_pieces(
@@ -66,46 +71,43 @@ def encode_pieces(
     Returns:
         The tokens, labels and bounds.
     """
-    literal = any(piece.literal for piece in pieces)
-    encoder: Any = literal_tokenizer(tokenizer) if literal else tokenizer
-    if literal:
+    encoder: Any = tokenizer
+    if any(piece.literal for piece in pieces):
+        encoder = literal_tokenizer(tokenizer)
         pieces = [
             piece if piece.literal else replace(piece, text=encoder.hide(piece.text)) for piece in pieces
         ]
         placeholders = [encoder.hide_placeholder(placeholder) for placeholder in placeholders]
-    text, learned, runs, media, cut = _joined(pieces, placeholders)
+    text, learned, media, cut = _joined(pieces, placeholders)
     ids, spans = _encode_text(encoder, text, cut)
     starts = [start for start, _ in spans]
-    labels = [IGNORE_INDEX] * len(ids)
-    weights = [1.0] * len(ids) if any(weight != 1 for *_, weight in learned) else None
+    encoded = Encoded(ids, [IGNORE_INDEX] * len(ids))
+    if any(weight != 1 for *_, weight in learned):
+        encoded.weights = [1.0] * len(ids)
     for begin, stop, weight in learned:
         index = bisect_left(starts, begin)
         while index < len(ids) and spans[index][0] < stop:
-            labels[index] = ids[index]
-            if weights is not None:
-                weights[index] = weight
+            encoded.labels[index] = ids[index]
+            if encoded.weights is not None:
+                encoded.weights[index] = weight
             index += 1
-    bounds = []
-    for begin, stop, pad_length in runs:
-        first = bisect_left(starts, begin)
-        last = first + (stop - begin) // pad_length
-        assert len(set(ids[first:last])) == 1, (begin, stop, ids[first:last])
-        bounds.append((first, last))
-    media_spans = [(bisect_left(starts, begin), bisect_left(starts, stop)) for begin, stop, _ in media]
-    return Encoded(ids, labels, bounds, media_spans, [count for _, _, count in media], weights)
-
-
-_Span = tuple[int, int, int]  # from and to, in characters, and a number
+    for begin, placeholder in media:
+        stop = begin + len(placeholder.text)
+        encoded.media_spans.append((bisect_left(starts, begin), bisect_left(starts, stop)))
+        encoded.image_bound += _token_runs(placeholder, placeholder.runs, starts, begin)
+        encoded.audio_bound += _token_runs(placeholder, placeholder.audio_runs, starts, begin)
+    for first, last in encoded.image_bound + encoded.audio_bound:
+        assert len(set(ids[first:last])) == 1, (first, last, ids[first:last])
+    return encoded
 
 
 def _joined(
     pieces: Sequence[Piece], placeholders: Sequence[Placeholder]
-) -> tuple[str, list[tuple[int, int, float]], list[_Span], list[_Span], int | None]:
-    """Join the pieces: the text, and in its characters what is learned, with its weight, the runs, media and cut."""
+) -> tuple[str, list[tuple[int, int, float]], list[tuple[int, Placeholder]], int | None]:
+    """Join the pieces: the text, and in its characters what is learned, with its weight, the media and the cut."""
     parts: list[str] = []
     learned: list[tuple[int, int, float]] = []
-    runs: list[_Span] = []
-    media: list[_Span] = []
+    media: list[tuple[int, Placeholder]] = []
     cut = None
     length = 0
     for piece in pieces:
@@ -115,13 +117,22 @@ def _joined(
         if piece.media is not None:
             placeholder = placeholders[piece.media.index]
             text = placeholder.text
-            runs += [(length + a, length + b, placeholder.pad_length) for a, b in placeholder.runs]
-            media.append((length, length + len(text), len(placeholder.runs)))
+            media.append((length, placeholder))
         elif piece.weight:
             learned.append((length, length + len(text), piece.weight))
         parts.append(text)
         length += len(text)
-    return "".join(parts), learned, runs, media, cut
+    return "".join(parts), learned, media, cut
+
+
+def _token_runs(
+    placeholder: Placeholder, runs: Sequence[tuple[int, int]], starts: Sequence[int], begin: int
+) -> list[tuple[int, int]]:
+    """[start, end) of runs in tokens; the placeholder stands at ``begin`` in the text, the tokens at ``starts``."""
+    return [
+        (first := bisect_left(starts, begin + start), first + (end - start) // placeholder.pad_length)
+        for start, end in runs
+    ]
 
 
 def _encode_text(tokenizer: Any, text: str, cut: int | None) -> tuple[list[int], list[tuple[int, int]]]:
@@ -161,17 +172,17 @@ def truncate(encoded: Encoded, limit: int) -> Encoded:
     """
     if len(encoded.input_ids) <= limit:
         return encoded
-    for start, end in encoded.media_spans:
-        if start < limit < end:
-            limit = start
-    kept = sum(end <= limit for _, end in encoded.media_spans)
-    bounds = sum(encoded.slices[:kept])
+    limit = next((start for start, end in encoded.media_spans if start < limit < end), limit)
+
+    def whole(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(start, end) for start, end in bounds if end <= limit]
+
     return Encoded(
         encoded.input_ids[:limit],
         encoded.labels[:limit],
-        encoded.image_bound[:bounds],
-        encoded.media_spans[:kept],
-        encoded.slices[:kept],
+        whole(encoded.image_bound),
+        whole(encoded.audio_bound),
+        whole(encoded.media_spans),
         None if encoded.weights is None else encoded.weights[:limit],
     )
 
@@ -221,10 +232,11 @@ class LiteralTokenizer:
     def hide_placeholder(self, placeholder: Placeholder) -> Placeholder:
         """The same for the placeholder of an image or video."""
         text = placeholder.text
-        runs = tuple(
-            (len(self.hide(text[:start])), len(self.hide(text[:end]))) for start, end in placeholder.runs
+        runs, audio_runs = (
+            tuple((len(self.hide(text[:start])), len(self.hide(text[:end]))) for start, end in each)
+            for each in (placeholder.runs, placeholder.audio_runs)
         )
-        return Placeholder(self.hide(text), runs, 1)
+        return Placeholder(self.hide(text), runs, audio_runs, 1)
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
         """Encode a text; called as transformers' tokenizers are."""

@@ -19,7 +19,8 @@ from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.placeholders import PlaceholderStyle
-from minicpm_tune.data.samples import Plan, TrainingRows
+from minicpm_tune.data.sample_tensors import Plan
+from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.data.sampling import pack_in_windows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import DroppedRowError, RowError
@@ -104,7 +105,7 @@ def _numbers(rows: TrainingRows, index: int, plan: Plan, *, kept: int) -> tuple[
     encoded = plan.encoded
     slices = [layout.count for frames in plan.layouts for layout in frames]
     media_tokens = sum(end - start for start, end in encoded.media_spans)
-    audio_tokens = rows.processing.audio_tokens(plan)
+    audio_tokens = plan.encoded.audio_tokens
     return (
         len(encoded.input_ids),
         kept,

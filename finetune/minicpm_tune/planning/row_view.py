@@ -24,7 +24,8 @@ from minicpm_tune.data.grounding import PixelBox
 from minicpm_tune.data.media.audio import RATE, Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.placeholders import PlaceholderStyle
-from minicpm_tune.data.samples import Plan, Processing, TrainingRows
+from minicpm_tune.data.sample_tensors import Plan
+from minicpm_tune.data.samples import Processing, TrainingRows
 from minicpm_tune.data.slicing.layouts import ImageLayout
 from minicpm_tune.errors import RowError
 from minicpm_tune.pages.page import data_uri, thumbnail
