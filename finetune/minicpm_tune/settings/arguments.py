@@ -192,7 +192,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         UsageError: With every problem that can be seen without the model.
     """
     line = read_command_line(argv)
-    raise_problems([*_hardware_problems(line.model, line.training)])
+    raise_problems(_hardware_problems(line.model, line.training))
     os.environ.update(line.environment)
     for note in line.notes:
         _note(note)

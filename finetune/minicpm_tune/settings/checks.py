@@ -9,7 +9,8 @@ import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from minicpm_tune import output_folder
@@ -45,23 +46,17 @@ def check_arguments(
     Raises:
         UsageError: When anything is wrong; one line per problem.
     """
-    raise_problems(
-        [
-            *_what_trains(training, lora),
-            *_numbers(training, lora),
-            *_model_folder(model),
-            *_new_tokens(model, training),
-            *_data_files(data, training),
-            *_vision_cache(training),
-            *trainer_problems(training),
-            *_deepspeed(training),
-            *_output_folder(training),
-        ]
-    )
+    found = (
+        _what_trains(training, lora), _numbers(training, lora), _model_folder(model), _new_tokens(model, training),
+        _data_files(data, training), _vision_cache(training), trainer_problems(training), _deepspeed(training),
+        _output_folder(training),
+    )  # fmt: skip
+    raise_problems(chain(*found))
 
 
-def raise_problems(problems: list[str]) -> None:
+def raise_problems(found: Iterable[str]) -> None:
     """Raise all problems as one error; nothing when there is none."""
+    problems = list(found)
     if len(problems) == 1:
         raise UsageError(problems[0])
     if problems:

@@ -105,28 +105,29 @@ def flag_reader(kind: Any, *, choices: Sequence[Any] | None = None, optional: bo
     """
     if isinstance(kind, tuple):
         kind, choices = str, kind
-    is_list = list in (kind, get_origin(kind))
     if choices is not None:
-        how: dict[str, Any] = {"type": _one_of(choices), "metavar": "CHOICE"}
+        by_text = {str(choice): choice for choice in choices}
+        reader = _expecting(f"one of {', '.join(by_text)}", by_text.__getitem__)
+        how: dict[str, Any] = {"type": reader, "metavar": "CHOICE"}
     else:
-        readers: dict[Any, Any] = {bool: switch, int: whole_number, float: number}
-        how = {"type": readers.get(get_args(kind)[0] if get_args(kind) else kind, str)}
-    if is_list:
+        how = {"type": _READERS.get(get_args(kind)[0] if get_args(kind) else kind, str)}
+    if list in (kind, get_origin(kind)):
         how["nargs"] = "+"
     if kind is bool or optional:
         how |= {"nargs": "?", "const": True if kind is bool else "true"}
     return how
 
 
-def _one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
-    by_text = {str(choice): choice for choice in choices}
+def _expecting(expected: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader whose message says what was expected."""
 
-    def read(text: str) -> Any:
-        if text not in by_text:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(by_text)}")
-        return by_text[text]
+    def value(text: str) -> Any:
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}") from None
 
-    return read
+    return value
 
 
 def switch(text: str) -> bool:
@@ -143,20 +144,7 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
 
 
-def whole_number(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number, also as 1e-6."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number") from None
+_READERS = {bool: switch, int: _expecting("a whole number", int), float: _expecting("a number", float)}
 
 
 def count(text: str) -> int:

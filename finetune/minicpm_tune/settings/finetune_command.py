@@ -23,14 +23,7 @@ from minicpm_tune.settings.argument_groups import LoraArguments, ModelArguments,
 from minicpm_tune.settings.checks import UsageError, check_arguments, raise_problems
 from minicpm_tune.settings.command_flags import add_fields, flag_reader, nearest
 from minicpm_tune.settings.data_arguments import DataArguments, RowLimits
-from minicpm_tune.settings.legacy_flags import (
-    DROPPED,
-    FOREIGN,
-    RENAMED,
-    REWRITTEN,
-    LegacyFlagError,
-    translate,
-)
+from minicpm_tune.settings.legacy_flags import DROPPED, FOREIGN, RENAMED, REWRITTEN, translate
 from minicpm_tune.settings.trainer_arguments import TRAINER_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -95,12 +88,9 @@ def read_command_line(argv: list[str]) -> CommandLine:
     Raises:
         UsageError: With every problem found.
     """
-    try:
-        translation = translate(argv)
-    except LegacyFlagError as error:
-        raise UsageError(str(error)) from error
+    translation = translate(argv)
     parser = _parser()
-    raise_problems([*_unknown_flags(translation.argv, parser)])
+    raise_problems(_unknown_flags(translation.argv, parser))
     values = parser.parse_args(translation.argv)
     model = _pick(ModelArguments, values)
     data = _pick(DataArguments, values)
@@ -130,7 +120,7 @@ def _unknown_flags(argv: list[str], parser: _Parser) -> Iterator[str]:
 
 def _pick(group: type[Group], values: Namespace) -> Group:
     """Make a group of its values among all."""
-    return group(**{name: getattr(values, name) for name in get_type_hints(group) if hasattr(values, name)})
+    return group(**{name: getattr(values, name) for name in get_type_hints(group)})
 
 
 def answer_or_check(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from minicpm_tune.errors import UserError
+from minicpm_tune.settings.checks import UsageError
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -96,10 +96,6 @@ _ELSEWHERE = {
 FOREIGN = {old: new for new, olds in _ELSEWHERE.items() for old in olds.split()}
 
 
-class LegacyFlagError(UserError):
-    """An old flag whose value has no counterpart."""
-
-
 @dataclass
 class Translation:
     """What became of a command line.
@@ -138,7 +134,7 @@ class _Flag:
     @property
     def value(self) -> str:
         if len(self.values) != 1:
-            raise LegacyFlagError(f"--{self.name} has {len(self.values)} values, expected one.")
+            raise UsageError(f"--{self.name} has {len(self.values)} values, expected one.")
         return self.values[0]
 
 
@@ -154,7 +150,7 @@ def translate(argv: list[str]) -> Translation:
         The new command line, the notes and the environment variables to set.
 
     Raises:
-        LegacyFlagError: When an old flag's value has no counterpart.
+        UsageError: When an old flag's value has no counterpart.
 
     Example:
         >>> result = translate(["--evaluation_strategy", "steps", "--seed=1"])
@@ -204,7 +200,7 @@ def _warmup_ratio(flag: _Flag, given: set[str], result: Translation) -> None:
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio < 1:
-        raise LegacyFlagError(
+        raise UsageError(
             f"--warmup_ratio is {flag.value!r}, expected a share of all steps from 0 to below 1. For a number of "
             "steps use --warmup_steps."
         )
@@ -224,7 +220,7 @@ def _logging_dir(flag: _Flag, given: set[str], result: Translation) -> None:
 
 def _save_safetensors(flag: _Flag, given: set[str], result: Translation) -> None:
     if not flag.is_true:
-        raise LegacyFlagError(
+        raise UsageError(
             f"{flag.text}: transformers 5 always writes safetensors. Remove the flag; "
             "merge_lora.py --safe_serialization false writes .bin files of a finished model."
         )
