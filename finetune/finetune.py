@@ -51,7 +51,6 @@ from minicpm_tune.models.parameter_parts import (
 from minicpm_tune.models.speed_options import Checkpointing, set_checkpointing, use_fast_kernels
 from minicpm_tune.planning.fitting import choose_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
-from minicpm_tune.settings.data_arguments import DataArguments
 from minicpm_tune.settings.finetune_command import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
 from minicpm_tune.training.resilient_trainer import RunContext
@@ -83,7 +82,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     output.take()
     peers = process.begin(arguments.training)
     output.prepare()
-    record = start_record(argv, *arguments)
+    record = start_record(argv, arguments)
 
     folder, processing = read_model_folder(arguments)
     datasets = read_data(arguments, processing)
@@ -91,8 +90,7 @@ def run(argv: list[str], process: ProcessLifecycle) -> None:
     checkpointing = plan_memory(arguments, folder, datasets[0])
     model = read_model(arguments, folder, processing)
     model = choose_what_trains(arguments, model, processing.generation, checkpointing)
-    files = datasets[0].mixture.names if datasets[0] else []
-    context = RunContext(peers=peers, owns_folder=output.owns_folder, files=files)
+    context = RunContext(peers=peers, owns_folder=output.owns_folder)
     trainer = build_trainer(arguments, model, folder, processing, datasets, context)
 
     outcome = train_and_save(trainer, argv)
@@ -119,8 +117,9 @@ def read_model_folder(arguments: Arguments) -> tuple[Path, Processing]:
     generation = processing.generation
     check_llm_type(generation, training.llm_type)
     check_parts(generation, **training.tuned_around_llm)
-    quantization = stored_quantization(folder)
-    check_training(quantization, generation, quant_bits=lora.held_bits, **training.tuned_around_llm)
+    check_training(
+        stored_quantization(folder), generation, quant_bits=lora.held_bits, **training.tuned_around_llm
+    )
     if training.use_lora:
         check_adapter(
             lora, folder, generation, **training.tuned_around_llm, adds_tokens=bool(processing.new_tokens),
@@ -145,26 +144,27 @@ def read_data(arguments: Arguments, processing: Processing) -> Datasets:
         rows.lengths = check_rows(rows)
         return rows
 
+    train_rows = eval_rows = None
     evaluates = training.do_eval or training.eval_strategy != "no"
-    splits = evaluates and data.eval_split is not None
-    train_rows = read(data.data_path, data.max_samples) if training.do_train or splits else None
-    if splits:
-        train_rows, eval_rows = hold_out(train_rows, data, training)
+    if evaluates and data.eval_split is not None:
+        train_rows, eval_rows = hold_out(read(data.data_path, data.max_samples), data.eval_split, arguments)
     else:
-        eval_rows = read(data.eval_data_path, data.eval_max_samples) if evaluates else None
-    if train_rows is not None and training.resume_from_checkpoint:
-        check_continues(Path(training.resume_from_checkpoint), training, rows=len(train_rows))
+        if training.do_train:
+            train_rows = read(data.data_path, data.max_samples)
+        if evaluates:
+            eval_rows = read(data.eval_data_path, data.eval_max_samples)
     if train_rows is not None:
+        if training.resume_from_checkpoint:
+            check_continues(Path(training.resume_from_checkpoint), training, rows=len(train_rows))
         log_plan(plan_run(training, train_rows), training)
     return train_rows, eval_rows
 
 
-def hold_out(rows: SupervisedDataset | None, data: DataArguments, training: TrainingArguments) -> Datasets:
+def hold_out(rows: SupervisedDataset, share: float, arguments: Arguments) -> Datasets:
     """Divide the rows into those that train and those of the evaluation, as ``--eval_split`` says."""
-    assert rows is not None
-    assert data.eval_split is not None
+    _, data, training, _ = arguments
     seed = training.seed if training.data_seed is None else training.data_seed
-    held_out = held_out_rows(rows, data.eval_split, seed=seed)
+    held_out = held_out_rows(rows, share, seed=seed)
     evaluated = first_of_each_file(held_out, rows.mixture.ends, data.eval_max_samples)
     train_rows = rows.part(rows.mixture.part(~held_out)) if training.do_train else None
     return train_rows, rows.part(rows.mixture.part(evaluated, once=True))

@@ -73,9 +73,8 @@ class CPMTrainer(ResilientTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._throughput = ThroughputMeter()
-        self._source_losses = SourceLosses(
-            self.train_dataset.rows.mixture.names if self.train_dataset else []
-        )
+        self.files = self.train_dataset.rows.mixture.names if self.train_dataset else []
+        self._source_losses = SourceLosses(self.files)
         self._evaluation = EvaluationSums()
         self._parameters = sum(part.total for part in count_parts(self.model, generation).values())
 
@@ -128,7 +127,7 @@ class CPMTrainer(ResilientTrainer):
         provenance: Provenance = inputs.pop("provenance")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._throughput.add(inputs, samples=sum(row is not None for row in provenance.rows))
-        if len(self._source_losses.names) > 1:
+        if len(self.files) > 1:
             self._source_losses.add(
                 outputs["token_losses"], provenance.supervised_sources, inputs.get("loss_weights")
             )

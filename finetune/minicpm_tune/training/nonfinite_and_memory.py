@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from minicpm_tune import processes
+from minicpm_tune.batch import Origin
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import GIB
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.step_metrics import peak_memory_gib
 
@@ -20,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 STOP_AFTER = 3  # steps in a row that are not finite, with --on_nonfinite stop
 _SHOWN_ROWS = 20
-_GIB = 1024**3
 # torch's allocator on a GPU raises a class of its own; its allocator on the CPU, and CUDA's libraries, which
 # allocate for themselves, say so in the text (torch 2.13).
 _OUT_OF_MEMORY = (
@@ -30,8 +31,6 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-Row = tuple[int, int]
 
 
 class NonFiniteError(UserError):
@@ -47,14 +46,14 @@ class MicroBatch:
     """What a message about one batch of a step needs.
 
     Attributes:
-        rows: (source, row) of each sample; None for padding samples.
+        rows: Where each sample comes from; None for padding samples.
         shape: [B, T] of its tokens.
         slices: Its slices of images.
         patches: Patches of all slices together.
         loss: Its share of the step's loss, on the device; None before it is known.
     """
 
-    rows: tuple[Row | None, ...]
+    rows: tuple[Origin | None, ...]
     shape: tuple[int, int]
     slices: int
     patches: int
@@ -152,7 +151,7 @@ def _what_is_wrong(norm: float, batches: Sequence[dict[str, Any]], files: Sequen
     return f"every loss is finite, but the gradient norm is {norm}, from {_rows_text(rows, files)}."
 
 
-def _rows_text(rows: Sequence[Row], files: Sequence[str]) -> str:
+def _rows_text(rows: Sequence[Origin], files: Sequence[str]) -> str:
     """Rows by file: ``rows 4, 7 of train.json``."""
     by_file: dict[str, list[int]] = {}
     for source, row in rows[:_SHOWN_ROWS]:
@@ -181,11 +180,10 @@ def memory_advice(
         batch: The batch being worked on, if training had begun.
         files: Names of the data sources, by number.
     """
+    size = "in this process"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        size = f"of {total / _GIB:.1f} GiB on the GPU, of which {free / _GIB:.1f} are free"
-    else:
-        size = "in this process"
+        size = f"of {total / GIB:.1f} GiB on the GPU, of which {free / GIB:.1f} are free"
     text = f"Out of memory ({str(error).split(chr(10))[0][:200]}). Peak so far: {peak_memory_gib():.2f} GiB {size}."
     if batch is not None:
         rows = [row for row in batch.rows if row is not None]
@@ -205,32 +203,23 @@ def _savings(training: TrainingArguments) -> list[str]:
     then optimizer and gradients, then what grows with the batch, then with the row.
     """
     stage = (training.deepspeed or {}).get("zero_optimization", {})
-    batch = training.per_device_train_batch_size
-    found = []
-    if not training.checkpoints_llm:
-        found.append("--activation_checkpointing true (computes activations twice instead of keeping them)")
-    if batch > 1:
-        accumulation = training.gradient_accumulation_steps * batch
-        found.append(
-            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation} (the same run)"
-        )
-    if not training.use_lora:
-        found.append("--use_lora true --tune_llm false (no gradients and optimizer for the language model)")
-    if stage.get("stage", 0) < 3 and training.world_size > 1:
-        found.append(
-            "--deepspeed ds_config_zero3.json (divides weights, gradients and optimizer among the GPUs)"
-        )
-    if "offload_optimizer" not in stage:
-        number = 3 if training.world_size > 1 else 2
-        found.append(
-            f"--deepspeed ds_config_zero{number}_offload.json (keeps the optimizer in the CPU's memory)"
-        )
-    length = training.model_max_length
-    if length is not None:
-        found.append(f"--model_max_length {max(256, length // 2)} (now {length})")
-    if training.max_slice_nums is None or training.max_slice_nums > 1:
-        now = training.max_slice_nums or "the checkpoint's"
-        found.append(
-            f"--max_slice_nums {max(1, (training.max_slice_nums or 9) // 2)} (slices per image, now {now})"
-        )
-    return found
+    batch, several = training.per_device_train_batch_size, training.world_size > 1
+    accumulation, offload = training.gradient_accumulation_steps * batch, 3 if several else 2
+    length, slices = training.model_max_length or 0, training.max_slice_nums
+    slices_now = "the checkpoint's" if slices is None else slices
+    flags = [
+        (not training.checkpoints_llm,
+         "--activation_checkpointing true (computes activations twice instead of keeping them)"),
+        (batch > 1,
+         f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation} (the same run)"),
+        (not training.use_lora,
+         "--use_lora true --tune_llm false (no gradients and optimizer for the language model)"),
+        (several and stage.get("stage", 0) < 3,
+         "--deepspeed ds_config_zero3.json (divides weights, gradients and optimizer among the GPUs)"),
+        ("offload_optimizer" not in stage,
+         f"--deepspeed ds_config_zero{offload}_offload.json (keeps the optimizer in the CPU's memory)"),
+        (length > 0, f"--model_max_length {max(256, length // 2)} (now {length})"),
+        (slices is None or slices > 1,
+         f"--max_slice_nums {max(1, (slices or 9) // 2)} (slices per image, now {slices_now})"),
+    ]  # fmt: skip
+    return [flag for saves, flag in flags if saves]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from minicpm_tune import processes
 from minicpm_tune.errors import UserError
@@ -156,9 +156,8 @@ class ProcessLifecycle:
             distributed.barrier()
             atexit._run_exitfuncs()  # those of reporters (wandb), which os._exit would pass over
         self._leave(self.exit_code)
-        return self.exit_code
 
-    def _leave(self, code: int) -> None:
+    def _leave(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()

@@ -50,12 +50,10 @@ class RunContext:
     Attributes:
         peers: The watch over the other processes.
         owns_folder: Whether this process moves checkpoints to their place and deletes old ones.
-        files: Names of the training data's files, for messages that name rows.
     """
 
     peers: PeerMonitor
     owns_folder: bool
-    files: Sequence[str] = ()
 
 
 class ResilientTrainer(Trainer):
@@ -72,6 +70,7 @@ class ResilientTrainer(Trainer):
     model_wrapped: Any
     train_dataset: Any
     optimizer: Any  # accelerate's
+    files: Sequence[str] = ()  # names of the training data's files, for messages that name rows
 
     def __init__(self, *, run_context: RunContext | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -83,7 +82,6 @@ class ResilientTrainer(Trainer):
             peers = PeerMonitor(limit=self.args.ddp_timeout)
             run_context = RunContext(peers=peers, owns_folder=self.args.process_index == 0)
         self.peers, self.owns_folder = run_context.peers, run_context.owns_folder
-        self.files = run_context.files
         self.stop_signals = StopSignals()
         self.shape = run_shape(self.args, 0 if self.train_dataset is None else len(self.train_dataset))
         self.was_stopped = False
@@ -225,17 +223,16 @@ class ResilientTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint aside, and move it into place when every process has written its part."""
         self.peers.mark(f"saving checkpoint-{self.state.global_step}")
-        writer = CheckpointWriter(
+        best = self.state.best_model_checkpoint
+        self._writer = writer = CheckpointWriter(
             self.args.output_dir, self.state.global_step, owns_folder=self.owns_folder, shape=self.shape
         )
-        best = self.state.best_model_checkpoint
-        self._writer = writer
         try:
             with writer.writing():
                 super()._save_checkpoint(model, trial)
                 self.state.best_model_checkpoint = writer.best(self.state.best_global_step, best)
                 if self.args.should_save:
-                    self.state.save_to_json(str(writer.staging / writer.name / output_folder.STATE_FILE))
+                    self.state.save_to_json(str(writer.written / output_folder.STATE_FILE))
         finally:
             self._writer = None
         self.accelerator.wait_for_everyone()

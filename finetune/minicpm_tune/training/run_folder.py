@@ -72,13 +72,11 @@ class RunFolder:
             RunFolderError: On every process alike, when one of them can't use the folder.
         """
         self._raise_first(self._writable())
-        training = self.training
-        if training.world_size > local_world_size():
+        if self.training.world_size > local_world_size():
             self._shared = self._is_shared()
-            self.owns_folder = (
-                training.process_index == 0 if self._shared else training.local_process_index == 0
-            )
-        if training.do_train:
+            if not self._shared:
+                self.owns_folder = self.training.local_process_index == 0
+        if self.training.do_train:
             self._raise_first(self._lock_it() if self.owns_folder else None)
 
     def prepare(self) -> None:
@@ -122,14 +120,12 @@ class RunFolder:
 
     def _is_shared(self) -> bool:
         """Whether all machines see the same folder."""
-        name = gather(uuid.uuid4().hex)[0]
-        probe = self.path / f".probe-{name}"
-        first = self.training.process_index == 0
-        if first:
+        probe = self.path / f".probe-{gather(uuid.uuid4().hex)[0]}"
+        if self.owns_folder:
             probe.write_bytes(b"0")
         gather(None)
         shared = all(gather(probe.exists()))
-        if first:
+        if self.owns_folder:
             probe.unlink()
         return shared
 
@@ -137,13 +133,13 @@ class RunFolder:
         path = self.path / LOGS / LOCK_FILE
         file = path.open("a+", encoding="utf-8")
         try:
-            tries = 1
+            tries_left = _LOCK_TRIES
             while not output_folder.lock(file):
-                if tries == _LOCK_TRIES:
+                tries_left -= 1
+                if not tries_left:
                     file.seek(0)
                     return output_folder.in_use(self.path, file.read().strip() or "unknown")
                 time.sleep(_SECOND)
-                tries += 1
         except OSError as error:
             logger.warning(
                 "%s: this file system has no locks (%s); make sure that no other run uses it.", path, error
@@ -256,11 +252,12 @@ class CheckpointWriter:
         self.step, self.owns_folder, self.shape = step, owns_folder, shape
         self.final = Path(output_dir) / self.name
         self.staging = Path(output_dir) / UNFINISHED
+        self.written = self.staging / self.name
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Turn the system's refusal to write into a message; see ``write_failures_as_messages``."""
-        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
+        with write_failures_as_messages(self.final, leftover=self.written):
             self.staging.mkdir(parents=True, exist_ok=True)
             yield
 
@@ -283,29 +280,25 @@ class CheckpointWriter:
         """
         if not self.owns_folder:
             return
-        with write_failures_as_messages(self.final, leftover=self.staging / self.name):
-            self._move()
-
-    def _move(self) -> None:
-        written = self.staging / self.name
-        files = {
-            path.relative_to(written).as_posix(): path.stat().st_size
-            for path in sorted(written.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        }
-        manifest = {"step": self.step, **asdict(self.shape), "files": files}
-        with (written / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        replaced = self.staging / "replaced"
-        if self.final.exists():
-            # It is damaged, or the run was continued from an older checkpoint and has come here again.
-            os.replace(self.final, replaced)
-        os.replace(written, self.final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        with suppress(OSError):  # not empty
-            self.staging.rmdir()
+        with write_failures_as_messages(self.final, leftover=self.written):
+            files = {
+                path.relative_to(self.written).as_posix(): path.stat().st_size
+                for path in sorted(self.written.rglob("*"))
+                if path.is_file() and path.name != MANIFEST
+            }
+            manifest = {"step": self.step, **asdict(self.shape), "files": files}
+            with (self.written / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            replaced = self.staging / "replaced"
+            if self.final.exists():
+                # It is damaged, or the run was continued from an older checkpoint and has come here again.
+                os.replace(self.final, replaced)
+            os.replace(self.written, self.final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            with suppress(OSError):  # not empty
+                self.staging.rmdir()
 
 
 @contextmanager

@@ -55,12 +55,7 @@ class RunPlan:
 
 
 def plan_run(training: TrainingArguments, data: TrainingRows) -> RunPlan:
-    """Work out how long a run is, as Trainer will.
-
-    Args:
-        training: The arguments.
-        data: The training rows, checked.
-    """
+    """Work out how long a run on checked rows is, as Trainer will."""
     assert data.lengths is not None  # check_rows has counted them
     tokens = int(data.lengths[data.mixture.epoch_order(seed=training.seed, epoch=0)].sum())
     rows = samples = data.mixture.samples
@@ -104,16 +99,14 @@ def warnings(plan: RunPlan, training: TrainingArguments) -> list[str]:
             "set use EPOCHS=3 (or --num_train_epochs 3) and, as the steps are few, a higher LEARNING_RATE, such as "
             "1e-5 (full) or 1e-4 (LoRA)."
         )
-    if (first := _first_step(training, plan, "save")) is not None and first > plan.steps:
-        found.append(
-            f"The first checkpoint would come after {first:,} steps, but the run ends after {plan.steps:,}: until then "
-            "an interruption loses everything. Set SAVE_STEPS (or --save_steps) lower."
-        )
-    if (first := _first_step(training, plan, "eval")) is not None and first > plan.steps:
-        found.append(
-            f"The first evaluation would come after {first:,} steps, but the run ends after {plan.steps:,}. Set "
-            "EVAL_STEPS (or --eval_steps) lower."
-        )
+    loses = ": until then an interruption loses everything"
+    for what, noun, until_then in (("save", "checkpoint", loses), ("eval", "evaluation", "")):
+        first = _first_step(training, plan, what)
+        if first is not None and first > plan.steps:
+            found.append(
+                f"The first {noun} would come after {first:,} steps, but the run ends after {plan.steps:,}"
+                f"{until_then}. Set {what.upper()}_STEPS (or --{what}_steps) lower."
+            )
     return found
 
 
@@ -161,88 +154,82 @@ def run_shape(training: TrainingArguments, rows: int) -> RunShape:
     """The shape of this run."""
     per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
     config = training.deepspeed or {}
+    ordering = ["train_sampling_strategy", "seed" if training.data_seed is None else "data_seed", "packing"]
+    if training.packing:
+        ordering += ["packing_window", "model_max_length"]
     return RunShape(
         processes=training.world_size,
         rows_per_step=training.world_size * per_process,
         rows=rows,
         deepspeed_stage=config.get("zero_optimization", {}).get("stage", 0),
         trains="adapter" if training.use_lora else "weights",
-        order=_order(training),
+        order=" ".join(f"--{name} {getattr(training, name)}" for name in ordering),
     )
 
 
-def _order(training: TrainingArguments) -> str:
-    names = ["train_sampling_strategy", "seed" if training.data_seed is None else "data_seed", "packing"]
-    if training.packing:
-        names += ["packing_window", "model_max_length"]
-    return " ".join(f"--{name} {getattr(training, name)}" for name in names)
-
-
 def check_continues(checkpoint: Path, training: TrainingArguments, *, rows: int) -> None:
-    """Check that a run can go on exactly where a checkpoint was written.
-
-    Args:
-        checkpoint: The checkpoint.
-        training: The arguments of this run.
-        rows: Rows of its training data.
+    """Check that a run with so many rows of training data can go on exactly where a checkpoint was written.
 
     Raises:
         ResumeError: With every difference, and what to do.
     """
     shape = run_shape(training, rows)
     manifest = output_folder.read_manifest(checkpoint)
-    problems = _lacks(checkpoint, shape, allowed=training.allow_inexact_resume)
-    if manifest:
-        before = RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__})
-        problems += _differs_in_kind(before, shape)
-        problems += [] if training.ignore_data_skip else _differs_in_rows(before, shape)
-    if problems:
-        raise ResumeError(f"{checkpoint} can't be continued: " + " Also, ".join(problems))
-    if manifest and before.processes != shape.processes:
+    # Without a manifest it is of transformers' own Trainer, and taken as it is.
+    before = (
+        RunShape(**{name: manifest[name] for name in RunShape.__dataclass_fields__}) if manifest else shape
+    )
+    problems = [
+        _lacks(checkpoint, shape, allowed=training.allow_inexact_resume),
+        _differs_in_kind(before, shape),
+        None if training.ignore_data_skip else _differs_in_rows(before, shape),
+    ]
+    if any(problems):
+        raise ResumeError(f"{checkpoint} can't be continued: " + " Also, ".join(filter(None, problems)))
+    if before.processes != shape.processes:
         logger.warning(
             "%s was written by %d processes, this run has %d: the rows continue in their order, random numbers "
             "(dropout) start anew.", checkpoint.name, before.processes, shape.processes,
         )  # fmt: skip
 
 
-def _lacks(checkpoint: Path, shape: RunShape, *, allowed: bool) -> list[str]:
+def _lacks(checkpoint: Path, shape: RunShape, *, allowed: bool) -> str | None:
     """What a checkpoint saved with --save_only_model does not hold, as a problem or, if allowed, as a warning."""
-    deepspeed = any(checkpoint.glob("global_step*"))  # all of it is in there
     missing = [
-        what
-        for what, files in _STATES.items()
-        if not deepspeed and not any(any(checkpoint.glob(file)) for file in files)
+        what for what, files in _STATES.items() if not any(any(checkpoint.glob(file)) for file in files)
     ]
-    if not missing:
-        return []
+    if not missing or any(checkpoint.glob("global_step*")):  # DeepSpeed has all of it in there
+        return None
     lacks = f"it was saved with --save_only_model true and lacks {' and '.join(missing)}"
     if shape.deepspeed_stage:
-        return [f"{lacks}, which DeepSpeed needs. Continue from another checkpoint."]
+        return f"{lacks}, which DeepSpeed needs. Continue from another checkpoint."
     if not allowed:
-        return [
+        return (
             f"{lacks}. Continue from another checkpoint, or add --allow_inexact_resume true to start these anew: the "
             "run will then differ from one that was not interrupted."
-        ]
+        )
     logger.warning("%s: %s; these start anew (--allow_inexact_resume true).", checkpoint.name, lacks)
-    return []
+    return None
 
 
-def _differs_in_kind(before: RunShape, shape: RunShape) -> list[str]:
+def _differs_in_kind(before: RunShape, shape: RunShape) -> str | None:
     if before.trains != shape.trains:
-        return [f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."]
+        return f"it trained {before.trains}, this run trains {shape.trains}. Set --use_lora as it was."
     if before.deepspeed_stage != shape.deepspeed_stage:
-        return [
-            f"it was written under {_stage(before)}, this run is under {_stage(shape)}. Set --deepspeed as it was."
-        ]
+        then, now = (
+            f"DeepSpeed ZeRO-{stage}" if stage else "no DeepSpeed"
+            for stage in (before.deepspeed_stage, shape.deepspeed_stage)
+        )
+        return f"it was written under {then}, this run is under {now}. Set --deepspeed as it was."
     if shape.deepspeed_stage and before.processes != shape.processes:
-        return [
+        return (
             f"it was written by {before.processes} processes, this run has {shape.processes}. DeepSpeed's state is "
             f"divided among them: start {before.processes} again."
-        ]
-    return []
+        )
+    return None
 
 
-def _differs_in_rows(before: RunShape, shape: RunShape) -> list[str]:
+def _differs_in_rows(before: RunShape, shape: RunShape) -> str | None:
     """Why the rows that are left of the epoch are not those that were left then."""
     if before.rows != shape.rows:
         found = f"the data had {before.rows} rows and now has {shape.rows}. Give the same data"
@@ -254,9 +241,5 @@ def _differs_in_rows(before: RunShape, shape: RunShape) -> list[str]:
             "--per_device_train_batch_size x --gradient_accumulation_steps). Make the product the same"
         )
     else:
-        return []
-    return [f"{found}, or add --ignore_data_skip true to begin an epoch anew."]
-
-
-def _stage(shape: RunShape) -> str:
-    return f"DeepSpeed ZeRO-{shape.deepspeed_stage}" if shape.deepspeed_stage else "no DeepSpeed"
+        return None
+    return f"{found}, or add --ignore_data_skip true to begin an epoch anew."

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.output_folder import RUN_RECORD
 from minicpm_tune.processes import world_size
-from minicpm_tune.settings.arguments import TrainingArguments
+from minicpm_tune.settings.arguments import Arguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class RunRecord:
 
         Of rows that ``--eval_split`` has divided, a digest of their numbers tells whether two runs had the same.
         """
+        given = (("training", train), ("evaluation", evaluation))
+        mixtures = {name: rows.mixture for name, rows in given if rows is not None}
         data = {
             name: [
                 {
@@ -95,24 +98,22 @@ class RunRecord:
                     "rows_used": source.used,
                     "samples_per_epoch": source.samples,
                 }
-                for source in rows.mixture.files
+                for source in mixture.files
             ]
-            for name, rows in (("training", train), ("evaluation", evaluation))
-            if rows is not None
+            for name, mixture in mixtures.items()
         }
         numbers = {
-            name: hashlib.sha256(rows.mixture.numbers.astype("<i8").tobytes()).hexdigest()
-            for name, rows in (("training", train), ("evaluation", evaluation))
-            if rows is not None and rows.mixture.is_part
+            name: hashlib.sha256(mixture.numbers.astype("<i8").tobytes()).hexdigest()
+            for name, mixture in mixtures.items()
+            if mixture.is_part
         }
         self.add(data=data, **({"row_numbers_sha256": numbers} if numbers else {}))
-        self._thread = threading.Thread(target=self._add_digests, args=(data,), daemon=True)
-        self._thread.start()
+        if self.writes:
+            self._thread = threading.Thread(target=self._add_digests, args=(data,), daemon=True)
+            self._thread.start()
 
     def _add_digests(self, data: dict[str, list[dict[str, Any]]]) -> None:
-        if not self.writes:
-            return
-        for entry in (entry for entries in data.values() for entry in entries):
+        for entry in chain.from_iterable(data.values()):
             entry["sha256"] = digest(Path(entry["path"]))
         self.add(data=data)
 
@@ -123,16 +124,16 @@ class RunRecord:
         self.add(ended=_now(), outcome=outcome, **values)
 
 
-def start_record(argv: Sequence[str], *groups: Any) -> RunRecord:
+def start_record(argv: Sequence[str], arguments: Arguments) -> RunRecord:
     """Begin the record of a run; the first process writes it.
 
     Args:
         argv: The words after the script's name.
-        *groups: The arguments made of them; ``TrainingArguments`` is one.
+        arguments: What was made of them.
     """
-    training = next(group for group in groups if hasattr(group, "output_dir"))
+    training = arguments.training
     record = RunRecord(Path(training.output_dir), argv, writes=training.process_index == 0)
-    record.add(arguments={type(group).__name__: _plain_arguments(group) for group in groups})
+    record.add(arguments={type(group).__name__: _plain_arguments(group) for group in arguments})
     return record
 
 
@@ -185,12 +186,11 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "host": platform.node(),
         "system": platform.platform(),
         "cpu_cores": os.cpu_count(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "processes": world_size(),
     }
 
@@ -201,8 +201,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _plain_arguments(arguments: Any) -> dict[str, Any]:
-    values = arguments.to_dict() if hasattr(arguments, "to_dict") else asdict(arguments)
+def _plain_arguments(group: Any) -> dict[str, Any]:
+    values = group.to_dict() if hasattr(group, "to_dict") else asdict(group)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -236,19 +236,9 @@ Load it with PEFT on {name}, or with the scripts that trained it:
 def write_model_card(
     folder: Path, *, config: LoraConfig, training: TrainingArguments, state: TrainerState, data: Mixture
 ) -> None:
-    """Write the card of an adapter.
-
-    Args:
-        folder: The adapter's folder.
-        config: The adapter's configuration.
-        training: The arguments of its run.
-        state: How far the run is.
-        data: Its training data.
-    """
+    """Write the card of an adapter into its folder: what it was made of, and how far its run is."""
     base = config.base_model_name_or_path or ""
-    is_folder = Path(
-        base
-    ).is_dir()  # a name on the hub is a link there; a path on this machine is no one's concern
+    is_folder = Path(base).is_dir()  # a name on the hub is a link there; a path here is no one's concern
     name = Path(base).name if is_folder else base
     files = [f"| {Path(file.rows.path).name} | {file.used} | {file.samples} |" for file in data.files]
     values = [f"| {what} | {value} |" for what, value in _values(config, training, state).items()]

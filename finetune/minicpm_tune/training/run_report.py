@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from minicpm_tune.files import whole_file
 from minicpm_tune.output_folder import RUN_RECORD
 from minicpm_tune.pages.page import Chart, Series, chart, data_uri, render, shown_number, thumbnail
 from minicpm_tune.training.run_record import read_starts
-from minicpm_tune.training.step_metrics import running_mean
+from minicpm_tune.training.step_metrics import points, running_mean
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ _FACTS = {
     ),
     "LoraArguments": ("lora_r", "lora_alpha", "lora_dropout", "q_lora", "lora_target_modules"),
 }  # fmt: skip
-
-Point = tuple[float, float]
 
 
 class RunReport(TrainerCallback):
@@ -107,13 +105,15 @@ def examples(answers: Sequence[dict[str, Any]], picture: Any) -> list[dict[str, 
     for one in answers:
         for line in one["answers"]:
             seen.setdefault(line["row"], []).append((one["step"], line))
-    found = []
-    for row, given in list(seen.items())[:_SHOWN_ANSWERS]:
-        first, last = given[0], given[-1]
-        found.append(
-            {**last[1], "picture": picture(row), "before": first if len(given) > 1 else None, "after": last}
-        )
-    return found
+    return [
+        {
+            **given[-1][1],
+            "picture": picture(row),
+            "before": given[0] if len(given) > 1 else None,
+            "after": given[-1],
+        }
+        for row, given in islice(seen.items(), _SHOWN_ANSWERS)
+    ]
 
 
 def run_page(
@@ -130,7 +130,7 @@ def run_page(
     history = [line for line in state.log_history if "step" in line]
     last_step = max([state.global_step, *(int(line["step"]) for line in history)])
     start = starts[-1] if starts else {}
-    columns = _columns(history)
+    columns = list(dict.fromkeys(["step", *(name for line in history for name in line)]))
     lines = history[:: -(-len(history) // _TABLE_LINES) or 1]
     return render(
         "run.html",
@@ -141,7 +141,7 @@ def run_page(
         all_steps=state.max_steps,
         epoch=state.epoch,
         tiles=_tiles(history, starts),
-        charts=_charts(history, last_step),
+        charts=_charts(history, columns, last_step),
         columns=columns,
         table=[[line.get(name, "") for name in columns] for line in lines],
         thinned=len(lines) < len(history),
@@ -154,54 +154,45 @@ def run_page(
     )
 
 
-def _points(history: Sequence[dict[str, Any]], name: str, factor: float = 1) -> list[Point]:
-    return [
-        (line["step"], line[name] * factor)
-        for line in history
-        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])
-    ]
-
-
-def _charts(history: Sequence[dict[str, Any]], last_step: int) -> list[Chart]:
+def _charts(history: Sequence[dict[str, Any]], columns: Sequence[str], last_step: int) -> list[Chart]:
     """The charts that there are numbers for; the first is the losses'."""
 
     def drawn(title: str, *series: Series, from_zero: bool = False) -> Chart | None:
         return chart(title, series, last_step=last_step, from_zero=from_zero)
 
-    def one(title: str, name: str, factor: float = 1, *, from_zero: bool = False) -> Chart | None:
-        return drawn(title, Series(title, _points(history, name, factor)), from_zero=from_zero)
+    def one(title: str, name: str) -> Chart | None:
+        return drawn(title, Series(title, points(history, name)), from_zero=True)
 
-    losses = _points(history, "loss")
+    losses = points(history, "loss")
     means = list(zip([step for step, _ in losses], running_mean([loss for _, loss in losses]), strict=True))
-    names = list(dict.fromkeys(name for line in history for name in line))
-    sources = [name for name in names if name.startswith("loss/")][:_MOST_SOURCES]
-    scores = [name for name in names if name.startswith("eval_") and _is_share(history, name)]
+    sources = [name for name in columns if name.startswith("loss/")][:_MOST_SOURCES]
+    scores = [name for name in columns if name.startswith("eval_") and _is_share(history, name)]
     found = [
         drawn(
             "Loss (nats per supervised token)",
             Series("training", losses, look="faint"),
             Series("training, running mean", means),
-            Series("evaluation", _points(history, "eval_loss"), look="dots", color=1),
+            Series("evaluation", points(history, "eval_loss"), look="dots", color=1),
         ),
-        one("Learning rate", "learning_rate", from_zero=True),
-        one("Gradient norm", "grad_norm", from_zero=True),
-        one("Tokens per second", "tokens_per_second", from_zero=True),
+        one("Learning rate", "learning_rate"),
+        one("Gradient norm", "grad_norm"),
+        one("Tokens per second", "tokens_per_second"),
         drawn(
             "Shares (%)",
-            Series("supervised tokens", _points(history, "supervised_share", 100)),
-            Series("padding", _points(history, "padding_share", 100), color=1),
+            Series("supervised tokens", points(history, "supervised_share", 100)),
+            Series("padding", points(history, "padding_share", 100), color=1),
             from_zero=True,
         ),
-        one("Peak memory (GiB)", "peak_memory_gib", from_zero=True),
+        one("Peak memory (GiB)", "peak_memory_gib"),
         drawn(
             "Loss by data file",
             *(
-                Series(name.removeprefix("loss/"), _points(history, name), color=color)
+                Series(name.removeprefix("loss/"), points(history, name), color=color)
                 for color, name in enumerate(sources)
             ),
         ),
         *(
-            drawn(f"Evaluation: {name[5:]}", Series(name, _points(history, name), look="dots", color=1))
+            drawn(f"Evaluation: {name[5:]}", Series(name, points(history, name), look="dots", color=1))
             for name in scores
         ),
     ]
@@ -210,50 +201,42 @@ def _charts(history: Sequence[dict[str, Any]], last_step: int) -> list[Chart]:
 
 def _is_share(history: Sequence[dict[str, Any]], name: str) -> bool:
     """Whether a metric is a score between 0 and 1 rather than a count or a time."""
-    values = [value for _, value in _points(history, name)]
+    values = [value for _, value in points(history, name)]
     counted = ("loss", "runtime", "_per_second", "tokens")
     return bool(values) and not name.endswith(counted) and all(0 <= value <= 1 for value in values)
 
 
 def _tiles(history: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """The figures at the top: what, how much, and a note."""
+
+    def values(name: str) -> list[float]:
+        return [float(value) for _, value in points(history, name)]
+
     tiles = []
-    losses = [loss for _, loss in _points(history, "loss")]
-    if losses:
+    if losses := values("loss"):
         last = losses[-max(len(losses) // 10, 1) :]
-        note = f"mean of the last {len(last)} of {len(losses)} log lines; {shown_number(float(losses[0]))} at first"
+        note = f"mean of the last {len(last)} of {len(losses)} log lines; {shown_number(losses[0])} at first"
         tiles.append(("Training loss", shown_number(float(np.mean(last))), note))
-    evaluated = _points(history, "eval_loss")
-    if evaluated:
+    if evaluated := points(history, "eval_loss"):
         step, best = min(evaluated, key=lambda point: point[1])
         note = f"the best is {shown_number(float(best))}, at step {step:,}"
         tiles.append(("Evaluation loss", shown_number(float(evaluated[-1][1])), note))
-    speeds = [speed for _, speed in _points(history, "tokens_per_second")]
-    if speeds:
-        rows = [speed for _, speed in _points(history, "samples_per_second")]
+    if speeds := values("tokens_per_second"):
+        rows = values("samples_per_second")
         note = f"median; {shown_number(float(np.median(rows)))} rows per second" if rows else "median"
         tiles.append(("Tokens per second", shown_number(float(np.median(speeds))), note))
-    shares = [share for _, share in _points(history, "supervised_share")]
-    if shares:
+    if shares := values("supervised_share"):
         tiles.append(("Supervised", f"{100 * float(np.mean(shares)):.1f} %", "of the tokens, mean"))
-    memory = [gib for _, gib in _points(history, "peak_memory_gib")]
-    if memory:
+    if memory := values("peak_memory_gib"):
         tiles.append(("Peak memory", f"{max(memory):.2f} GiB", "of the first process"))
     if len(starts) > 1:
         tiles.append(("Starts", str(len(starts)), "the curves hold all of them"))
     return tiles
 
 
-def _columns(history: Sequence[dict[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for line in history for name in line))
-    return ["step", *(name for name in names if name != "step")]
-
-
 def _rows_of(file: dict[str, Any]) -> str:
-    rows, used = (
-        file["rows"],
-        file.get("rows_used", file["rows"]),
-    )  # records of earlier versions lack the second
+    rows = file["rows"]
+    used = file.get("rows_used", rows)  # records of earlier versions lack it
     return f"{used:,} of {file['path']}" if used == rows else f"{used:,} of the {rows:,} of {file['path']}"
 
 
@@ -268,13 +251,11 @@ def _facts(start: dict[str, Any]) -> dict[str, str]:
         facts["machine"] = ", ".join([str(machine.get("host")), *parts])
     for kind, files in (start.get("data") or {}).items():
         facts[f"{kind} rows"] = "; ".join(_rows_of(file) for file in files)
+    arguments = start.get("arguments", {})
     for group, names in _FACTS.items():
-        given = start.get("arguments", {}).get(group, {})
-        if group == "LoraArguments" and not start.get("arguments", {}).get("TrainingArguments", {}).get(
-            "use_lora"
-        ):
-            continue
-        facts |= {f"--{name}": str(given[name]) for name in names if given.get(name) not in (None, "")}
+        if group != "LoraArguments" or arguments.get("TrainingArguments", {}).get("use_lora"):
+            given = arguments.get(group, {})
+            facts |= {f"--{name}": str(given[name]) for name in names if given.get(name) not in (None, "")}
     if start.get("git_commit"):
         facts["commit"] = start["git_commit"]
     return facts

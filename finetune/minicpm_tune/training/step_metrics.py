@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from minicpm_tune.batch import IGNORE_INDEX
+from minicpm_tune.files import GIB
 
 logger = logging.getLogger(__name__)
 
-_KIB = 1024
 _SUMMED = ("loss_sum", "weight_sum", "token_count", "correct_count")  # of a model's output
 
 
@@ -133,11 +133,9 @@ class EvaluationSums:
             ``<prefix>_loss`` (mean over supervised tokens by their weights, nats), ``<prefix>_token_accuracy`` and
             ``<prefix>_supervised_tokens``.
         """
-        sums = (
-            torch.zeros(len(_SUMMED), device=accelerator.device).double()
-            if self._sums is None
-            else self._sums
-        )
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(_SUMMED), dtype=torch.float64, device=accelerator.device)
         loss_sum, weights, tokens, correct = accelerator.reduce(sums, reduction="sum").tolist()
         self._sums = None
         return {
@@ -156,8 +154,8 @@ def _short(names: Sequence[str]) -> list[str]:
 def peak_memory_gib() -> float:
     """Most memory in use so far: allocated on the GPU, or resident in the process where there is none."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / _KIB**3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB**2
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 CURVE_FILE = "loss.png"
@@ -195,7 +193,7 @@ class LossCurve(TrainerCallback):
         self._next = end + max(_SOONEST, (end - start) / _SHARE)
 
 
-def draw_losses(history: list[dict[str, float]], path: Path) -> None:
+def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw training and evaluation losses over steps.
 
     Args:
@@ -209,16 +207,11 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="tight")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    train = [(line["step"], line["loss"]) for line in history if math.isfinite(line.get("loss", math.nan))]
+    train, evaluated = points(history, "loss"), points(history, "eval_loss")
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, linewidth=0.8, alpha=0.45, label="training")
         axes.plot(steps, running_mean(losses), linewidth=1.6, label="training, running mean")
-    evaluated = [
-        (line["step"], line["eval_loss"])
-        for line in history
-        if math.isfinite(line.get("eval_loss", math.nan))
-    ]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), marker="o", label="evaluation")
     axes.set_xlabel("step")
@@ -229,6 +222,15 @@ def draw_losses(history: list[dict[str, float]], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     canvas.print_png(str(partial))
     partial.replace(path)
+
+
+def points(history: Sequence[dict[str, Any]], name: str, factor: float = 1) -> list[tuple[float, float]]:
+    """(step, factor x value) of every log line that has a finite value of this name."""
+    return [
+        (line["step"], line[name] * factor)
+        for line in history
+        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])
+    ]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
