@@ -36,7 +36,7 @@ from minicpm_tune.data.bad_rows import FILE_NAME as BAD_ROWS_FILE
 from minicpm_tune.data.row_check import check_rows
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.sampling import first_of_each_file, held_out_rows
-from minicpm_tune.data.vision_cache import FeatureWriter, use_cache
+from minicpm_tune.data.vision_cache import use_cache
 from minicpm_tune.lora.adapter_folders import complete_adapter_folder, fit_to_original_base
 from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
@@ -53,13 +53,12 @@ from minicpm_tune.planning.fitting import choose_checkpointing
 from minicpm_tune.settings.arguments import Arguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.finetune_command import log_how_to_continue, log_what_comes_next
 from minicpm_tune.training.process_lifecycle import ProcessLifecycle
-from minicpm_tune.training.resilient_trainer import RunContext
+from minicpm_tune.training.resilient_trainer import EarlyStopping, RunContext
 from minicpm_tune.training.run_folder import RunFolder, write_failures_as_messages
-from minicpm_tune.training.run_plan import check_continues, log_plan, plan_run
+from minicpm_tune.training.run_plan import check_continues, check_rates, log_plan, plan_run
 from minicpm_tune.training.run_record import start_record
 from minicpm_tune.training.run_report import RunReport
 from minicpm_tune.training.step_metrics import LossCurve
-from minicpm_tune.training.trainer_corrections import EarlyStopping, check_rates
 from trainer import CPMTrainer
 
 logger = logging.getLogger("minicpm_tune.finetune")
@@ -178,10 +177,10 @@ def plan_memory(
     if train_rows is None or train_rows.lengths is None or not len(train_rows):
         return None
     assert training.model_max_length is not None  # only predictions have no limit
-    longest = min(int(train_rows.lengths.max()), training.model_max_length)
-    return choose_checkpointing(
-        training, lora, folder, length=training.model_max_length if training.packing else longest
-    )
+    length = training.model_max_length
+    if not training.packing:
+        length = min(length, int(train_rows.lengths.max()))
+    return choose_checkpointing(training, lora, folder, length=length)
 
 
 def read_model(arguments: Arguments, folder: Path, processing: Processing) -> PreTrainedModel:
@@ -231,7 +230,7 @@ def build_trainer(
     _, _, training, lora = arguments
     train_rows, eval_rows = datasets
     padding = processing.padding_sample()
-    features: FeatureWriter | None = None
+    features = None
     if training.cache_vision_features is not None:
         cached = [rows for rows in datasets if rows is not None]
         features = use_cache(
@@ -255,7 +254,6 @@ def build_trainer(
             data_collator, pad_token_id=int(padding["input_ids"][0]), packing=training.packing
         ),
         padding_sample=padding,
-        lengths=None if train_rows is None else train_rows.lengths,
         run_context=context,
         feature_writer=features,
         after_save=complete_adapter if training.use_lora else None,
@@ -282,10 +280,9 @@ def add_callbacks(
                 max_new_tokens=training.generation_max_new_tokens,
             )
         )
-    if training.early_stopping_patience is not None:
-        patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+    if (patience := training.early_stopping_patience) is not None:
         # Behind the answers, whose metrics it may look at.
-        trainer.add_callback(EarlyStopping(patience, threshold))
+        trainer.add_callback(EarlyStopping(patience, training.early_stopping_threshold))
 
 
 def train_and_save(trainer: CPMTrainer, argv: list[str]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -25,10 +24,9 @@ from minicpm_tune.data.sampling import (
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
-from minicpm_tune.training.resilient_trainer import ResilientTrainer
+from minicpm_tune.training.resilient_trainer import ResilientTrainer, shard_on_cpus, split_by_rate
 from minicpm_tune.training.run_record import write_model_card
 from minicpm_tune.training.step_metrics import EvaluationSums, SourceLosses, ThroughputMeter
-from minicpm_tune.training.trainer_corrections import shard_on_cpus, split_by_rate
 
 
 class CPMTrainer(ResilientTrainer):
@@ -43,7 +41,6 @@ class CPMTrainer(ResilientTrainer):
     Args:
         generation: The model's generation.
         padding_sample: A sample without supervised tokens, for ``sampling.PADDING``.
-        lengths: Tokens of every training row, wanted for ``--packing`` and ``--group_by_length``.
         after_save: Called on the saving process with every folder a model or adapter was saved to.
         feature_writer: Keeps what the vision tower gave, with ``--cache_vision_features``.
         **kwargs: As for ``ResilientTrainer``.
@@ -56,7 +53,6 @@ class CPMTrainer(ResilientTrainer):
         *,
         generation: Generation,
         padding_sample: Sample,
-        lengths: np.ndarray | None = None,
         after_save: Callable[[Path], None] | None = None,
         feature_writer: FeatureWriter | None = None,
         **kwargs: Any,
@@ -66,7 +62,6 @@ class CPMTrainer(ResilientTrainer):
                 kwargs[name] = PaddedRows(kwargs[name], padding_sample)
         super().__init__(**kwargs)
         self.generation = generation
-        self.lengths: Any = lengths  # there where it is used
         self.after_save = after_save
         self.feature_writer = feature_writer
         # Trainer guesses both from the model's signature, which an adapter hides (transformers 5.23).
@@ -90,20 +85,21 @@ class CPMTrainer(ResilientTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
-        rows: Any = train_dataset or self.train_dataset
+        padded: Any = train_dataset or self.train_dataset
+        rows = padded.rows  # their lengths are known where they are used: the rows were checked
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
         shuffle = args.train_sampling_strategy != "sequential"
-        order = epoch_order(rows.rows.mixture, seed=seed, shuffle=shuffle)
+        order = epoch_order(rows.mixture, seed=seed, shuffle=shuffle)
         if args.train_sampling_strategy == "group_by_length":
-            order = grouped_by_length(order, self.lengths, batch_size=multiple, seed=seed)
+            order = grouped_by_length(order, rows.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
             return EpochSampler(order, multiple=multiple)
         assert args.model_max_length is not None  # only predictions have no limit
         return PackingSampler(
             order,
             multiple=multiple,
-            lengths=self.lengths,
+            lengths=rows.lengths,
             capacity=args.model_max_length,
             window=args.packing_window,
             seed=seed,

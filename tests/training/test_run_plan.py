@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minicpm_tune.errors import UserError
+from minicpm_tune.models.parameter_parts import PartCount
+from minicpm_tune.settings.argument_groups import LearningRates
 from minicpm_tune.settings.arguments import TrainingArguments
-from minicpm_tune.training.run_plan import plan_lines, plan_run, warnings
+from minicpm_tune.training.run_plan import check_rates, plan_lines, plan_run, warnings
 
 
 def training(tmp_path, **values):
@@ -69,3 +72,11 @@ def test_a_checkpoint_or_evaluation_that_never_comes_is_warned_about(tmp_path):
     assert "The first checkpoint would come after 1,000 steps, but the run ends after 100" in save
     assert "The first evaluation would come after 101 steps" in evaluate
     assert not warnings(dataclasses.replace(plan(arguments), steps=1000), arguments)
+
+
+@pytest.mark.parametrize(("part", "flag"), [("vision", "--vision_lr"), ("embeddings", "--embed_lr")])
+def test_a_rate_for_a_part_that_does_not_train_is_refused(part, flag):
+    counts = {"vision": PartCount(5, 0, ("float32",)), "llm": PartCount(5, 5, ("float32",))}
+    check_rates(LearningRates(1e-4, {"llm": 1e-5, "vision": None}), counts)
+    with pytest.raises(UserError, match=f"{flag} is given, but nothing of that part trains"):
+        check_rates(LearningRates(1e-4, {part: 1e-5}), counts)

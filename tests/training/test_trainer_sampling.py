@@ -23,7 +23,7 @@ class Rows:
 def test_sequential_rows_keep_their_order(strategy, expected, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, train_sampling_strategy=strategy)
     rows = SimpleNamespace(rows=SimpleNamespace(mixture=Rows()))
-    trainer = SimpleNamespace(args=arguments, _train_batch_size=1, train_dataset=rows, lengths=None)
+    trainer = SimpleNamespace(args=arguments, _train_batch_size=1, train_dataset=rows)
     assert list(CPMTrainer._get_train_sampler(trainer)) == expected
 
 

@@ -5,6 +5,7 @@
 - Checkpoints appear whole or not at all.
 - When memory runs out, the message says what was being worked on.
 - ``PeerMonitor`` is told every stage of the work.
+- What Trainer's own flags lack: a rate for every part, early stopping of a continued run, FSDP on CPUs.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from minicpm_tune import output_folder
+from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.files import allow_deepspeed_states, unreadable_files_as_messages
 from minicpm_tune.logs import LOG_ONLY
 from minicpm_tune.processes import gather
+from minicpm_tune.settings.argument_groups import LearningRates
 from minicpm_tune.settings.arguments import TrainingArguments
 from minicpm_tune.training.nonfinite_and_memory import (
     MemoryExhaustedError,
@@ -278,3 +283,56 @@ class _StopBetweenSteps(TrainerCallback):
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.was_stopped:  # all is saved already
             control.should_save = control.should_evaluate = False
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, which continues its count when the run is continued.
+
+    transformers 5.23 only does so with ``--restore_callback_states_from_checkpoint``, which restores the control
+    state of the interrupted run as well.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the count over from the checkpoint."""
+        callbacks: Any = state.stateful_callbacks  # by name, as a checkpoint has them
+        saved = callbacks.get(type(self).__name__)
+        if saved is not None:
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if args.load_best_model_at_end:  # its warning that the last model is kept is what the help text says
+            super().on_train_begin(args, state, control, **kwargs)
+
+
+def split_by_rate(
+    optimizer: torch.optim.Optimizer, model: nn.Module, generation: Generation, rates: LearningRates
+) -> None:
+    """Split an optimizer's groups so that all parameters of a group have one rate.
+
+    Call before the scheduler is made, which takes each group's rate as the one to scale.
+    """
+    rate_of = {
+        id(value): rates.of(name, generation.part_of(name)) for name, value in model.named_parameters()
+    }
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rate_of[id(parameter)], []).append(parameter)
+        groups += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
+    optimizer.param_groups[:] = groups
+
+
+def shard_on_cpus(trainer: Any) -> None:
+    """Let FSDP act on CPUs too; accelerate (1.15) runs plain data parallelism there, without a word.
+
+    Args:
+        trainer: A Trainer whose accelerator was just made.
+    """
+    state = trainer.accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(trainer.accelerator.mixed_precision)
+    state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # what every further accelerator state is made of
+    trainer.is_fsdp_enabled = True

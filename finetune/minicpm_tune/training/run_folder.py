@@ -175,15 +175,8 @@ class RunFolder:
 def _fetch_missing(checkpoint: Path, *, writes: bool) -> list[str]:
     """Bring a checkpoint's weights and states from rank 0's machine to those where they are missing.
 
-    They are written once, on rank 0's machine, and travel only when a run is continued. Every process
-    calls this.
-
-    Args:
-        checkpoint: The checkpoint, in this machine's folder.
-        writes: Whether this process writes into it; one per folder does.
-
-    Returns:
-        What was missing on some machine.
+    They are written once, on rank 0's machine, and travel only when a run is continued. Every process calls this,
+    and one per folder ``writes``. Gives what was missing on some machine.
     """
     here = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     views = gather((here, writes))

@@ -1,4 +1,4 @@
-"""What a run is going to do, checked and said before any weights are loaded: rows, steps, when the first results come.
+"""What a run is going to do, said and checked before it trains: rows, steps, first results, rates of parts.
 
 A continued run must be divided as the interrupted one was.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from minicpm_tune import output_folder
 from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.errors import UserError
+from minicpm_tune.models.parameter_parts import PartCount
+from minicpm_tune.settings.argument_groups import LearningRates
 from minicpm_tune.settings.arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -127,6 +129,25 @@ def _first(training: TrainingArguments, plan: RunPlan, what: str, noun: str) -> 
     if getattr(training, f"{what}_strategy") == "best":
         return f"first {noun} after the first evaluation"
     return f"no {noun} before the end" if what == "save" or training.do_eval else f"no {noun}"
+
+
+def check_rates(rates: LearningRates, counts: dict[str, PartCount]) -> None:
+    """Refuse a learning rate for a part that doesn't train: with adapters that depends on what they save.
+
+    Args:
+        rates: The rates that were asked for.
+        counts: What trains, from ``parameter_parts.count_parts``.
+
+    Raises:
+        UserError: With the flag that would have no effect.
+    """
+    for part, rate in rates.parts.items():
+        if rate is not None and not (part in counts and counts[part].trainable):
+            flag = "embed_lr" if part == "embeddings" else f"{part}_lr"
+            raise UserError(
+                f"--{flag} is given, but nothing of that part trains. Leave it out, or let the part train "
+                "(--lora_modules_to_save with adapters)."
+            )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,10 @@ class RunReport(TrainerCallback):
     def _picture(self, row: int) -> str | None:
         """A row's first picture as a data URI; a row that can't be opened any more has none."""
         if row not in self._pictures:
-            try:
-                picture = None if self.rows is None else self.rows.picture(row)
-                content = None if picture is None else thumbnail(picture, _PICTURE_SIDE)
-            except _FAILURES:
-                content = None
-            self._pictures[row] = None if content is None else data_uri(content, "image/webp")
+            self._pictures[row] = None
+            with suppress(*_FAILURES):
+                if self.rows is not None and (picture := self.rows.picture(row)) is not None:
+                    self._pictures[row] = data_uri(thumbnail(picture, _PICTURE_SIDE), "image/webp")
         return self._pictures[row]
 
 

@@ -6,7 +6,7 @@ import torch
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.settings.argument_groups import LearningRates, LoraArguments
-from minicpm_tune.training.trainer_corrections import split_by_rate
+from minicpm_tune.training.resilient_trainer import split_by_rate
 from support.golden_models import golden_model
 
 ROW = GENERATIONS["v2_6"]

@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from make_checkpoint import make_checkpoint
-from minicpm_tune.training.trainer_corrections import EarlyStopping
+from minicpm_tune.training.resilient_trainer import EarlyStopping
 from support import finetune_runs
 
 BETTER, WORSE = {"eval_loss": 0.5}, {"eval_loss": 2.0}
