@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.errors import RowError, UserError
+from minicpm_tune.errors import MessageError, RowError, UserError
 from minicpm_tune.settings.command_flags import (
     CommandParser,
     add_generation_flags,
@@ -97,8 +97,6 @@ def _content(content: Any) -> Any:
 def _picture(encoded: str | bytes) -> Any:
     from PIL import Image
 
-    from minicpm_tune.answering.chat import MessageError
-
     try:
         return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))).convert("RGB")
     except (binascii.Error, OSError) as error:
@@ -108,11 +106,7 @@ def _picture(encoded: str | bytes) -> Any:
 
 
 class Conversation:
-    """One conversation on the screen: what was said, and what is shown with the next question.
-
-    Args:
-        values: The command line.
-    """
+    """One conversation on the screen: what was said, and what is shown with the next question."""
 
     def __init__(self, values: argparse.Namespace) -> None:
         from minicpm_tune.answering.load import ModelChoice, find_model, load_for_inference
@@ -172,32 +166,28 @@ class Conversation:
             self.known.add(file)
 
     def _decoded(self, kind: str, path: str) -> Any:
-        """Open a picture and decode it once, since every further turn needs it again."""
+        """Open a picture or a sound and decode it once, since every further turn needs it again."""
+        from minicpm_tune.data.media.audio import Clip, open_audio
         from minicpm_tune.data.media.films import open_film
         from minicpm_tune.data.media.images import open_image
         from minicpm_tune.data.media.videos import open_video
 
+        media, title = self.processing.media, self.processing.generation.title
         if kind == "audio":
-            return self._heard(path)
+            if media.audio is None:
+                raise RowError("audio", f"{title} takes no audio. Ask without it.")
+            clip = open_audio(path, self.options.folder, allow_remote=self.options.allow_remote)
+            return Clip.of(clip.decode(), clip.name)
         if kind == "image":
             picture = open_image(path, self.options)
-        elif self.processing.media.film is not None and self.processing.arguments.video_sound:
-            picture = open_film(path, self.options, self.processing.media.film)
-        elif self.processing.media.video is not None:
-            picture = open_video(path, self.options, self.processing.media.video)
+        elif media.film is not None and self.processing.arguments.video_sound:
+            picture = open_film(path, self.options, media.film)
+        elif media.video is not None:
+            picture = open_video(path, self.options, media.video)
         else:
-            title = self.processing.generation.title
             raise RowError("video", f"{title} was not trained on video, expected images. Show single frames.")
         frames = list(picture.frames())
         return replace(picture, frames=lambda: frames)
-
-    def _heard(self, path: str) -> Any:
-        from minicpm_tune.data.media.audio import Clip, open_audio
-
-        if self.processing.media.audio is None:
-            raise RowError("audio", f"{self.processing.generation.title} takes no audio. Ask without it.")
-        clip = open_audio(path, self.options.folder, allow_remote=self.options.allow_remote)
-        return Clip.of(clip.decode(), clip.name)
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer to the screen while it is generated.
@@ -205,7 +195,7 @@ class Conversation:
         Raises:
             UserError: When the question can't be asked; the conversation is then as before.
         """
-        from minicpm_tune.answering.chat import IMAGE_MARK, MessageError, place_pictures, read_messages
+        from minicpm_tune.answering.chat import IMAGE_MARK, place_pictures, read_messages
         from minicpm_tune.answering.generate import TextPieces, answer, generation_options, stop_ids
 
         if self.failed is not None:
@@ -218,11 +208,8 @@ class Conversation:
         content = place_pictures(question, self.shown)
         asked = [*self.messages, {"role": "user", "content": content}]
         processing = self.processing
-        turns, pictures = read_messages(
-            asked,
-            joined_by=processing.generation.image_end,
-            literal=processing.arguments.literal_control_tokens,
-        )
+        literal = processing.arguments.literal_control_tokens
+        turns, pictures = read_messages(asked, joined_by=processing.generation.image_end, literal=literal)
         prompt = processing.encode_prompt(turns, pictures, thinking=self.values.enable_thinking)
         options = generation_options(self.values)
         streams = options.get("num_beams", 1) == 1
@@ -236,7 +223,6 @@ class Conversation:
 
     def _draw(self, text: str) -> None:
         """Draw the boxes of an answer on the last picture."""
-        from minicpm_tune.answering.chat import MessageError
         from minicpm_tune.answering.metrics import without_thoughts
         from minicpm_tune.data.grounding import draw_boxes, pixel_boxes
 
@@ -338,19 +324,16 @@ def run(values: argparse.Namespace) -> None:
     """Answer the questions of the command line, or those of the input."""
     import torch
 
+    # A character that can't be read or shown does not end the conversation.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors=errors
-            )  # a character that can't be read or shown does not end the conversation
+            stream.reconfigure(errors=errors)
     torch.manual_seed(values.seed)
     conversation = Conversation(values)
-    if values.question:
-        for question in values.question:
-            _check_text(question)
-            conversation.ask(question)
-        return
-    for line in _lines():
+    for question in values.question:
+        _check_text(question)
+        conversation.ask(question)
+    for line in () if values.question else _lines():
         _obey(conversation, line)
 
 
@@ -380,8 +363,6 @@ def _obey(conversation: Conversation, line: str) -> None:
 
 def _command(conversation: Conversation, line: str) -> bool:
     """Carry out a line that is a command or a path; False when it is a question."""
-    from minicpm_tune.answering.chat import MessageError
-
     word, _, rest = line.partition(" ")
     path = _unquoted(line)
     kind = _kind_of(path)
@@ -416,15 +397,11 @@ def _check_text(text: str) -> None:
     Raises:
         MessageError: With the first byte that was not.
     """
-    from minicpm_tune.answering.chat import MessageError
-
-    for place, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise MessageError(
-                f"character {place + 1} of the line is the byte 0x{ord(character) & 0xFF:02x}, which is not "
-                f"{sys.stdin.encoding or 'utf-8'}. Set the terminal or the file to that encoding, and enter the line "
-                "again."
-            )
+    if found := re.search("[\ud800-\udfff]", text):
+        raise MessageError(
+            f"character {found.start() + 1} of the line is the byte 0x{ord(found[0]) & 0xFF:02x}, which is not "
+            f"{sys.stdin.encoding or 'utf-8'}. Set the terminal or the file to that encoding, and enter the line again."
+        )
 
 
 if __name__ == "__main__":

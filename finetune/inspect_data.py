@@ -38,48 +38,43 @@ if TYPE_CHECKING:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse the command line. Flags of training that change nothing here are named and ignored."""
     parser = CommandParser(prog="inspect_data.py", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model_name_or_path", required=True, help="The model: a checkpoint's folder or a Hub id."
-    )
-    parser.add_argument("--data_path", required=True, help="The rows, in any form that finetune.py takes.")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="The model: a checkpoint's folder or a Hub id.")
+    add("--data_path", required=True, help="The rows, in any form that finetune.py takes.")
+    add(
         "--per_device_train_batch_size",
         type=int,
         default=1,
         help="Rows in a batch, for the share of padding.",
     )
-    parser.add_argument("--cache_dir", help="Where checkpoints from the Hub are kept.")
+    add("--cache_dir", help="Where checkpoints from the Hub are kept.")
     of_runs = {"data_path", "eval_data_path", "eval_split", "eval_max_samples"}
     names = {one.name for one in fields(DataArguments)} - of_runs
     add_fields(parser.add_argument_group("Data, as in training"), DataArguments, names)
     add_fields(parser, ModelArguments, {"new_tokens"})
-    output = parser.add_argument_group("Output")
-    output.add_argument(
+    add = parser.add_argument_group("Output").add_argument
+    add(
         "--report",
         help="Write an HTML page: histograms, all problems, and a look at some rows with their pictures, sounds and "
         "prompts. One file that needs no network.",
     )
-    output.add_argument(
-        "--report_rows",
-        type=_row_count,
-        default=12,
+    add(
+        "--report_rows", type=_row_count, default=12,
         help="How many of the first, the bad, the longest and of random rows that page shows.",
-    )
-    output.add_argument(
+    )  # fmt: skip
+    add(
         "--json",
         help="Write a JSON file: a summary, and of each row its input_ids, labels, image_bound, tgt_sizes, those "
         "of audio, and the SHA-256 of each slice's uint8 pixels, or its problem.",
     )
-    output.add_argument(
+    add(
         "--show", type=int, nargs="+", default=[], metavar="N",
         help="Only print these rows as the model will see them: the prompt with placeholders folded and supervised "
         "text in [[ ]]. The slices are drawn to sample_N.png in the current folder, the log-mel frames of audio to "
         "sample_N_audio.png, boxes on their picture to sample_N_boxes.png. Rows are numbered from 0, through all "
         "files.",
     )  # fmt: skip
-    output.add_argument(
-        "--workers", type=int, help="Processes that read rows. Default: one per core, at most 16."
-    )
+    add("--workers", type=int, help="Processes that read rows. Default: one per core, at most 16.")
     parser.refuse_repeated(argv)
     values, rest = parser.parse_known_args(argv)
     written = [f"--{name}" for name in ("report", "json") if getattr(values, name) is not None]
@@ -206,15 +201,13 @@ def _draw_boxes(rows: SupervisedDataset, index: int) -> None:
 
     row = rows.parse(index)
     pictures = rows.open_media(index, row.sources)
-    found = rows.processing.boxes(row.turns, pictures)
-    drawn = 0
-    for picture, boxes in zip(pictures, found, strict=True):
-        if boxes and isinstance(picture, Picture):
-            path = Path(f"sample_{index}_boxes{drawn or ''}.png")
-            [image] = picture.frames()
-            draw_boxes(image, boxes).save(path)
-            sys.stdout.write(f"boxes: {path}\n")
-            drawn += 1
+    pairs = zip(pictures, rows.processing.boxes(row.turns, pictures), strict=True)
+    drawn = [(picture, boxes) for picture, boxes in pairs if boxes and isinstance(picture, Picture)]
+    for number, (picture, boxes) in enumerate(drawn):
+        path = Path(f"sample_{index}_boxes{number or ''}.png")
+        [image] = picture.frames()
+        draw_boxes(image, boxes).save(path)
+        sys.stdout.write(f"boxes: {path}\n")
 
 
 def _heard(sample: Sample) -> str:

@@ -24,12 +24,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(values: Namespace) -> None:
-    """Plan the training that the command line describes."""
-    sys.stdout.write(render(values))
-
-
-def render(values: Namespace) -> str:
-    """The plan as a table.
+    """Print the plan of the training that the command line describes, as a table.
 
     Raises:
         PlanError: When the flags can't be combined.
@@ -39,11 +34,8 @@ def render(values: Namespace) -> str:
     from minicpm_tune.settings.argument_groups import LoraArguments
 
     names = {item.name for item in dataclasses.fields(Training)} - {"lora", "checkpointing", "tune_llm"}
-    lora = LoraArguments(
-        lora_r=values.lora_r,
-        lora_target_modules=values.lora_target_modules,
-        lora_modules_to_save=values.lora_modules_to_save,
-    )
+    of_adapter = ("lora_r", "lora_target_modules", "lora_modules_to_save")
+    lora = LoraArguments(**{name: getattr(values, name) for name in of_adapter})
     training = Training(lora=lora, **{name: getattr(values, name) for name in names})
     folder = resolve_model_folder(values.model_name_or_path, cache_dir=values.cache_dir, weights=False)
     generation = read_generation(folder)
@@ -53,19 +45,16 @@ def render(values: Namespace) -> str:
             "out."
         )
     parts = plan(folder, training)
-    lines = [
-        f"{generation.title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})"
-    ]
-    lines += [f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()]
-    lines.append(f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}")
     host = host_bytes(folder, training)
-    if host:
-        lines.append(f"  RAM of the machine, for all GPUs together: {host / 2**30:.2f} GiB")
     source = "fitted to the official table" if training.zero == 3 else "assumed"
-    lines.append(
-        f"  The surcharge (CUDA, NCCL, unused memory that the allocator holds) is {source}, not measured."
-    )
-    return "\n".join([*lines, ""])
+    lines = [
+        f"{generation.title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})",
+        *(f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()),
+        f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}",
+        *([f"  RAM of the machine, for all GPUs together: {host / 2**30:.2f} GiB"] if host else []),
+        f"  The surcharge (CUDA, NCCL, unused memory that the allocator holds) is {source}, not measured.",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def parse_flags(argv: list[str]) -> Namespace:
@@ -79,12 +68,9 @@ def parse_flags(argv: list[str]) -> Namespace:
     add("--method", choices=["lora", "qlora", "full"], default="lora", help="How the LLM trains.")
     add("--gpus", type=count, default=1, help="Number of GPUs.")
     add(
-        "--zero",
-        type=int,
-        choices=[0, 2, 3],
-        default=2,
+        "--zero", type=int, choices=[0, 2, 3], default=2,
         help="ZeRO stage of DeepSpeed; 0 is without DeepSpeed.",
-    )
+    )  # fmt: skip
     add(
         "--offload", choices=["none", "optimizer", "all"], default="none",
         help="What is kept in RAM: optimizer and gradients, or (all, with ZeRO-3) the weights too.",
@@ -92,11 +78,9 @@ def parse_flags(argv: list[str]) -> Namespace:
     add("--model_max_length", type=count, default=2048, help="Length of a row, in tokens.")
     add("--batch_size", type=count, default=1, help="Rows per GPU in each forward.")
     add(
-        "--gradient_accumulation_steps",
-        type=count,
-        default=1,
+        "--gradient_accumulation_steps", type=count, default=1,
         help="Forwards per optimizer step. Without DeepSpeed, more than one keeps gradients during the next forward.",
-    )
+    )  # fmt: skip
     add("--max_slice_nums", type=count, default=9, help="Most slices a row's image is cut into.")
     add("--audio_seconds", type=int, default=0, help="MiniCPM-o: seconds of audio of a row.")
     add("--downsample_mode", choices=["4x", "16x"], help="As in finetune.py, for 4.6, 4.7, and OCR.")
@@ -104,21 +88,17 @@ def parse_flags(argv: list[str]) -> Namespace:
     add_switch(parser, "--tune_audio", default=False, help="MiniCPM-o: whether the audio encoder trains.")
     add_switch(parser, "--tune_resampler", default=True, help="Whether the resampler trains.")
     add_switch(
-        parser,
-        "--gradient_checkpointing",
-        default=True,
+        parser, "--gradient_checkpointing", default=True,
         help="Whether the backward computes activations again, to save memory.",
-    )
+    )  # fmt: skip
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="Precision of the training.")
     add_switch(
         parser, "--fp32_residual_connection", default=None, help="As in finetune.py. Unset: true with fp16."
     )
     add(
-        "--optim",
-        choices=["adamw_torch_fused", "adamw_torch", "adamw_8bit", "sgd"],
-        default="adamw_torch_fused",
+        "--optim", choices=["adamw_torch_fused", "adamw_torch", "adamw_8bit", "sgd"], default="adamw_torch_fused",
         help="The optimizer.",
-    )
+    )  # fmt: skip
     add("--quant_bits", type=int, choices=[4, 8], default=4, help="Bits per weight with --method qlora.")
     add("--lora_r", type=count, default=64, help="Rank of the adapter.")
     add("--lora_target_modules", default=OFFICIAL_LORA_TARGETS, help="As in finetune.py.")

@@ -14,9 +14,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +91,13 @@ def run(values: argparse.Namespace) -> None:
     rank, world = processes.rank(), processes.world_size()
     options = generation_options(values)
     file = PredictionFile(Path(values.output).expanduser(), rank=rank, world=world)
-    with _first_process_before_others(rank, world):
+    if world > 1:
+        _join_processes()
+    try:
         if rank == 0:
             file.prepare(_what_decides_answers(values) | options, overwrite=values.overwrite)
+    finally:
+        processes.gather(None)  # the others wait
     torch.manual_seed(values.seed + rank)
     choice = ModelChoice.of(values)
     found = find_model(choice)
@@ -102,13 +106,13 @@ def run(values: argparse.Namespace) -> None:
     model, _ = load_for_inference(choice, found)
     for lines in predict(model, rows, mine, batch_size=values.batch_size, options=options):
         file.append(lines)
-    _wait_for_all(world)
+    processes.gather(None)
     if rank == 0:
         lines, scores = file.finish()
         sys.stdout.write(_summary(lines, scores))
         if values.on_bad_row == "skip":
             sys.stdout.write(f"{rows.rows.bad_rows.summary()}\n")
-    _wait_for_all(world)
+    processes.gather(None)
 
 
 def _open_rows(values: argparse.Namespace, processing: Processing, file: PredictionFile) -> PredictionRows:
@@ -125,7 +129,9 @@ def _open_rows(values: argparse.Namespace, processing: Processing, file: Predict
 
 def _not_answered(rows: PredictionRows, file: PredictionFile, limit: int | None) -> list[int]:
     """The rows that are still to be answered."""
-    done = {line["row"] for line in file.done()}
+    from minicpm_tune.answering.prediction import read_lines
+
+    done = {line["row"] for line in read_lines(file.path)}
     wanted = range(len(rows) if limit is None else min(limit, len(rows)))
     if done:
         logger.info("%d of %d rows are answered already.", len(done & set(wanted)), len(wanted))
@@ -145,27 +151,12 @@ def _summary(lines: Sequence[dict[str, Any]], scores: dict[str, float]) -> str:
     return rows + "".join(f"{name:<16}{value:8.4f}\n" for name, value in scores.items())
 
 
-@contextmanager
-def _first_process_before_others(rank: int, world: int) -> Iterator[None]:
-    """Let rank 0 do the block's work before the other processes continue."""
-    from datetime import timedelta
-
+def _join_processes() -> None:
+    """Join the processes, only for waiting, as long as the slowest needs; they exchange no tensors."""
     import torch.distributed as dist
 
-    if world > 1 and not dist.is_initialized():
-        # Only for waiting, as long as the slowest needs; the processes exchange no tensors.
+    if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield
-    finally:
-        _wait_for_all(world)
-
-
-def _wait_for_all(world: int) -> None:
-    import torch.distributed as dist
-
-    if world > 1:
-        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two errors of the data side: for one row, and for a file or a whole data set."""
+"""Mistakes of the user's, shown as messages: in one row, in a file or a whole data set, in what is asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class UserError(ValueError):
 
     def clean_up(self) -> None:
         """Undo what the mistake left behind; called when the message is out."""
+
+
+class MessageError(UserError):
+    """Messages that can't be put to a model."""
 
 
 class RowError(UserError):

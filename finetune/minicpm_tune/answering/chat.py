@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.turns import ROLES, Media, Part, Turn
-from minicpm_tune.errors import UserError
+from minicpm_tune.errors import MessageError
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,6 @@ IMAGE_MARK = "<ImageHere>"  # how users of InternLM-XComposer2 say where a pictu
 _NOT_GIVEN: Any = object()
 # A text whose tokens show whether a tokenizer still splits as the checkpoint's own does.
 _PROBE = "It's 12 <image> cats.\n 你好"
-
-
-class MessageError(UserError):
-    """Messages that can't be put to a model."""
 
 
 def chat(
@@ -97,11 +93,16 @@ def chat(
         RowError: When a text holds a token that the model would read as structure, or ``enable_thinking`` is set
             for a generation without a thinking mode.
     """
-    options = _options(
-        options, sampling, stream, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens
+    defaults = RELEASED_SAMPLING if sampling else GREEDY if stream else RELEASED_BEAMS
+    lengths = {"max_new_tokens": max_new_tokens} | (
+        {"min_new_tokens": min_new_tokens} if min_new_tokens else {}
     )
+    options = defaults | lengths | {name: value for name, value in options.items() if value is not None}
     processing = _with_tokenizer(processor or _own_processing(model), tokenizer)
-    processing = _with_image_options(processing, max_slice_nums, use_image_id)
+    if max_slice_nums is not None:
+        processing = processing.with_media(slicing=processing.rules.limited(max_slice_nums))
+    if use_image_id is not None:
+        processing = processing.with_media(style=replace(processing.style, image_ids=use_image_id))
     batched = isinstance(msgs, Sequence) and bool(msgs) and isinstance(msgs[0], (list, tuple))
     if batched and (image is not None or stream):
         raise MessageError(
@@ -124,16 +125,6 @@ def chat(
     if context is not _NOT_GIVEN:
         return answers[0], [*msgs, {"role": "assistant", "content": answers[0]}], options
     return answers[0]
-
-
-def _options(
-    given: Mapping[str, Any], sampling: bool, stream: bool, *, max_new_tokens: int, min_new_tokens: int
-) -> dict[str, Any]:
-    defaults = RELEASED_SAMPLING if sampling else GREEDY if stream else RELEASED_BEAMS
-    options = {**defaults, "max_new_tokens": max_new_tokens}
-    if min_new_tokens:
-        options["min_new_tokens"] = min_new_tokens
-    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def _own_processing(model: Any) -> Processing:
@@ -188,16 +179,6 @@ def _with_tokenizer(processing: Processing, tokenizer: Any) -> Processing:
         return processing
     writer = type(processing.writer)(tokenizer, processing.generation, processing.writer.arguments)
     return replace(processing, tokenizer=tokenizer, writer=writer)
-
-
-def _with_image_options(
-    processing: Processing, max_slice_nums: int | None, use_image_id: bool | None
-) -> Processing:
-    if max_slice_nums is not None:
-        processing = processing.with_media(slicing=processing.rules.limited(max_slice_nums))
-    if use_image_id is not None:
-        processing = processing.with_media(style=replace(processing.style, image_ids=use_image_id))
-    return processing
 
 
 def read_messages(
@@ -280,9 +261,7 @@ def place_pictures(question: str, pictures: Sequence[Image.Image | Picture | Cli
             f"the question has {len(texts) - 1} {IMAGE_MARK} for {len(pictures)} pictures, expected one for each. "
             "Show as many pictures, or leave the marks out to put all of them in front of the question."
         )
-    content: list[Any] = [texts[0]]
-    for picture, text in zip(pictures, texts[1:], strict=True):
-        content += [picture, text]
+    content = [texts[0], *chain.from_iterable(zip(pictures, texts[1:], strict=True))]
     return [part for part in content if part != ""]
 
 
@@ -362,21 +341,19 @@ def _parts(
             parts.append(joined_by)
         if isinstance(item, str):
             parts.append(item)
-        elif isinstance(item, (Image.Image, Picture, Clip, np.ndarray)):
-            if isinstance(item, Image.Image):
-                item = Picture.of(item.convert("RGB"))
-            elif isinstance(
-                item, np.ndarray
-            ):  # audio at 16 kHz, as librosa.load gives it to the released chat
-                item = Clip.of(item.astype(np.float32))
-            sounds = isinstance(item, Picture) and bool(item.sound)
-            parts.append(Media(item.kind, first + len(pictures), sounds))
-            pictures.append(item)
-        else:
+            continue
+        if isinstance(item, Image.Image):
+            item = Picture.of(item.convert("RGB"))
+        elif isinstance(item, np.ndarray):  # audio at 16 kHz, as librosa.load gives it to the released chat
+            item = Clip.of(item.astype(np.float32))
+        elif not isinstance(item, (Picture, Clip)):
             raise MessageError(
                 f"msgs[{number}]: found {type(item).__name__} in the content, expected texts, PIL images "
                 "and arrays of audio at 16 kHz. Open pictures with PIL.Image.open first."
             )
+        sounds = isinstance(item, Picture) and bool(item.sound)
+        parts.append(Media(item.kind, first + len(pictures), sounds))
+        pictures.append(item)
     runs = groupby(parts, key=lambda part: part if isinstance(part, Media) else str)
     return tuple(key if isinstance(key, Media) else "".join(map(str, run)) for key, run in runs), pictures
 

@@ -38,11 +38,10 @@ def generation_options(values: Namespace) -> dict[str, Any]:
 
     What is unset takes the released chat's values.
     """
-    options = dict(RELEASED_SAMPLING if values.sampling else GREEDY)
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams"):
-        if getattr(values, name) is not None:
-            options[name] = getattr(values, name)
-    return options | {"max_new_tokens": values.max_new_tokens}
+    options = RELEASED_SAMPLING if values.sampling else GREEDY
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
+    given = {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+    return {**options, **given, "max_new_tokens": values.max_new_tokens}
 
 
 def stop_ids(processing: Processing) -> list[int]:
@@ -84,20 +83,17 @@ def answer(
     tokenizer = processing.tokenizer
     pad = tokenizer.pad_token_id
     stops = stop_ids(processing)
-    batch: dict[str, Any] = {
-        **data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
+    made = data_collator(samples, pad_token_id=stops[0] if pad is None else pad, padding_side="left")
+    batch = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in made.items()
     }
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            batch[name] = value.to(model.device)
     if synced:
         options["synced_gpus"] = batch["dummy"] = True
     with torch.no_grad(), warnings.catch_warnings():
         # The penalty covers the answer alone, as in the released chat.
         warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
-        found = model.generate(
-            **batch, eos_token_id=stops, pad_token_id=stops[0], streamer=streamer, **options
-        )
+        ends = {"eos_token_id": stops, "pad_token_id": stops[0]}
+        found = model.generate(**batch, **ends, streamer=streamer, **options)
     return [decode(row, tokenizer, stops) for row in found.tolist()]
 
 

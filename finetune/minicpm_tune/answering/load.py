@@ -6,7 +6,7 @@ import logging
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,15 +115,8 @@ def resolve_base(
     return resolve_model_folder(name, cache_dir=cache_dir), found
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    """A model's files, examined but not loaded.
-
-    Attributes:
-        folder: The base model's folder.
-        adapter: The adapter, or None.
-        processing: The checkpoint's ``Processing``.
-    """
+class FoundModel(NamedTuple):
+    """A model's files, examined but not loaded: the base model's folder, the adapter, the ``Processing``."""
 
     folder: Path
     adapter: AdapterFolder | None
@@ -164,27 +157,27 @@ def load_for_inference(choice: ModelChoice, found: FoundModel | None = None) -> 
         InferenceError: When there is no such device.
         AdapterError: When the adapter does not fit.
     """
-    found = found or find_model(choice)
-    generation, adapter = found.processing.generation, found.adapter
+    folder, adapter, processing = found or find_model(choice)
     device = choose_device(choice.device)
     model: Any = load_model(
-        found.folder,
-        dtype=choose_dtype(choice.dtype, found.folder, device),
+        folder,
+        dtype=choose_dtype(choice.dtype, folder, device),
         attention=choice.attn_implementation,
         quant_bits=4 if choice.load_4bit else None,
-        downsample_mode=found.processing.media.downsample_mode,
+        downsample_mode=processing.media.downsample_mode,
         # Straight to the GPU: quantized layers can't all move later, and RAM need not hold the model.
         device_map={"": device} if device.type == "cuda" else None,
     )
-    add_token_rows(model, found.processing.new_tokens)
+    add_token_rows(model, processing.new_tokens)
     if adapter is not None:
         # peft takes seconds that most calls need not wait for.
         from minicpm_tune.lora.loading import load_adapter
 
         model = load_adapter(model, adapter)
         logger.info("Adapter: %s", adapter.path)
-    logger.info("%s on %s in %s", generation.title, device, str(model.dtype).removeprefix("torch."))
-    return model.eval(), found.processing
+    dtype = str(model.dtype).removeprefix("torch.")
+    logger.info("%s on %s in %s", processing.generation.title, device, dtype)
+    return model.eval(), processing
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,9 +1,9 @@
 """How well an answer matches the expected one: exact match, ANLS, ROUGE-L, overlap of boxes, WER and CER of speech.
 
 Those of texts and boxes give one answer a number, and a data set their mean over the answers that have it; but for
-``box_count_error`` it is from 0 to 1. An error rate of a data set is the
-number of edits in all answers by the number of words (WER) or characters (CER) in all expected ones, so a long answer
-weighs more than a short one; it can be above 1.
+``box_count_error`` it is from 0 to 1. An error rate of a data set is the number of edits in all answers by the number
+of words (WER) or characters (CER) in all expected ones, so a long answer weighs more than a short one; it can be
+above 1.
 """
 
 from __future__ import annotations
@@ -176,12 +176,8 @@ def count_edits(
         {'wer': (1, 2), 'cer': (1, 7)}
     """
     pair = without_thoughts(prediction), without_thoughts(answer)
-    found = {}
-    for name, units in ERROR_RATES.items():
-        if name in names:
-            given, expected = (units(text) for text in pair)
-            found[name] = edit_distance(given, expected), len(expected)
-    return found
+    cut = {name: tuple(map(units, pair)) for name, units in ERROR_RATES.items() if name in names}
+    return {name: (edit_distance(given, expected), len(expected)) for name, (given, expected) in cut.items()}
 
 
 def corpus_scores(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:

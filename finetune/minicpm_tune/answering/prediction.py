@@ -43,6 +43,9 @@ from minicpm_tune.files import system_reason
 logger = logging.getLogger(__name__)
 
 _USER_ROLES = ("user", "human")
+_ESCAPED = "backslashreplace"  # half an emoji, in a row's id say, becomes the \\u escape that JSON knows
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Question:
     text: str
     answer: str | None
     prompt: Sample
-    metrics: tuple[str, ...] = (*METRICS, *BOX_METRICS)
+    metrics: tuple[str, ...]
 
 
 class PredictionRows:
@@ -166,19 +169,10 @@ class PredictionRows:
         sources = [row.sources[media.index] for media in media_of(turns)]
         pictures = self.rows.open_media(index, sources)
         prompt = self.processing.encode_prompt(turns, pictures, thinking=self.thinking)
-        return Question(
-            index,
-            row.row_id,
-            turns[-1].text.strip(),
-            last.text or None,
-            prompt,
-            self._metrics("audio_values" in prompt),
-        )
-
-    def _metrics(self, hears: bool) -> tuple[str, ...]:
-        if self.metrics is not None:
-            return tuple(self.metrics)
-        return (*METRICS, *BOX_METRICS, *(ERROR_RATES if hears else ()))
+        metrics = self.metrics
+        if metrics is None:
+            metrics = (*METRICS, *BOX_METRICS, *(ERROR_RATES if "audio_values" in prompt else ()))
+        return Question(index, row.row_id, turns[-1].text.strip(), last.text or None, prompt, tuple(metrics))
 
     def picture(self, index: int) -> Image.Image | None:
         """The row's first picture, or first frame, in mode RGB; None for a row without."""
@@ -212,7 +206,7 @@ def predict(
     batch_size: int,
     options: dict[str, Any],
     synced: bool = False,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[Line]]:
     """Answer rows batch by batch.
 
     Args:
@@ -240,26 +234,23 @@ def predict(
         yield [_line(question, text, form) for question, text in zip(questions, texts, strict=True)]
 
 
-def _line(question: Question, prediction: str, box_form: str) -> dict[str, Any]:
+def _line(question: Question, prediction: str, box_form: str) -> Line:
     answer, names = question.answer, question.metrics
-    scores = None
-    if answer is not None:
-        scores = score(prediction, answer, names) | box_scores(prediction, answer, names, form=box_form)
-    line = {
+    line: Line = {
         "row": question.row,
         "id": question.row_id,
         "question": question.text,
         "answer": answer,
         "prediction": prediction,
-        "scores": scores,
+        "scores": None,
     }
-    if answer is not None and not ERROR_RATES.keys().isdisjoint(names):
-        line["edits"] = count_edits(prediction, answer, names)
+    if answer is not None:
+        line["scores"] = score(prediction, answer, names) | box_scores(
+            prediction, answer, names, form=box_form
+        )
+        if not ERROR_RATES.keys().isdisjoint(names):
+            line["edits"] = count_edits(prediction, answer, names)
     return line
-
-
-Line = dict[str, Any]
-_ESCAPED = "backslashreplace"  # half an emoji, in a row's id say, becomes the \\u escape that JSON knows
 
 
 class PredictionFileError(UserError):
@@ -276,18 +267,10 @@ class PredictionFile:
     """
 
     def __init__(self, path: Path, *, rank: int = 0, world: int = 1) -> None:
-        self.path, self.rank, self.world = path, rank, world
-        self.own = path if world == 1 else _part(path, rank)
-
-    @property
-    def settings_path(self) -> Path:
-        """Where the run's settings are kept, and its scores when it has ended."""
-        return self.path.with_name(self.path.name + ".summary.json")
-
-    @property
-    def bad_rows_path(self) -> Path:
-        """Where rows that can't be answered are listed."""
-        return self.path.with_name(self.path.name + ".bad_rows.jsonl")
+        self.path = path
+        self.own = path if world == 1 else _beside(path, f".rank{rank}")
+        self.settings_path = _beside(path, ".summary.json")  # and the scores, when the run has ended
+        self.bad_rows_path = _beside(path, ".bad_rows.jsonl")  # the rows that can't be answered
 
     def prepare(self, settings: Line, *, overwrite: bool) -> None:
         """Join the parts of a stopped run and drop a half-written line; one process does so before any other reads.
@@ -304,7 +287,16 @@ class PredictionFile:
                 f"--output {self.path}: found a folder, expected a file to write. Name a file in it."
             )
         with self.writing():
-            self._prepare(settings, overwrite=overwrite)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            parts = [self.path, *self._parts()]
+            if overwrite:
+                for path in (*parts, self.settings_path):
+                    path.unlink(missing_ok=True)
+            elif any(path.is_file() for path in parts):
+                self._check(settings)
+            self.bad_rows_path.unlink(missing_ok=True)  # the rows in it are looked at again
+            self._join()
+            _write_whole(self.settings_path, _dump({"settings": settings}, indent=2))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -322,18 +314,6 @@ class PredictionFile:
                 "may write to. The same command then continues with the rows that are not answered yet."
             ) from error
 
-    def _prepare(self, settings: Line, *, overwrite: bool) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        parts = [self.path, *self._parts()]
-        if overwrite:
-            for path in (*parts, self.settings_path):
-                path.unlink(missing_ok=True)
-        elif any(path.is_file() for path in parts):
-            self._check(settings)
-        self.bad_rows_path.unlink(missing_ok=True)  # the rows in it are looked at again
-        self._join()
-        _write_whole(self.settings_path, _dump({"settings": settings}, indent=2))
-
     def _check(self, settings: Line) -> None:
         if not self.settings_path.is_file():
             raise PredictionFileError(
@@ -341,17 +321,11 @@ class PredictionFile:
                 "which model wrote it. Name another file, or start over with --overwrite true."
             )
         known = json.loads(self.settings_path.read_text(encoding="utf-8"))["settings"]
-        changed = [name for name in settings if known.get(name) != settings[name]]
-        if changed:
-            name = changed[0]
+        if name := next((name for name in settings if known.get(name) != settings[name]), None):
             raise PredictionFileError(
                 f"--output {self.path}: the lines in it were written with {name} {known.get(name)!r}, but now it is "
                 f"{settings[name]!r}. Name another file, or start over with --overwrite true."
             )
-
-    def done(self) -> list[Line]:
-        """The lines written so far."""
-        return read_lines(self.path)
 
     def append(self, lines: Iterable[Line]) -> None:
         """Write lines, and wait until they are on the disk."""
@@ -370,8 +344,7 @@ class PredictionFile:
             lines = self._join()
             scores = corpus_scores(lines)
             kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
-            kept |= {"rows": len(lines), "scores": scores}
-            _write_whole(self.settings_path, _dump(kept, indent=2))
+            _write_whole(self.settings_path, _dump(kept | {"rows": len(lines), "scores": scores}, indent=2))
         return lines, scores
 
     def _join(self) -> list[Line]:
@@ -412,13 +385,13 @@ def read_lines(path: Path) -> list[Line]:
 
 def _write_whole(path: Path, text: str) -> None:
     """Write a file under another name first, so that nobody ever finds half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _beside(path, ".partial")
     partial.write_text(text, encoding="utf-8", errors=_ESCAPED)
     partial.replace(path)
 
 
-def _part(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.name}.rank{rank}")
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
 
 
 def _dump(value: Any, **options: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,11 @@ class PredictionCallback(TrainerCallback):
         if synced and indices:
             # Ranks with fewer rows answer some of theirs again; those answers are dropped below.
             most = len(indices[::world])
-            mine = [*(mine or indices[:1])] * most
-            mine = mine[:most]
-        lines: dict[int, dict[str, Any]] = {}
+            mine = ([*(mine or indices[:1])] * most)[:most]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "options": self.options, "synced": synced}
         with self._ready_to_answer() as model:
-            for batch in predict(
-                model, self.rows, mine, batch_size=self.batch_size, options=self.options, synced=synced
-            ):
-                lines |= {line["row"]: line for line in batch}
+            batches = list(predict(model, self.rows, mine, **options))
+        lines = {line["row"]: line for batch in batches for line in batch}
         for found in gather(lines):
             lines |= found
         return [lines[index] for index in indices if index in lines]
@@ -130,14 +127,9 @@ class PredictionCallback(TrainerCallback):
 
     def _show(self, lines: Sequence[dict[str, Any]], *, step: int) -> None:
         """Show a few rows with their first picture in TensorBoard."""
-        writer = next(
-            (
-                callback.tb_writer
-                for callback in self.trainer.callback_handler.callbacks
-                if isinstance(callback, TensorBoardCallback)
-            ),
-            None,
-        )
+        callbacks = self.trainer.callback_handler.callbacks
+        boards = (callback for callback in callbacks if isinstance(callback, TensorBoardCallback))
+        writer = getattr(next(boards, None), "tb_writer", None)
         if writer is None:
             return
         for number, line in enumerate(lines[:SHOWN]):
@@ -153,24 +145,17 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOGS / ANSWERS_FILE
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
+        with suppress(json.JSONDecodeError):  # cut short when the disk was full
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut short when the disk was full
     return found
 
 
 def _as_text(line: dict[str, Any]) -> str:
     """Markdown for TensorBoard, the texts set as code, so that none of them acts as markup."""
-    parts = [
-        f"**{name}**\n\n{_code(line[name])}" for name in ("question", "answer", "prediction") if line[name]
-    ]
+    texts = {name: line[name].splitlines() for name in ("question", "answer", "prediction") if line[name]}
+    parts = [f"**{name}**\n\n" + "\n".join(f"    {one}" for one in lines) for name, lines in texts.items()]
     scores = ", ".join(f"{name} {value:.2f}" for name, value in corpus_scores([line]).items())
     return "\n\n".join([*parts, scores])
-
-
-def _code(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _small(picture: Image.Image) -> np.ndarray:

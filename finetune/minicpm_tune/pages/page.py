@@ -37,11 +37,8 @@ def render(template: str, **values: Any) -> str:
         f"default-src 'none'; img-src data:; media-src data:; style-src {_source(style)}; "
         f"script-src {_source(script)}; base-uri 'none'; form-action 'none'"
     )
-    return (
-        _templates()
-        .get_template(template)
-        .render(style=style, script=script, policy=policy, version=__version__, **values)
-    )
+    page = _templates().get_template(template)
+    return page.render(style=style, script=script, policy=policy, version=__version__, **values)
 
 
 @cache
@@ -158,25 +155,19 @@ def histogram(
         rows = "1 row" if count == 1 else f"{count:,} rows"
         drawn.append((100 * place / bars, 100 / bars, 100 * count / counts.max(), f"{span}{unit}: {rows}"))
     middle = 0.5 if whole and step == 1 else 0.0  # the bar stands for one number
-    ticks = [
-        (100 * (tick + middle) / top, shown_number(tick))
-        for tick in _ticks(0, top - middle, most=4, whole=whole)
-    ]
+    places = _ticks(0, top - middle, most=4, whole=whole)
+    ticks = [(100 * (tick + middle) / top, shown_number(tick)) for tick in places]
     if beyond:
         ticks = [*(tick for tick in ticks if tick[0] < 75), (100.0, f"≥ {shown_number(top - step)}")]
-    line = None
-    if mark is not None and mark[0] < top:
-        line = (100 * mark[0] / top, mark[1])
+    line = (100 * mark[0] / top, mark[1]) if mark is not None and mark[0] < top else None
     facts = f"median {shown_number(float(np.median(values)))}{unit}, largest {shown_number(float(values.max()))}{unit}"
     return Histogram(title, tuple(drawn), tuple(ticks), int(counts.max()), line, facts)
 
 
 def _bars(values: np.ndarray, whole: bool) -> tuple[float, int]:
     """The width and the number of bars. Where few values are far above all others, the last bar holds those."""
-    common = float(np.percentile(values, 90))
-    top = float(values.max())
-    if common and top > _OUTLYING * common:
-        top = _OUTLYING * common
+    common, top = float(np.percentile(values, 90)), float(values.max())
+    top = min(top, _OUTLYING * common or top)
     if not whole:
         return top / _BARS or 1.0, _BARS
     step = max(-(-int(top + 1) // _BARS), 1)
@@ -245,22 +236,20 @@ def chart(title: str, series: Sequence[Series], *, last_step: int, from_zero: bo
     y_ticks = _ticks(low, low + (high - low) * _TOP_ROOM, most=4)
     low, high = min(low, y_ticks[0]), max(low + (high - low) * _TOP_ROOM, y_ticks[-1])
     right = max(last_step, 1)
-    lines = []
+    lines, values = [], []
     for one in series:
-        places = [(100 * x / right, 100 * (high - y) / (high - low)) for x, y in thinned(one.points)]
+        points = thinned(one.points)
+        places = [(100 * x / right, 100 * (high - y) / (high - low)) for x, y in points]
         path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
         lines.append({"name": one.name, "look": one.look, "color": one.color, "path": path, "places": places})
+        values.append({"name": one.name, "points": [[x, float(f"{y:.6g}")] for x, y in points]})
+    x_ticks = _ticks(0, right, most=5, whole=True)
     return Chart(
         title=title,
         lines=tuple(lines),
-        x_ticks=tuple(
-            (100 * tick / right, shown_number(int(tick))) for tick in _ticks(0, right, most=5, whole=True)
-        ),
+        x_ticks=tuple((100 * tick / right, shown_number(int(tick))) for tick in x_ticks),
         y_ticks=tuple((100 * (tick - low) / (high - low), shown_number(float(tick))) for tick in y_ticks),
-        values=[
-            {"name": one.name, "points": [[x, float(f"{y:.6g}")] for x, y in thinned(one.points)]}
-            for one in series
-        ],
+        values=values,
         last_step=right,
     )
 

@@ -96,11 +96,12 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 def as_text(summary: dict[str, Any], found: DataStatistics) -> str:
     """The summary for the terminal."""
     with_audio = f"{summary['with_audio']} with audio, " if summary["with_audio"] else ""
+    cut = f"{summary['cut_by_model_max_length']} of them cut at --model_max_length {summary['model_max_length']}"
     lines = [
         f"model        {summary['generation']}",
         f"rows         {summary['rows']} ({summary['with_pictures']} with pictures, {with_audio}"
         f"{summary['text_only']} text only)",
-        f"usable       {summary['usable']} ({_cut_and_dropped(summary)})",
+        f"usable       {summary['usable']} ({cut}, {summary['dropped_as_over_long']} more dropped)",
         f"bad          {summary['bad']}",
     ]
     lines += [f"  {count:7} {kind}: {_rows_with(found, kind)}" for kind, count in summary["problems"].items()]
@@ -119,11 +120,6 @@ def as_text(summary: dict[str, Any], found: DataStatistics) -> str:
     return "\n".join(lines)
 
 
-def _cut_and_dropped(summary: dict[str, Any]) -> str:
-    cut = f"{summary['cut_by_model_max_length']} of them cut at --model_max_length {summary['model_max_length']}"
-    return f"{cut}, {summary['dropped_as_over_long']} more dropped"
-
-
 def _advice(summary: dict[str, Any]) -> dict[str, str]:
     """What follows for a training: title -> text of each line."""
     limit, over = summary["model_max_length"], summary["over_model_max_length"]
@@ -140,9 +136,12 @@ def _advice(summary: dict[str, Any]) -> dict[str, str]:
         "unknown keys": "nothing reads "
         + ", ".join(f"{key} ({_counted(count)})" for key, count in summary["unknown_keys"].items()),
     }
-    absent = {"over-long": not over, "token id 0": not summary["rows_with_token_id_0"],
-              "unknown keys": not summary["unknown_keys"]}  # fmt: skip
-    return {title: text for title, text in lines.items() if not absent.get(title)}
+    found = {
+        "over-long": over,
+        "token id 0": summary["rows_with_token_id_0"],
+        "unknown keys": summary["unknown_keys"],
+    }
+    return {title: text for title, text in lines.items() if found.get(title, True)}
 
 
 def _counted(rows: int) -> str:
@@ -155,11 +154,11 @@ def _rows_with(found: DataStatistics, kind: str) -> str:
     for bad in found.bad:
         if bad.kind == kind:
             numbers[bad.file].append(bad.row)
-    parts = []
-    for file, rows in numbers.items():
-        shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-        parts.append(f"rows {shown}" if len(numbers) == 1 else f"{file}: rows {shown}")
-    return "; ".join(parts)
+    shown = {
+        file: "rows " + ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+        for file, rows in numbers.items()
+    }
+    return "; ".join(text if len(shown) == 1 else f"{file}: {text}" for file, text in shown.items())
 
 
 def as_page(summary: dict[str, Any], found: DataStatistics, rows: TrainingRows, *, shown: int) -> str:
@@ -235,16 +234,9 @@ def _cards(chosen: dict[int, list[str]], found: DataStatistics, rows: TrainingRo
         source, row = rows.mixture.origin(place)
         bad = problems.get(place)
         row_id = bad.id if bad and view.row_id is None else view.row_id
-        card = {
-            "view": view,
-            "groups": groups,
-            "place": place,
-            "source": source,
-            "row": row,
-            "id": row_id,
-            "bad": bad,
-        }
-        cards.append(card | {"facts": dict(zip(COLUMNS, measured.get(place, ()), strict=False))})
+        facts = dict(zip(COLUMNS, measured.get(place, ()), strict=False))
+        card = {"view": view, "facts": facts, "groups": groups, "bad": bad}
+        cards.append({**card, "place": place, "source": source, "row": row, "id": row_id})
     return cards
 
 
@@ -255,7 +247,7 @@ def _place(rows: TrainingRows, bad: BadRow) -> int:
 
 def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
     """How the rows are spread; what no row has gives no histogram."""
-    length = found.column("length")
+    length, video, audio = (found.column(name) for name in ("length", "video_ms", "audio_ms"))
     limit = rows.processing.arguments.model_max_length
     charts = [
         histogram("Tokens", length, mark=(limit, f"--model_max_length {limit:,}") if limit else None),
@@ -263,12 +255,7 @@ def _charts(found: DataStatistics, rows: TrainingRows) -> list[Histogram]:
         histogram("Image tokens", found.column("image_tokens")),
         histogram("Images", found.column("images")),
         histogram("Slices", found.column("slices")),
-        *(
-            histogram(title, milliseconds[milliseconds > 0] / 1000, unit=" s")
-            for title, milliseconds in (
-                ("Seconds of video", found.column("video_ms")),
-                ("Seconds of audio", found.column("audio_ms")),
-            )
-        ),
+        histogram("Seconds of video", video[video > 0] / 1000, unit=" s"),
+        histogram("Seconds of audio", audio[audio > 0] / 1000, unit=" s"),
     ]
     return [one for one in charts if one is not None]

@@ -12,11 +12,13 @@ import importlib.util
 import logging
 import sys
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -53,14 +55,8 @@ _SECOND = 2
 _WITH_OFFLOAD = ("ds_config_zero2.json", "ds_config_zero2_offload.json", "ds_config_zero3_offload.json")
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a process may fill.
-
-    Attributes:
-        size: In bytes.
-        on_cpu: Whether it is RAM.
-    """
+class Room(NamedTuple):
+    """What a process may fill: its size in bytes, and whether it is RAM."""
 
     size: int
     on_cpu: bool
@@ -161,10 +157,9 @@ def _choose(
         planned = training_of(training, lora, gpus=gpus, length=length)
         if planned is None:
             raise UserError("--fsdp is not planned.")
+        vision = training.vision_gradient_checkpointing
         with _without_division(training):
-            found, text = fitting(
-                folder, planned, room, asked=asked, vision=training.vision_gradient_checkpointing
-            )
+            found, text = fitting(folder, planned, room, asked=asked, vision=vision)
     except Exception as error:  # noqa: BLE001  the run can do without a plan, whatever is wrong with it
         logger.info(
             "Memory is not planned (%s: %s)%s",
@@ -207,29 +202,23 @@ def fitting(
         The checkpointing, and a sentence with the numbers.
     """
     choices = [asked] if asked else list(_choices(training, vision))
+    first, *others = choices
     bound = _at_most(folder, training)
     if room.fits(bound):
-        return choices[
-            0
-        ], f"Memory: at most {_gib(bound)} of {room} are needed. Computed again: {choices[0]}."
-    needs: dict[int, int] = {}
+        return first, f"Memory: at most {_gib(bound)} of {room} are needed. Computed again: {first}."
 
-    def need(index: int) -> int:
-        if index not in needs:
-            needs[index] = room.need(folder, replace(training, checkpointing=choices[index]))
-        return needs[index]
+    @cache
+    def need(choice: Checkpointing) -> int:
+        return room.need(folder, replace(training, checkpointing=choice))
 
-    # Each choice needs less memory and more time than the one before it: the first that fits, by bisection.
-    low, high = 0, len(choices) - 1
-    if not room.fits(need(0)):
-        low = min(1, high)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if room.fits(need(middle)) else (middle + 1, high)
-    last = need(low)
-    verdict = "which fits" if room.fits(last) else f"which does not fit: {_remedy(training)}"
-    text = f"Memory: {_gib(last)} GiB are planned of {room}, {verdict}. Computed again: {choices[low]}"
-    return choices[low], text + (f" (without it {_gib(needs[0])} GiB)." if low else ".")
+    found = first
+    if others and not room.fits(need(first)):
+        # Each choice needs less memory and more time than the one before it: the first that fits, or the last.
+        place = bisect_left(others[:-1], True, key=lambda choice: room.fits(need(choice)))
+        found = others[place]
+    verdict = "which fits" if room.fits(need(found)) else f"which does not fit: {_remedy(training)}"
+    text = f"Memory: {_gib(need(found))} GiB are planned of {room}, {verdict}. Computed again: {found}"
+    return found, text + (f" (without it {_gib(need(first))} GiB)." if found != first else ".")
 
 
 def _choices(training: Training, vision: bool | None) -> Iterator[Checkpointing]:

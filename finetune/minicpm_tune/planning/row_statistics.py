@@ -79,9 +79,8 @@ def measure_row(rows: TrainingRows, index: int, *, decode: bool, details: bool) 
         if (
             over and whole.encoded.supervised
         ):  # whatever --overlength makes of it, a larger limit would hold it
-            facts = replace(
-                facts, numbers=_numbers(rows, index, whole, kept=0), lengths=_lengths(rows, whole)
-            )
+            numbers = _numbers(rows, index, whole, kept=0)
+            facts = replace(facts, numbers=numbers, lengths=_lengths(rows, whole))
         plan = processing.fit(whole)
         facts = replace(facts, numbers=None)  # what can go wrong from here on is not a matter of length
         line = _details(rows, index, processing.finish(plan)) if details else None
@@ -280,10 +279,9 @@ def recommended_slices(found: DataStatistics, limit: int | None) -> int:
     reached = max(int(np.percentile(found.column("most_slices"), 99, method="higher")), 1)
     if limit is None:
         return reached
-    fitting = (found.lengths <= limit).mean(axis=0) >= 0.99
-    if not fitting.any():  # then the text alone is too long
-        return reached
-    return min(reached, int(fitting.nonzero()[0].max()) + 1)
+    fitting = ((found.lengths <= limit).mean(axis=0) >= 0.99).nonzero()[0]
+    # Where none fits, the text alone is too long.
+    return min(reached, int(fitting.max()) + 1) if len(fitting) else reached
 
 
 def padding_shares(lengths: np.ndarray, *, batch_size: int, capacity: int | None) -> dict[str, float]:

@@ -194,17 +194,17 @@ class LikeGpu(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func is F.dropout:
-            return self._dropout(*args, **kwargs)
+            return _dropout(*args, **kwargs)
         if func is torch._grouped_mm and args[0].dtype != torch.bfloat16:
             return _grouped_product(*args, **kwargs)
         if func.__name__ in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(FakeTensor, _in_fp32, (args, kwargs))
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """What is dropped is remembered as one byte per number."""
-        return torch.native_dropout(input, p, train=True)[0] if training and p else input
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """What is dropped is remembered as one byte per number."""
+    return torch.native_dropout(input, p, train=True)[0] if training and p else input
 
 
 def _in_fp32(tensor: Tensor) -> Tensor:
@@ -260,17 +260,13 @@ def measure_step(
         else:
             parameter.grad = None
 
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     handles = [*_label_parts(model, generation, meter)]
-    handles += [
-        parameter.register_post_accumulate_grad_hook(complete)
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    ]
+    handles += [parameter.register_post_accumulate_grad_hook(complete) for parameter in trained]
     inputs = {name: meter.put(value) for name, value in batch.items()}
-    casts = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
     try:
         with LikeGpu(attention), meter:
-            with casts:
+            with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
                 value = loss(model, inputs)
             meter.label = "logits"
             value.backward()
