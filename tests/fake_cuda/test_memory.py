@@ -81,7 +81,7 @@ def test_every_family_in_every_way_of_training(device, name):
                 name.removesuffix("_audio"),
                 GOLDENS / name,
                 packed,
-                {**SMALL, **hears, "method": method, **keeps},
+                {**(PACKED if packed else SMALL), **hears, "method": method, **keeps},
             )
             for packed, method in ((0, "lora"), (2, "full"))
             for keeps in ({}, {"gradient_checkpointing": False})
