@@ -24,7 +24,10 @@ _AT_LEAST_ONE = (
     "model_max_length", "max_slice_nums", "packing_window", "generation_samples", "generation_max_new_tokens",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
 )  # fmt: skip
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
+_NOT_NEGATIVE = (
+    "learning_rate", "vision_lr", "audio_lr", "resampler_lr", "llm_lr", "embed_lr", "lora_lr_ratio", "weight_decay",
+    "warmup_steps", "max_grad_norm", "dataloader_num_workers",
+)  # fmt: skip
 
 
 class UsageError(UserError):
@@ -111,16 +114,11 @@ def _rates(training: Namespace) -> Iterator[str]:
         "lora_lr_ratio": training.use_lora,
     }
     for flag, trains in switches.items():
-        value = getattr(training, flag)
-        if value is not None and not trains:
+        if getattr(training, flag) is not None and not trains:
             switch = "use_lora" if flag == "lora_lr_ratio" else f"tune_{flag.removesuffix('_lr')}"
             yield f"--{flag} is given, but --{switch} is false: set it to true, or leave --{flag} out."
     if training.embed_lr is not None and not (training.tune_llm or training.use_lora):
         yield "--embed_lr is given, but the embeddings don't train: they do with --tune_llm or --use_lora."
-    for flag in (*switches, "embed_lr"):
-        value = getattr(training, flag)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            yield f"--{flag} is {value}, expected 0 or more."
 
 
 def _adapter_start(training: Namespace, lora: LoraArguments) -> Iterator[str]:
@@ -195,20 +193,20 @@ def _data_files(data: DataArguments, training: Namespace) -> Iterator[str]:
 
 
 def _evaluation_rows(data: DataArguments, training: Namespace) -> Iterator[str]:
-    evaluates = training.do_eval or str(training.eval_strategy) != "no"
+    evaluates = training.do_eval or training.eval_strategy != "no"
     split = data.eval_split
     if split is not None and not (0 < split < 1 or (1 <= split < math.inf and split == int(split))):
         yield f"--eval_split is {split:g}, expected a fraction such as 0.01, or a whole number of rows."
-    if data.eval_split is not None and data.eval_data_path:
+    if split is not None and data.eval_data_path:
         yield "--eval_split and --eval_data_path both name the evaluation rows. Keep one of them."
-    elif data.eval_split is not None and not evaluates:
+    elif split is not None and not evaluates:
         yield (
-            f"--eval_split {data.eval_split:g} would hold rows out of training that nothing evaluates. Add "
+            f"--eval_split {split:g} would hold rows out of training that nothing evaluates. Add "
             "--eval_strategy steps (or epoch), or --do_eval, or leave it out."
         )
-    elif data.eval_split is not None and not data.data_path:
+    elif split is not None and not data.data_path:
         yield "--eval_split takes its rows from --data_path, which is missing. Give it."
-    elif data.eval_split is None and not data.eval_data_path:
+    elif split is None and not data.eval_data_path:
         if training.do_eval:
             yield "--do_eval needs --eval_data_path (or --eval_split). Give the file with the evaluation rows."
         elif evaluates:
@@ -256,11 +254,11 @@ def _output_folder(training: Namespace) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         yield f"--output_dir {str(folder)!r} is a file. Give a folder, or a name that does not exist yet."
         return
-    resume = training.resume_from_checkpoint
-    if resume and resume.lower() != "false" and training.overwrite_output_dir:
+    resume = training.resume_from_checkpoint or "false"
+    if training.overwrite_output_dir and resume.lower() != "false":
         yield "--overwrite_output_dir true and --resume_from_checkpoint contradict each other. Keep one."
         return
-    if resume and resume.lower() not in ("true", "false"):
+    if resume.lower() not in ("true", "false"):
         if not output_folder.is_checkpoint(Path(resume).expanduser()):
             yield (
                 f"--resume_from_checkpoint: {resume!r} is not a complete checkpoint (no trainer_state.json). Give a "
@@ -268,11 +266,9 @@ def _output_folder(training: Namespace) -> Iterator[str]:
             )
         return
     earlier = output_folder.find_earlier_run(folder)
-    wants_to_resume = bool(resume) and resume.lower() == "true"
-    if training.do_train is False or training.overwrite_output_dir or wants_to_resume or not earlier:
+    if training.do_train is False or training.overwrite_output_dir or resume.lower() == "true" or not earlier:
         return
-    user = output_folder.find_user(folder)
-    if user is not None:
+    if (user := output_folder.find_user(folder)) is not None:
         yield output_folder.in_use(folder, user)
         return
     last = earlier.last_checkpoint

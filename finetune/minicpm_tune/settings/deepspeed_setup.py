@@ -27,31 +27,26 @@ class DeepSpeedConfigError(UserError):
     """A DeepSpeed configuration that can't be found or read."""
 
 
-def _find_config(path: str) -> Path:
-    """Find a configuration file: as given, or beside finetune.py, where the official commands are run."""
-    own = Path(__file__).parents[2]
-    for candidate in (Path(path).expanduser(), own / path):
-        if candidate.is_file():
-            return candidate
-    shipped = ", ".join(sorted(file.name for file in own.glob("ds_config_*.json")))
-    raise DeepSpeedConfigError(
-        f"--deepspeed: no file {path!r} here or in {own}. Give the path of a DeepSpeed JSON file, or one of "
-        f"these: {shipped}."
-    )
-
-
 def read_deepspeed_config(value: str) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
     Args:
-        value: The path of a JSON file, or JSON text that starts with ``{``.
+        value: JSON text that starts with ``{``, or the path of a JSON file: from here, or from finetune.py's folder,
+            where the official commands are run.
 
     Raises:
         DeepSpeedConfigError: When the file is missing or is not a JSON object.
     """
     where, text = "--deepspeed", value
     if not value.lstrip().startswith("{"):
-        path = _find_config(value)
+        own = Path(__file__).parents[2]
+        path = next((path for path in (Path(value).expanduser(), own / value) if path.is_file()), None)
+        if path is None:
+            shipped = ", ".join(sorted(file.name for file in own.glob("ds_config_*.json")))
+            raise DeepSpeedConfigError(
+                f"--deepspeed: no file {value!r} here or in {own}. Give the path of a DeepSpeed JSON file, or one of "
+                f"these: {shipped}."
+            )
         where, text = str(path), path.read_text(encoding="utf-8")
     try:
         config = json.loads(text)

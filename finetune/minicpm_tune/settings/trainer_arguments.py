@@ -52,7 +52,7 @@ class TrainerArgument:
     optional: bool = False
 
 
-_ACTS = _refused = TrainerArgument
+_ACTS = _REFUSED = TrainerArgument
 _HUB = "this script does not upload. When the run is finished: hf upload OWNER/NAME FOLDER"
 _COUNTS = "evaluation adds up counts and keeps no predictions"
 _ORDER = "the order of rows and their division among processes must be the same on every start"
@@ -68,7 +68,7 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "num_train_epochs": _ACTS(float, 3.0),
     "max_steps": _ACTS(int, -1),
     "gradient_accumulation_steps": _ACTS(int, 1),
-    "auto_find_batch_size": _refused(
+    "auto_find_batch_size": _REFUSED(
         bool, False, "a step's rows must be the same on every start. plan_memory.py says what fits"
     ),
     # Learning rate and schedule
@@ -86,10 +86,10 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "adam_epsilon": _ACTS(float, 1e-8),
     "max_grad_norm": _ACTS(float, 1.0),
     # Loss
-    "average_tokens_across_devices": _refused(
+    "average_tokens_across_devices": _REFUSED(
         bool, True, "the loss is a mean over the supervised tokens of all processes"
     ),
-    "label_smoothing_factor": _refused(float, 0.0, "the loss never builds all logits"),
+    "label_smoothing_factor": _REFUSED(float, 0.0, "the loss never builds all logits"),
     "neftune_noise_alpha": _ACTS(float),
     # Precision
     "bf16": _ACTS(bool, False),
@@ -102,21 +102,21 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "activation_checkpointing_kwargs": _ACTS(dict),
     "gradient_checkpointing": _ACTS(bool, None, optional=True),
     "gradient_checkpointing_kwargs": _ACTS(dict),
-    "torch_compile": _refused(bool, False, _COMPILE),
-    "torch_compile_backend": _refused(str, None, _COMPILE),
-    "torch_compile_mode": _refused(str, None, _COMPILE),
+    "torch_compile": _REFUSED(bool, False, _COMPILE),
+    "torch_compile_backend": _REFUSED(str, None, _COMPILE),
+    "torch_compile_mode": _REFUSED(str, None, _COMPILE),
     "use_liger_kernel": _ACTS(bool, False),
-    "liger_kernel_config": _refused(
+    "liger_kernel_config": _REFUSED(
         dict, None, "the kernels are chosen here: RMSNorm, rotary embedding and MLP"
     ),
-    "use_cache": _refused(bool, False, "training computes whole rows and never reads a cache"),
+    "use_cache": _REFUSED(bool, False, "training computes whole rows and never reads a cache"),
     "torch_empty_cache_steps": _ACTS(int),
     # Log
     "logging_strategy": _ACTS(("no", "steps", "epoch"), "steps"),
     "logging_steps": _ACTS(float, 500),
     "logging_first_step": _ACTS(bool, False),
     "log_on_each_node": _ACTS(bool, True),
-    "logging_nan_inf_filter": _refused(
+    "logging_nan_inf_filter": _REFUSED(
         bool, True, "losses that are not finite are never hidden, and --on_nonfinite decides what they do"
     ),
     "include_num_input_tokens_seen": _ACTS(("no", "all", "non_padding", "true", "false"), "no"),
@@ -137,38 +137,38 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     # Either way no predictions are kept; the official launchers name it.
     "prediction_loss_only": _ACTS(bool, False),
     "eval_on_start": _ACTS(bool, False),
-    "eval_do_concat_batches": _refused(bool, True, _COUNTS),
-    "eval_use_gather_object": _refused(bool, False, _COUNTS),
-    "eval_accumulation_steps": _refused(int, None, _COUNTS),
-    "include_for_metrics": _refused(list, [], _COUNTS),
-    "batch_eval_metrics": _refused(bool, False, _COUNTS),
+    "eval_do_concat_batches": _REFUSED(bool, True, _COUNTS),
+    "eval_use_gather_object": _REFUSED(bool, False, _COUNTS),
+    "eval_accumulation_steps": _REFUSED(int, None, _COUNTS),
+    "include_for_metrics": _REFUSED(list, [], _COUNTS),
+    "batch_eval_metrics": _REFUSED(bool, False, _COUNTS),
     # Checkpoints
     "save_only_model": _ACTS(bool, False),
     "save_strategy": _ACTS(("no", "steps", "epoch", "best"), "steps"),
     "save_steps": _ACTS(float, 500),
-    "save_on_each_node": _refused(
+    "save_on_each_node": _REFUSED(
         bool,
         False,
         "whether the machines share the output folder is found out, and each one without it saves its own",
     ),
     "save_total_limit": _ACTS(int),
-    "enable_jit_checkpoint": _refused(bool, False, "SIGTERM always ends a run with a checkpoint"),
+    "enable_jit_checkpoint": _REFUSED(bool, False, "SIGTERM always ends a run with a checkpoint"),
     "load_best_model_at_end": _ACTS(bool, False),
     "metric_for_best_model": _ACTS(str),
     "greater_is_better": _ACTS(bool),
     "ignore_data_skip": _ACTS(bool, False),
-    "restore_callback_states_from_checkpoint": _refused(
+    "restore_callback_states_from_checkpoint": _REFUSED(
         bool, False, "what has a state (--early_stopping_patience) always continues from it"
     ),
     "resume_from_checkpoint": _ACTS(str),
     # Upload
-    "push_to_hub": _refused(bool, False, _HUB),
-    "hub_token": _refused(str, None, _HUB),
-    "hub_private_repo": _refused(bool, None, _HUB),
-    "hub_model_id": _refused(str, None, _HUB),
-    "hub_strategy": _refused(("end", "every_save", "checkpoint", "all_checkpoints"), "every_save", _HUB),
-    "hub_always_push": _refused(bool, False, _HUB),
-    "hub_revision": _refused(str, None, _HUB),
+    "push_to_hub": _REFUSED(bool, False, _HUB),
+    "hub_token": _REFUSED(str, None, _HUB),
+    "hub_private_repo": _REFUSED(bool, None, _HUB),
+    "hub_model_id": _REFUSED(str, None, _HUB),
+    "hub_strategy": _REFUSED(("end", "every_save", "checkpoint", "all_checkpoints"), "every_save", _HUB),
+    "hub_always_push": _REFUSED(bool, False, _HUB),
+    "hub_revision": _REFUSED(str, None, _HUB),
     # Random numbers
     "full_determinism": _ACTS(bool, False),
     "seed": _ACTS(int, 42),
@@ -177,10 +177,10 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "train_sampling_strategy": _ACTS(
         ("random", "sequential", "group_by_length", "batch_rebalance"), "random"
     ),
-    "length_column_name": _refused(str, "length", "lengths are counted by the check of the rows"),
-    "remove_unused_columns": _refused(bool, True, "rows hold more than the model's text"),
-    "label_names": _refused(list, None, "a row's labels are called labels"),
-    "dataloader_drop_last": _refused(
+    "length_column_name": _REFUSED(str, "length", "lengths are counted by the check of the rows"),
+    "remove_unused_columns": _REFUSED(bool, True, "rows hold more than the model's text"),
+    "label_names": _REFUSED(list, None, "a row's labels are called labels"),
+    "dataloader_drop_last": _REFUSED(
         bool, False, "every row trains: the last batch is filled with empty samples"
     ),
     "dataloader_num_workers": _ACTS(int, 0),
@@ -188,11 +188,11 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     "dataloader_persistent_workers": _ACTS(bool, False),
     "dataloader_prefetch_factor": _ACTS(int),
     "dataloader_multiprocessing_context": _ACTS(("fork", "spawn", "forkserver")),
-    "dataloader_in_order": _refused(bool, True, _ORDER),
+    "dataloader_in_order": _REFUSED(bool, True, _ORDER),
     # Hardware and processes
     "use_cpu": _ACTS(bool, False),
-    "accelerator_config": _refused(dict, None, _ORDER),
-    "parallelism_config": _refused(
+    "accelerator_config": _REFUSED(dict, None, _ORDER),
+    "parallelism_config": _REFUSED(
         str, None, "the model is not divided. Use --deepspeed or --fsdp for large models"
     ),
     "ddp_find_unused_parameters": _ACTS(bool),
@@ -207,12 +207,12 @@ TRAINER_ARGUMENTS: dict[str, TrainerArgument] = {
     # torch.distributed.launch passes it; the variable LOCAL_RANK is what counts.
     "local_rank": _ACTS(int, -1),
     # Debugging
-    "debug": _refused(
+    "debug": _REFUSED(
         str, "", "steps whose gradients are not finite are reported with their rows, see --on_nonfinite"
     ),
     "skip_memory_metrics": _ACTS(bool, True),
     # What the script does
     "do_train": _ACTS(bool, False),
     "do_eval": _ACTS(bool, False),
-    "do_predict": _refused(bool, False, "predict.py answers the rows of a file"),
+    "do_predict": _REFUSED(bool, False, "predict.py answers the rows of a file"),
 }
