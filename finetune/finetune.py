@@ -38,7 +38,8 @@ from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.sampling import first_of_each_file, held_out_rows
 from minicpm_tune.data.vision_cache import use_cache
 from minicpm_tune.lora.adapter_folders import complete_adapter_folder, fit_to_original_base
-from minicpm_tune.lora.loading import check_adapter, new_or_continued_adapter, new_tokens_of_run
+from minicpm_tune.lora.build import add_adapter, log_adapted_modules, set_frozen_copies_aside
+from minicpm_tune.lora.loading import adapter_to_continue, check_adapter, load_adapter, new_tokens_of_run
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.loading import add_token_rows, load_model
 from minicpm_tune.models.parameter_parts import (
@@ -205,10 +206,16 @@ def choose_what_trains(
     use_fast_kernels(model, training)
     set_checkpointing(model, generation, training, checkpointing)
     set_seed(training.seed)  # how weights are loaded must not decide what a new adapter starts from
-    if training.use_lora:
-        model = new_or_continued_adapter(model, generation, lora, **training.tuned_around_llm)
+    continued = adapter_to_continue(lora) if training.use_lora else None
+    if continued is not None:
+        model = load_adapter(model, continued, trainable=True)
+    elif training.use_lora:
+        model = add_adapter(model, generation, lora, **training.tuned_around_llm)
+        log_adapted_modules(model)
     else:
         freeze(model, generation, **training.tuned_around_llm, llm=training.tune_llm)
+    if training.use_lora:
+        set_frozen_copies_aside(model)
     if not training.deepspeed:
         raise_precision_of_trained(model)
         hold_activations_in_16_bit(model, residual=not training.residual_in_fp32)

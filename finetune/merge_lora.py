@@ -34,54 +34,47 @@ logger = logging.getLogger("minicpm_tune.merge_lora")
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(prog="merge_lora.py", description=__doc__.partition("\n")[0])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model_name_or_path",
         help="The base model: a folder or a hub id. Default: the one that the adapter names.",
     )
-    parser.add_argument(
+    add(
         "--adapter",
         required=True,
         help="Folder of the adapter; those of the early official scripts work too.",
     )
-    parser.add_argument(
-        "--output_dir", required=True, help="Folder for the merged model; it must be new or empty."
-    )
-    parser.add_argument(
+    add("--output_dir", required=True, help="Folder for the merged model; it must be new or empty.")
+    add(
         "--export_lora", choices=["gguf-names"],
         help="Merge nothing; write a plain adapter of the LLM under the names that llama.cpp's "
         "convert_lora_to_gguf.py understands.",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
+    add(
+        "--dtype", default="auto", choices=DTYPES,
         help="Precision of the merged weights. auto: that of the base model.",
-    )
-    parser.add_argument(
+    )  # fmt: skip
+    add(
         "--base_precision", default="original", choices=["original", "quantized"],
         help="For an adapter trained on a 4- or 8-bit model. original: merge into the full-precision weights. "
         "quantized: merge into the values of the quantized weights, on which it was trained.",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--quant_bits", type=int, choices=[4, 8],
         help="With --base_precision quantized and a full-precision base: bits to quantize it to. "
         "Default: those that the adapter was trained on, or 4.",
     )  # fmt: skip
-    parser.add_argument("--max_shard_size", default="5GB", help="Size of the largest weight file.")
+    add("--max_shard_size", default="5GB", help="Size of the largest weight file.")
     add_switch(
         parser, "--safe_serialization", default=True,
         help="true: write model*.safetensors. false: write pytorch_model*.bin, for tools that read nothing else.",
     )  # fmt: skip
-    parser.add_argument(
-        "--device", default="cpu", help="Device that computes the merge: cpu, cuda or cuda:N."
-    )
+    add("--device", default="cpu", help="Device that computes the merge: cpu, cuda or cuda:N.")
     add_switch(
-        parser,
-        "--allow_other_base",
-        default=False,
+        parser, "--allow_other_base", default=False,
         help="Accept another base model than the one trained on.",
-    )
-    parser.add_argument("--cache_dir", help="Folder for downloads from the hub.")
+    )  # fmt: skip
+    add("--cache_dir", help="Folder for downloads from the hub.")
     return parser.parse_args(argv)
 
 
@@ -140,7 +133,6 @@ def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, outpu
     model = _load_base(values, base, adapter, dtype).to(choose_device(values.device))
     add_token_rows(model, processing.new_tokens)
     model = load_adapter(model, adapter)
-    layers = adapter.config.get("layer_replication")
     merged, report = merge(model, processing)
     logger.info("%s", report)
 
@@ -149,7 +141,8 @@ def _merge(values: argparse.Namespace, base: Path, adapter: AdapterFolder, outpu
         if not values.safe_serialization:
             to_bin_files(partial)
         if values.base_precision == "original":
-            check_saved(partial, base, taller=bool(layers), tied=merged.all_tied_weights_keys)
+            taller = bool(adapter.config.get("layer_replication"))
+            check_saved(partial, base, taller=taller, tied=merged.all_tied_weights_keys)
     logger.info("Merged model: %s (%s)", output, str(dtype).removeprefix("torch."))
 
 

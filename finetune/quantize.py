@@ -22,8 +22,6 @@ from minicpm_tune.training.process_lifecycle import run_command
 
 logger = logging.getLogger("minicpm_tune.quantize")
 
-_GIBIBYTE = 2**30
-
 
 def main(argv: list[str]) -> int:
     """Quantize one model, and return the exit code."""
@@ -88,9 +86,11 @@ def quantize_checkpoint(folder: Path, output: Path, *, bits: int = 4, max_shard_
 
 
 def _size(folder: Path) -> float:
+    """GiB of a model's weight files."""
     from minicpm_tune.checkpoints.weight_files import weight_files
+    from minicpm_tune.files import GIB
 
-    return sum(path.stat().st_size for path in weight_files(folder)) / _GIBIBYTE
+    return sum(path.stat().st_size for path in weight_files(folder)) / GIB
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import errno
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -158,6 +159,11 @@ def _refused(folder: Path, error: Exception, flag: str) -> OutputError:
         f"{flag} {folder}: it can't be written: {reason}. {free_bytes(folder) / GIB:.1f} GiB are free there. Free some "
         "space, or give a folder where you may write. What had been written is removed."
     )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as in the files of released models: indented by two, letters of all languages as they are."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def checked_size(text: str) -> str:

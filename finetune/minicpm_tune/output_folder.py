@@ -154,9 +154,7 @@ def remove_old_checkpoints(
     whole = [path for _, path in found if is_checkpoint(path)]
     if not keep or len(whole) <= keep:
         return []
-    kept = {whole[-1]}
-    if best is not None:
-        kept |= {path for path in whole if path == Path(best)}
+    kept = {whole[-1], *(path for path in whole if best is not None and path == Path(best))}
     for path in reversed(whole):
         if len(kept) >= keep:
             break
@@ -178,7 +176,8 @@ def remove_earlier_run(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     folders = [path for _, path in list_checkpoints(folder)]
-    folders += [path for path in (folder / UNFINISHED,) if path.is_dir()]
+    if (folder / UNFINISHED).is_dir():
+        folders.append(folder / UNFINISHED)
     files = _model_files(folder)
     if files:
         files += sorted(path for path in folder.glob("*") if _BESIDE_MODEL.fullmatch(path.name))

@@ -6,7 +6,7 @@ import transformers
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.lora.adapter_folders import AdapterError
-from minicpm_tune.lora.build import add_adapter, default_modules_to_save, target_modules
+from minicpm_tune.lora.build import add_adapter, modules_to_save, target_modules
 from minicpm_tune.settings.argument_groups import LoraArguments
 from support.minicpmv46_cases import (
     NATIVE,
@@ -223,7 +223,7 @@ def adapted(wrapped):
 def test_an_adapter_beside_whole_modules_trains_packed_rows(name):
     model = our_model(name)
     expected = model(**batch_of(packed_rows(packing_samples()))).loss
-    parts = default_modules_to_save(GENERATIONS[name], vision=True, resampler=True)
+    parts = modules_to_save(GENERATIONS[name], LoraArguments(), vision=True, resampler=True)
     assert parts == ["language_model.embed_tokens", "model.merger", "model.vision_tower"]
     wrapped = peft_model(model, target_modules=r".*in_proj_[abz]|.*self_attn\.q_proj", modules_to_save=parts)
     output, found = loss_and_gradients(wrapped, batch_of(packed_rows(packing_samples())))

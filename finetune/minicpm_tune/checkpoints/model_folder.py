@@ -358,8 +358,8 @@ def check_llm_type(generation: Generation, llm_type: str) -> None:
     Raises:
         LlmTypeError: When the value belongs to another generation; the message says which is right.
     """
-    if llm_type != "auto" and llm_type not in generation.accepted_llm_types:
+    if llm_type != "auto" and llm_type not in generation.llm_types:
         raise LlmTypeError(
             f"--llm_type {llm_type} does not fit this checkpoint, which is {generation.title}: expected "
-            f"--llm_type {' or '.join(generation.accepted_llm_types)} (or auto, the default)."
+            f"--llm_type {' or '.join(generation.llm_types)} (or auto, the default)."
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 # What adapters and data-parallel training put around a parameter's own name.
 _WRAPPERS = re.compile(
@@ -29,9 +29,8 @@ _RELEASED_MODULES: dict[str, tuple[str, ...]] = {
 _OMNI_MODULES = {
     "vision": ("vpm",),
     "audio": ("apm",),
+    **_RELEASED_MODULES,
     "resampler": ("resampler", "audio_projection_layer"),
-    "embeddings": ("llm.model.embed_tokens",),
-    "llm": ("llm",),
 }
 _MINICPMV46_MODULES = {
     "vision": ("model.vision_tower",),
@@ -54,6 +53,20 @@ _XCOMPOSER2_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '[UNUSED_TOKEN_146]assistant\\n' }}{% endif %}"
 )
+
+
+class TunedParts(TypedDict, total=False):
+    """Which parts around the LLM train in full, as the flags ask; what is left out stays frozen.
+
+    Keys:
+        vision: ``--tune_vision``: the vision tower.
+        resampler: ``--tune_resampler``: the resampler, 4.6's and 4.7's merger, and the projection of audio.
+        audio: ``--tune_audio``: the audio encoder.
+    """
+
+    vision: bool
+    resampler: bool
+    audio: bool
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,7 @@ class Generation:
     Attributes:
         name: Short name, as used in file and test names.
         title: The name its users know.
-        llm_type: What the official scripts call it in ``--llm_type``.
-        accepted_llm_types: Every value of ``--llm_type`` that is right for it, older names included.
+        llm_types: Every value of ``--llm_type`` that is right for it; the first is that of the official scripts.
         llm: The transformers model type that holds the LLM's weights.
         family: The folder under ``models/`` that has its model class.
         vision: ``siglip`` (NaViT, patches of any grid), ``timm`` (V-2), ``clip`` (InternLM-XComposer2) or
@@ -158,8 +170,7 @@ class Generation:
 
     name: str
     title: str
-    llm_type: str
-    accepted_llm_types: tuple[str, ...]
+    llm_types: tuple[str, ...]
     llm: str
     family: str = "minicpmv"
     vision: str = "siglip"
@@ -187,7 +198,7 @@ class Generation:
     chat_template: str | None = None
     image_end: str = "\n"
     lora_targets: str = ""
-    adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision")
+    adapter_parts: tuple[str, ...] = ("embeddings", "resampler", "vision", "audio")
     saved_name_parts: int = 1
     reads_inside_tower: bool = False
     bare_parameters: tuple[str, ...] = ()
@@ -232,7 +243,7 @@ def plain_name(name: str) -> str:
 def _minicpmv46(name: str, title: str, *, llm: str = "qwen3_5", **own: Any) -> Generation:
     """A row of the models that transformers itself has."""
     return Generation(
-        name, title, "qwen", ("qwen", "qwen2"), llm, family="minicpmv46", vision="transformers",
+        name, title, ("qwen", "qwen2"), llm, family="minicpmv46", vision="transformers",
         positions="table", thinking=True, frames="seconds", image_ids_beside_video=True, upright_images=True,
         content_parts=True, downsampling=DOWNSAMPLING, modules=_MINICPMV46_MODULES, slicing="minicpmv46",
         saved_name_parts=2, **own,
@@ -242,7 +253,7 @@ def _minicpmv46(name: str, title: str, *, llm: str = "qwen3_5", **own: Any) -> G
 def _xcomposer2(name: str, title: str, *, slicing: str) -> Generation:
     """A row of InternLM-XComposer2; the three differ in how they see images."""
     return Generation(
-        name, title, "internlm2", ("internlm2",), "internlm2", family="xcomposer2", vision="clip",
+        name, title, ("internlm2",), "internlm2", family="xcomposer2", vision="clip",
         positions="table", image_ids=False, slice_tag="", turn_end="[UNUSED_TOKEN_145]", frames=None,
         modules=_XCOMPOSER2_MODULES, slicing=slicing, tokenizer="sentencepiece",
         special_tokens=("<unk>", "<s>", "</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
@@ -257,27 +268,26 @@ GENERATIONS: dict[str, Generation] = {
     row.name: row
     for row in (
         Generation(
-            "v2", "MiniCPM-V 2.0", "minicpm", ("minicpm",), "granite", vision="timm",
+            "v2", "MiniCPM-V 2.0", ("minicpm",), "granite", vision="timm",
             positions="resampled", prompt="minicpm", image_ids=False, slice_tag="image",
             turn_end="</s>", frames=None, tokenizer="sentencepiece", reads_inside_tower=True,
         ),
         Generation(
-            "v2_5", "MiniCPM-Llama3-V 2.5", "llama3", ("llama3",), "llama", positions="one_row",
+            "v2_5", "MiniCPM-Llama3-V 2.5", ("llama3",), "llama", positions="one_row",
             image_ids=False, slice_tag="image", turn_end="<|eot_id|>", frames=None,
         ),
-        Generation("v2_6", "MiniCPM-V 2.6", "qwen", ("qwen", "qwen2"), "qwen2"),
+        Generation("v2_6", "MiniCPM-V 2.6", ("qwen", "qwen2"), "qwen2"),
         Generation(
-            "o2_6", "MiniCPM-o 2.6", "qwen", ("qwen", "qwen2"), "qwen2", modules=_OMNI_MODULES,
-            adapter_parts=("embeddings", "resampler", "vision", "audio"),
+            "o2_6", "MiniCPM-o 2.6", ("qwen", "qwen2"), "qwen2", modules=_OMNI_MODULES,
             hearing=Hearing(True, "<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>", _PLAIN_CHATML, unit="<unit>"),
         ),
-        Generation("v4", "MiniCPM-V 4.0", "llama", ("llama",), "llama"),
+        Generation("v4", "MiniCPM-V 4.0", ("llama",), "llama"),
         Generation(
-            "v4_5", "MiniCPM-V 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, frames="packs"
+            "v4_5", "MiniCPM-V 4.5", ("qwen", "qwen2"), "qwen3", thinking=True, frames="packs"
         ),
         Generation(
-            "o4_5", "MiniCPM-o 4.5", "qwen", ("qwen", "qwen2"), "qwen3", thinking=True, modules=_OMNI_MODULES,
-            adapter_parts=("embeddings", "resampler", "vision", "audio"), hearing=Hearing(False, "<|tts_bos|>"),
+            "o4_5", "MiniCPM-o 4.5", ("qwen", "qwen2"), "qwen3", thinking=True, modules=_OMNI_MODULES,
+            hearing=Hearing(False, "<|tts_bos|>"),
         ),
         _minicpmv46("v4_6", "MiniCPM-V 4.6", video_ids=True, ties_output=True),
         _minicpmv46(

@@ -6,13 +6,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import BitsAndBytesConfig
 
 from minicpm_tune.checkpoints.model_folder import read_config
-from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.model_generations import Generation, TunedParts
 from minicpm_tune.checkpoints.weight_files import tensor_names
 from minicpm_tune.errors import UserError
 
@@ -127,9 +127,7 @@ def check_training(
     generation: Generation,
     *,
     quant_bits: int | None,
-    vision: bool,
-    resampler: bool,
-    audio: bool = False,
+    **tuned: Unpack[TunedParts],
 ) -> None:
     """Refuse a way of training that the stored weights don't allow; call before loading them.
 
@@ -137,9 +135,7 @@ def check_training(
         stored: What the model's files hold; None for full precision, which allows everything.
         generation: The model's generation.
         quant_bits: ``--quant_bits`` with ``--q_lora true``, else None.
-        vision: Whether the vision tower trains in full.
-        resampler: Whether the resampler trains in full.
-        audio: Whether the audio encoder trains in full.
+        **tuned: Which parts train in full.
 
     Raises:
         QuantizationError: With the flag to change.
@@ -158,7 +154,7 @@ def check_training(
             f"--quant_bits {quant_bits}: the model is stored in {bits} bit. Give --quant_bits {bits}, or the "
             "full-precision model, which is quantized while loading."
         )
-    for part, trains in (("vision", vision), ("resampler", resampler), ("audio", audio)):
+    for part, trains in tuned.items():
         quantized = sorted(name for name in stored.modules if generation.part_of(f"{name}.weight") == part)
         if trains and quantized:
             raise QuantizationError(

@@ -21,6 +21,7 @@ from minicpm_tune.checkpoints.model_folder import resolve_model_folder
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import write_added_tokens
 from minicpm_tune.checkpoints.weight_files import copy_model_files, untouched_tensors, weight_files
+from minicpm_tune.files import write_json
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -63,9 +64,8 @@ class ReleasedConfig(PreTrainedConfig):
             content.pop("quantization_config", None)
         elif "quantization_config" not in content:
             content["quantization_config"] = quantization.to_dict()
-        dtype = getattr(self, "dtype", None)
-        if dtype is not None:
-            content["torch_dtype"] = str(dtype).removeprefix("torch.")
+        if getattr(self, "dtype", None) is not None:
+            content["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         return content
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -73,8 +73,7 @@ class ReleasedConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *_: Any, **__: Any) -> None:
         """Write config.json with the released keys only."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+        write_json(Path(save_directory) / "config.json", self.to_dict())
 
 
 class ReleasedModel:
@@ -128,8 +127,11 @@ class ReleasedModel:
             save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
         if is_main_process:
-            copy_model_files(source, Path(save_directory))
-            write_added_tokens(Path(save_directory), self.new_tokens)
+            folder = Path(save_directory)
+            copy_model_files(source, folder)
+            write_added_tokens(folder, self.new_tokens)
+            if hasattr(self.config, "downsample_mode"):  # 4.6 and 4.7, whose processor must have the model's
+                set_downsample_mode(folder, self.config.downsample_mode)
 
     def _without_tied_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leave out each tensor that is tied to another, as the released files do.
@@ -152,12 +154,12 @@ def set_downsample_mode(folder: Path, mode: str) -> None:
     """Write the family's ``downsample_mode`` into a folder's processor settings, which go before config.json's."""
     for path in (folder / name for name in PROCESSOR_FILES if (folder / name).is_file()):
         settings = json.loads(path.read_text(encoding="utf-8"))
-        named = [part for part in (settings, *settings.values()) if _names_mode(part)]
+        named = [
+            part
+            for part in (settings, *settings.values())
+            if isinstance(part, dict) and "downsample_mode" in part
+        ]
         for part in named:
             part["downsample_mode"] = mode
         if named:
-            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _names_mode(settings: Any) -> bool:
-    return isinstance(settings, dict) and "downsample_mode" in settings
+            write_json(path, settings)

@@ -9,7 +9,8 @@ or rebuild their normalizer (Llama-based ones). MiniCPM-V 2.0 and InternLM-XComp
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minicpm_tune.checkpoints.model_folder import ModelFolderError, chat_templat
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_shape
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import write_json
 
 # Keys of tokenizer_config.json that are for the released classes, not for a plain tokenizer.
 _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend", "processor_class")
@@ -55,6 +57,12 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
         ModelFolderError: If the tokenizer's files are missing.
     """
     folder = Path(folder)
+    file = folder / ("tokenizer.model" if generation.tokenizer == "sentencepiece" else "tokenizer.json")
+    if not file.is_file():
+        raise ModelFolderError(
+            f"{folder}: found no {file.name}, expected the model's own tokenizer. Copy the tokenizer files into "
+            "the folder, or download the model again."
+        )
     settings = read_settings(folder, "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder", {})
     settings = {key: value for key, value in settings.items() if key not in _CLASS_KEYS}
@@ -63,32 +71,20 @@ def load_tokenizer(folder: str | Path, generation: Generation) -> PreTrainedToke
         listed = [entry for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))]
         special = [entry["content"] for entry in listed if entry.get("special", True)]
         special += [token for token in generation.special_tokens if token not in special]
-        backend = build_tokenizer(
-            _existing(folder / "tokenizer.model"),
-            special_tokens=special,
-            add_bos=settings.get("add_bos_token", True),
-        )
+        add_bos = settings.get("add_bos_token", True)
+        backend = build_tokenizer(file, special_tokens=special, add_bos=add_bos)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
         add_tokens(tokenizer, [entry["content"] for entry in listed if entry["content"] not in special])
         return tokenizer
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_existing(folder / "tokenizer.json")), **settings)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
     vocabulary = tokenizer.get_vocab()
     missing = [entry["content"] for entry in decoder.values() if entry["content"] not in vocabulary]
     if missing:
         raise ModelFolderError(
-            f"{folder / 'tokenizer.json'}: lacks {', '.join(missing[:5])}, which tokenizer_config.json lists, "
+            f"{file}: lacks {', '.join(missing[:5])}, which tokenizer_config.json lists, "
             "expected both to hold the same tokens. Download the tokenizer files again."
         )
     return tokenizer
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ModelFolderError(
-            f"{path.parent}: found no {path.name}, expected the model's own tokenizer. Copy the tokenizer files into "
-            "the folder, or download the model again."
-        )
-    return path
 
 
 def read_new_tokens(name: str) -> tuple[str, ...]:
@@ -169,25 +165,23 @@ def write_added_tokens(folder: Path, tokens: Mapping[str, int]) -> None:
         return
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
     entries = {index: {"content": token, **flags} for token, index in tokens.items()}
-    _edit_json(folder / "tokenizer.json", lambda content: _with_added(content, entries))
-    _edit_json(folder / "tokenizer_config.json", lambda content: _with_decoder(content, entries))
-    _edit_json(folder / "added_tokens.json", lambda content: {**content, **tokens})
+    with _edited(folder / "tokenizer.json") as content:
+        own = [entry for entry in content.get("added_tokens", []) if entry["id"] not in entries]
+        content["added_tokens"] = own + [{"id": index, **entry} for index, entry in entries.items()]
+    with _edited(folder / "tokenizer_config.json") as content:
+        decoder = content.setdefault("added_tokens_decoder", {})
+        decoder.update({str(index): entry for index, entry in entries.items()})
+    with _edited(folder / "added_tokens.json") as content:
+        content.update(tokens)
 
 
-def _with_added(content: dict[str, Any], entries: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    own = [entry for entry in content.get("added_tokens", []) if entry["id"] not in entries]
-    return content | {"added_tokens": own + [{"id": index, **entry} for index, entry in entries.items()]}
-
-
-def _with_decoder(content: dict[str, Any], entries: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    own = content.get("added_tokens_decoder", {})
-    return content | {"added_tokens_decoder": own | {str(index): entry for index, entry in entries.items()}}
-
-
-def _edit_json(path: Path, edit: Any) -> None:
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file, which is written back afterwards; nothing is written where there is none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    yield content
     if path.is_file():
-        content = edit(json.loads(path.read_text(encoding="utf-8")))
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content)
 
 
 def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> Tokenizer:
@@ -240,8 +234,6 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
 
 
 def _private_characters(pieces: Iterable[Any], special_tokens: list[str]) -> dict[str, str]:
-    hidden: dict[str, str] = {}
-    for piece in pieces:
-        if piece.type == _USER_DEFINED and piece.piece not in special_tokens:
-            hidden[piece.piece] = chr(_PRIVATE_AREA + len(hidden))
-    return hidden
+    """What stands for each user-defined piece while the text is encoded."""
+    hidden = [p.piece for p in pieces if p.type == _USER_DEFINED and p.piece not in special_tokens]
+    return {piece: chr(_PRIVATE_AREA + index) for index, piece in enumerate(hidden)}

@@ -24,6 +24,8 @@ GENERATION_FILE = "generation_config.json"
 # How a Git LFS pointer begins, a text of about 130 bytes.
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 _TOKENIZER_FILES = ("*token*", "*process*", "vocab*", "merges.txt", "chat_template*", "*.model")
+# Parts that the model saves itself; what else is found of them are quantization states and tied copies.
+_OWN_PARTS = ("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj.")
 # What an export takes from its source folder. Weights and their index it writes itself; other files there are
 # those of the run that wrote the folder.
 _MODEL_FILES = (*_TOKENIZER_FILES, "*config*.json", "*.py")
@@ -43,7 +45,13 @@ def weight_files(folder: Path) -> list[Path]:
         path = folder / name
         if not path.is_file():
             continue
-        files = [path] if name in SINGLE_FILES else _shards(path)
+        files = [path] if name in SINGLE_FILES else [folder / shard for shard in _shard_names(path)]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightFileError(
+                f"{path}: {len(missing)} of {len(files)} shards are missing (the first is {missing[0]}). Download the "
+                "model again."
+            )
         for file in files:
             _check_not_pointer(file)
         return files
@@ -51,17 +59,6 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder}: found no weights, expected one of {', '.join(SINGLE_FILES + INDEX_FILES)}. Check the path, or "
         "download the model again."
     )
-
-
-def _shards(index: Path) -> list[Path]:
-    names = _shard_names(index)
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise WeightFileError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing (the first is {missing[0]}). Download the "
-            "model again."
-        )
-    return [index.parent / name for name in names]
 
 
 def _shard_names(index: Path) -> list[str]:
@@ -95,12 +92,9 @@ def _check_not_pointer(path: Path) -> None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has all its weight files; an index without its shards does not count."""
-    if any((folder / name).is_file() for name in SINGLE_FILES):
-        return True
-    return any(
-        all((folder / shard).is_file() for shard in _shard_names(folder / name))
-        for name in INDEX_FILES
-        if (folder / name).is_file()
+    indexes = [folder / name for name in INDEX_FILES if (folder / name).is_file()]
+    return any((folder / name).is_file() for name in SINGLE_FILES) or any(
+        all((folder / shard).is_file() for shard in _shard_names(index)) for index in indexes
     )
 
 
@@ -180,13 +174,8 @@ def untouched_tensors(source: Path | None, *, known: Collection[str]) -> dict[st
     return {
         tensor.name: tensor.read().clone()  # the file itself may be replaced next
         for tensor in stored_tensors(source)
-        if tensor.name not in known and not _is_own(tensor.name)
+        if tensor.name not in known and not tensor.name.startswith(_OWN_PARTS)
     }
-
-
-def _is_own(name: str) -> bool:
-    """Whether a tensor is of a part that the model saves itself: quantization states, tied copies."""
-    return name.startswith(("llm.", "vpm.", "resampler.", "model.", "lm_head.", "output.", "vision_proj."))
 
 
 def copy_model_files(source: Path | None, target: Path) -> None:
@@ -202,10 +191,9 @@ def copy_model_files(source: Path | None, target: Path) -> None:
     if source is None or not source.is_dir() or source.resolve() == target.resolve():
         return
     (target / GENERATION_FILE).unlink(missing_ok=True)
-    patterns: tuple[str, ...] = _MODEL_FILES
-    if not (source / RUN_RECORD).is_file():  # a run's README.md is about that run
-        patterns = (*patterns, "*.md", "LICENSE*")
-    _copy_files(source, target, patterns)
+    # A run's README.md is about that run.
+    papers = () if (source / RUN_RECORD).is_file() else ("*.md", "LICENSE*")
+    _copy_files(source, target, (*_MODEL_FILES, *papers))
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
@@ -215,9 +203,11 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
 
 def _copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
     for path in sorted(source.iterdir()):
-        wanted = (
-            any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        if (
+            wanted
             and path.name != "adapter_config.json"
-        )
-        if path.is_file() and wanted and not (target / path.name).exists():
+            and path.is_file()
+            and not (target / path.name).exists()
+        ):
             shutil.copy2(path, target / path.name)

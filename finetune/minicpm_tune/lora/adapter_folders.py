@@ -109,6 +109,12 @@ class AdapterFolder:
         return self.fingerprint.downsample_mode if self.fingerprint else None
 
     @property
+    def modules_to_save(self) -> list[str]:
+        """Names of the modules it trains in full; PEFT lists those of tied weights twice, also by their whole name."""
+        names = self.config.get("modules_to_save") or []
+        return [name for name in names if not any(name.endswith(f".{other}") for other in names)]
+
+    @property
     def weights(self) -> Path:
         """The file with its weights."""
         return next(self.path / name for name in WEIGHT_FILES if (self.path / name).is_file())

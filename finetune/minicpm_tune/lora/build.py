@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.model_generations import Generation, TunedParts
 from minicpm_tune.lora.adapter_folders import AdapterError
 from minicpm_tune.models.loss import LMHead
 from minicpm_tune.settings.argument_groups import OFFICIAL_LORA_TARGETS, LoraArguments
@@ -25,13 +26,7 @@ _STARTS_FROM_WEIGHTS = ("pissa", "olora")
 
 
 def add_adapter(
-    model: PreTrainedModel,
-    generation: Generation,
-    lora: LoraArguments,
-    *,
-    vision: bool,
-    resampler: bool,
-    audio: bool = False,
+    model: PreTrainedModel, generation: Generation, lora: LoraArguments, **tuned: Unpack[TunedParts]
 ) -> PeftModel:
     """Put a new LoRA adapter on a model.
 
@@ -39,9 +34,7 @@ def add_adapter(
         model: The base model.
         generation: Its generation.
         lora: The adapter's arguments.
-        vision: ``--tune_vision``: train the vision tower in full and save it with the adapter.
-        resampler: ``--tune_resampler``: likewise for the resampler.
-        audio: ``--tune_audio``: likewise for the audio encoder.
+        **tuned: Which parts train in full and are saved with the adapter, as ``modules_to_save`` has it.
 
     Returns:
         The wrapped model; only the adapter and its ``modules_to_save`` train.
@@ -52,15 +45,7 @@ def add_adapter(
     _check_layers(model, generation, lora)
     check_experts(generation, lora)
     targets = target_modules(model, generation, lora)
-    saved = lora.modules_to_save
-    if saved is None:
-        adds_tokens = bool(getattr(model, "new_tokens", None))
-        saved = default_modules_to_save(
-            generation, vision=vision, resampler=resampler, audio=audio, adds_tokens=adds_tokens
-        )
-        # Without what hears (init_audio false in config.json) there is no projection of audio to train.
-        saved = [name for name in saved if _is_module(model, name)]
-    _check_modules_to_save(model, saved)
+    saved = _modules_there(model, generation, lora, tuned)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.lora_r,
@@ -105,7 +90,7 @@ def check_experts(generation: Generation, lora: LoraArguments) -> None:
         ("use_dora", lora.use_dora, False),
         ("init_lora_weights", lora.init_lora_weights, "true"),
     ):
-        if value != expected and not (flag == "init_lora_weights" and value == "gaussian"):
+        if value not in (expected, "gaussian"):
             raise AdapterError(
                 f"--lora_experts true: found --{flag} {value}, expected {str(expected).lower()}: the weights of all "
                 f"experts are one tensor, whose adapters know nothing else. Set --{flag} {str(expected).lower()}."
@@ -118,21 +103,17 @@ def _expert_parameters(model: nn.Module, generation: Generation, lora: LoraArgum
         return None
     if lora.lora_layers_to_transform is None:
         return list(generation.expert_parameters)
+    names = [name for name, _ in model.named_parameters()]
+    return _in_chosen_layers([name for name in names if name.endswith(generation.expert_parameters)], lora)
+
+
+def _in_chosen_layers(names: list[str], lora: LoraArguments) -> list[str]:
+    """The names in the layers of ``--lora_layers_to_transform``; all of them where it is not given."""
+    chosen = lora.lora_layers_to_transform
+    if chosen is None:
+        return names
     layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
-    numbers = set(lora.lora_layers_to_transform)
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith(generation.expert_parameters)
-        and (found := layer.match(name))
-        and int(found[1]) in numbers
-    ]
-
-
-def log_adapted_modules(model: PeftModel) -> None:
-    """Log which modules have an adapter, the numbers of their layers folded."""
-    names = adapted_modules(model)
-    logger.info("LoRA on %d modules: %s", len(names), _summary(names))
+    return [name for name in names if (found := layer.match(name)) and int(found[1]) in chosen]
 
 
 def _check_layers(model: PreTrainedModel, generation: Generation, lora: LoraArguments) -> None:
@@ -204,32 +185,32 @@ def set_frozen_copies_aside(model: PeftModel) -> None:
         module.__class__ = _CopyAside
 
 
-def _remember_start(model: PeftModel) -> None:
-    """Keep a copy of an adapter whose start changed the base weights; see ``adapter_folders.fit_to_original_base``."""
-    config: Any = model.peft_config["default"]
-    if str(config.init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
+def _remember_start(model: Any) -> None:
+    """Keep a copy of an adapter whose start changed the base weights; see ``fit_to_original_base``."""
+    if str(model.peft_config["default"].init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        start = {key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key}
-        wrapped: Any = model
-        wrapped.initial_lora = start
+        model.initial_lora = {
+            key: value.detach().cpu().clone() for key, value in state.items() if ".lora_" in key
+        }
 
 
-def default_modules_to_save(
-    generation: Generation,
-    *,
-    vision: bool,
-    resampler: bool,
-    audio: bool = False,
-    adds_tokens: bool = False,
+def modules_to_save(
+    generation: Generation, lora: LoraArguments, *, adds_tokens: bool = False, **tuned: Unpack[TunedParts]
 ) -> list[str]:
-    """The official default: token embeddings, the resampler, and the towers that are tuned.
+    """The modules that train in full and are saved with the adapter.
 
-    InternLM-XComposer2's embeddings are not trained beside an adapter, unless tokens are added. Then the output
-    layer is trained too.
+    The official default: token embeddings, the resampler, and the towers that are tuned. InternLM-XComposer2's
+    embeddings are not trained beside an adapter, unless tokens are added. Then the output layer is trained too.
     """
-    tuned = {"embeddings": True, "resampler": resampler, "vision": vision, "audio": audio}
-    parts = [part for part in generation.adapter_parts if tuned[part]]
-    saved = [name for part in parts for name in _short_names(generation, part)]
+    if lora.modules_to_save is not None:
+        return lora.modules_to_save
+    parts = {"embeddings": True, **tuned}
+    saved = [
+        name
+        for part in generation.adapter_parts
+        if parts.get(part)
+        for name in _short_names(generation, part)
+    ]
     if adds_tokens:
         saved += [name for name in modules_of_new_tokens(generation) if name not in saved]
     return saved
@@ -242,9 +223,29 @@ def modules_of_new_tokens(generation: Generation) -> list[str]:
 
 def _short_names(generation: Generation, part: str) -> list[str]:
     """Names of a part's modules, as short as the official adapters have them: PEFT matches by suffix."""
-    kept = generation.saved_name_parts
-    modules = [name for name in generation.modules[part] if name not in generation.bare_parameters]
-    return [".".join(module.split(".")[-kept:]) for module in modules]
+    return [
+        ".".join(module.split(".")[-generation.saved_name_parts :])
+        for module in generation.modules.get(part, ())
+        if module not in generation.bare_parameters
+    ]
+
+
+def _modules_there(
+    model: PreTrainedModel, generation: Generation, lora: LoraArguments, tuned: TunedParts
+) -> list[str]:
+    """The ``modules_to_save`` that this model has; refuse others that the flag names."""
+    adds_tokens = bool(getattr(model, "new_tokens", None))
+    saved = modules_to_save(generation, lora, adds_tokens=adds_tokens, **tuned)
+    names = [name for name, _ in model.named_modules()]
+    # Without what hears (init_audio false in config.json) there is no projection of audio to train.
+    there = [name for name in saved if any(f".{module}".endswith(f".{name}") for module in names)]
+    missing = [name for name in saved if name not in there]
+    if missing and lora.modules_to_save is not None:
+        raise AdapterError(
+            f"--lora_modules_to_save {missing[0]}: the model has no module of that name, expected a name such as "
+            "resampler, embed_tokens, vpm or lm_head. Correct it, or give none for a plain adapter."
+        )
+    return there
 
 
 def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments) -> str | list[str]:
@@ -271,10 +272,7 @@ def target_modules(model: nn.Module, generation: Generation, lora: LoraArguments
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if compiled.fullmatch(name)]
     matches_others = len(matched) < sum(bool(compiled.fullmatch(name)) for name, _ in model.named_modules())
-    if lora.lora_layers_to_transform is not None:
-        layer = re.compile(rf".*\b{lora.lora_layers_pattern or 'layers'}\.(\d+)\b.*")
-        numbers = set(lora.lora_layers_to_transform)
-        matched = [name for name in matched if (found := layer.match(name)) and int(found[1]) in numbers]
+    matched = _in_chosen_layers(matched, lora)
     if not matched:
         examples = ", ".join([name for name in linear if name.startswith(generation.modules["llm"])][:4])
         raise AdapterError(
@@ -322,26 +320,12 @@ def adapted_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def _summary(names: list[str]) -> str:
-    """Module names with their layer numbers folded: ``llm.model.layers.{0-27}.self_attn.q_proj``."""
-    layers: dict[str, list[int]] = {}
-    for name in names:
-        found = re.search(r"\.(\d+)\.", name)
-        layers.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(int(found[1]) if found else 0)
-    return ", ".join(f"{name} ({len(numbers)})" for name, numbers in layers.items())
-
-
-def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
-    for name in names:
-        if not _is_module(model, name):
-            raise AdapterError(
-                f"--lora_modules_to_save {name}: the model has no module of that name, expected a name such as "
-                "resampler, embed_tokens, vpm or lm_head. Correct it, or give none for a plain adapter."
-            )
-
-
-def _is_module(model: nn.Module, name: str) -> bool:
-    return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
+def log_adapted_modules(model: PeftModel) -> None:
+    """Log which modules have an adapter, those of all layers as one: ``llm.model.layers.*.self_attn.q_proj (28)``."""
+    names = adapted_modules(model)
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
+    summary = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    logger.info("LoRA on %d modules: %s", len(names), summary)
 
 
 @contextmanager

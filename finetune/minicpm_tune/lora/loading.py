@@ -16,16 +16,16 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minicpm_tune.checkpoints.model_generations import Generation, plain_name
+from minicpm_tune.checkpoints.model_generations import Generation, TunedParts, plain_name
 from minicpm_tune.checkpoints.vocabulary import read_new_tokens
 from minicpm_tune.checkpoints.weight_files import tensors_in_file
 from minicpm_tune.files import unreadable_files_as_messages
@@ -37,14 +37,11 @@ from minicpm_tune.lora.adapter_folders import (
     read_adapter_folder,
 )
 from minicpm_tune.lora.build import (
-    add_adapter,
     check_experts,
-    default_modules_to_save,
     layers_reachable,
-    log_adapted_modules,
     modules_of_new_tokens,
+    modules_to_save,
     restore_output_layer,
-    set_frozen_copies_aside,
     translated_pattern,
 )
 from minicpm_tune.settings.argument_groups import LoraArguments
@@ -53,6 +50,19 @@ logger = logging.getLogger(__name__)
 
 # A buffer or a parameter in the released classes; computed from 2.5 on.
 _COMPUTED = "resampler.pos_embed"
+# Flag -> its name in adapter_config.json.
+_PROPERTIES = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_bias": "bias",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_target_modules": "target_modules",
+    "lora_layer_replication": "layer_replication",
+    "lora_layers_to_transform": "layers_to_transform",
+    "lora_layers_pattern": "layers_pattern",
+}
 
 
 def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: bool = False) -> PeftModel:
@@ -112,20 +122,16 @@ def _load_legacy_tensors(model: PeftModel, path: Path) -> None:
     }
     loaded = 0
     for name, tensor in _read_legacy_file(path).items():
-        plain = plain_name(name)
-        if plain == _COMPUTED and plain not in places:
+        place = places.get(plain_name(name))
+        if place is None and plain_name(name) == _COMPUTED:
             continue
-        if plain not in places or places[plain].shape != tensor.shape:
-            found = (
-                f"of shape {tuple(places[plain].shape)} here"
-                if plain in places
-                else "no parameter of this model"
-            )
+        if place is None or place.shape != tensor.shape:
+            found = "no parameter of this model" if place is None else f"of shape {tuple(place.shape)} here"
             raise AdapterError(
                 f"{path}: {name}, of shape {tuple(tensor.shape)}, is {found}. Give the base model that the "
                 "adapter was trained on."
             )
-        places[plain].data.copy_(tensor)
+        place.data.copy_(tensor)
         loaded += 1
     logger.info("%s: %d tensors of vision, resampler and embeddings.", path.name, loaded)
 
@@ -146,53 +152,14 @@ def _read_legacy_file(path: Path) -> dict[str, Tensor]:
     return content
 
 
-# Flag -> its name in adapter_config.json.
-_PROPERTIES = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_bias": "bias",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "lora_target_modules": "target_modules",
-    "lora_layer_replication": "layer_replication",
-    "lora_layers_to_transform": "layers_to_transform",
-    "lora_layers_pattern": "layers_pattern",
-    "lora_experts": "target_parameters",
-}
-
-
-def new_or_continued_adapter(
-    model: PreTrainedModel,
-    generation: Generation,
-    lora: LoraArguments,
-    *,
-    vision: bool,
-    resampler: bool,
-    audio: bool = False,
-) -> PeftModel:
-    """Put the run's adapter on its base model.
-
-    Args:
-        model: The base model.
-        generation: Its generation.
-        lora: The adapter's arguments; ``lora_weight_path`` names one to continue.
-        vision: ``--tune_vision``.
-        resampler: ``--tune_resampler``.
-        audio: ``--tune_audio``.
+def adapter_to_continue(lora: LoraArguments) -> AdapterFolder | None:
+    """The adapter that ``--lora_weight_path`` names; None where a run trains a new one.
 
     Raises:
-        AdapterError: As ``build.add_adapter`` and ``loading.load_adapter``.
+        AdapterError: When there is none, or only part of one.
     """
-    if lora.lora_weight_path:
-        wrapped = load_adapter(
-            model, read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path"), trainable=True
-        )
-    else:
-        wrapped = add_adapter(model, generation, lora, vision=vision, resampler=resampler, audio=audio)
-        log_adapted_modules(wrapped)
-    set_frozen_copies_aside(wrapped)
-    return wrapped
+    path = lora.lora_weight_path
+    return read_adapter_folder(path, flag="--lora_weight_path") if path else None
 
 
 def new_tokens_of_run(file: str | None, lora: LoraArguments | None) -> tuple[str, ...]:
@@ -207,9 +174,9 @@ def new_tokens_of_run(file: str | None, lora: LoraArguments | None) -> tuple[str
         AdapterError: When the adapter has other tokens than the file.
     """
     tokens = () if file is None else read_new_tokens(file)
-    if lora is None or not lora.lora_weight_path:
+    adapter = None if lora is None else adapter_to_continue(lora)
+    if adapter is None:
         return tokens
-    adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
     known = tuple(sorted(adapter.new_tokens, key=adapter.new_tokens.__getitem__))
     if file is not None and tokens != known:
         raise AdapterError(
@@ -224,11 +191,9 @@ def check_adapter(
     base: Path,
     generation: Generation,
     *,
-    vision: bool,
-    resampler: bool,
-    audio: bool = False,
     adds_tokens: bool = False,
     downsample_mode: str | None = None,
+    **tuned: Unpack[TunedParts],
 ) -> None:
     """Check what an adapter run asks for, as far as possible before weights are loaded.
 
@@ -239,21 +204,15 @@ def check_adapter(
         lora: The adapter's arguments; ``lora_weight_path`` names an adapter to continue.
         base: The base model's folder.
         generation: Its generation.
-        vision: ``--tune_vision``.
-        resampler: ``--tune_resampler``.
-        audio: ``--tune_audio``.
         adds_tokens: Whether the run adds tokens.
         downsample_mode: The run's; None for models without.
+        **tuned: Which parts train in full.
 
     Raises:
         AdapterError: With every contradiction.
     """
     check_experts(generation, lora)
-    saved = lora.modules_to_save
-    if saved is None:
-        saved = default_modules_to_save(
-            generation, vision=vision, resampler=resampler, audio=audio, adds_tokens=adds_tokens
-        )
+    saved = modules_to_save(generation, lora, adds_tokens=adds_tokens, **tuned)
     lacks = [name for name in modules_of_new_tokens(generation) if adds_tokens and name not in saved]
     if lacks:
         raise AdapterError(
@@ -267,9 +226,9 @@ def check_adapter(
             "merge_lora.py load it: merge it before using it elsewhere, or give --tune_vision false.",
             ", ".join(generation.modules["vision"]), generation.title,
         )  # fmt: skip
-    if not lora.lora_weight_path:
+    adapter = adapter_to_continue(lora)
+    if adapter is None:
         return
-    adapter = read_adapter_folder(lora.lora_weight_path, flag="--lora_weight_path")
     if adapter.is_legacy:
         raise AdapterError(
             f"--lora_weight_path {adapter.path}: found an adapter of the early official scripts, which keep vision "
@@ -277,59 +236,40 @@ def check_adapter(
             "on the result."
         )
     check_base(adapter, base, generation, allow_other_base=lora.allow_other_base)
-    problems = [
-        *_other_properties(adapter, lora, generation),
-        *_other_saved_modules(adapter, saved),
-        *_other_mode(adapter, downsample_mode),
-    ]
+    problems = list(_contradictions(adapter, lora, generation, saved, downsample_mode))
     if problems:
         raise AdapterError(f"--lora_weight_path {adapter.path}: " + " ".join(problems))
     logger.info(
         "Continuing the adapter %s: rank %s, alpha %s, trained in full: %s.",
         adapter.path, adapter.config.get("r"), adapter.config.get("lora_alpha"),
-        ", ".join(_saved(adapter)) or "nothing",
+        ", ".join(adapter.modules_to_save) or "nothing",
     )  # fmt: skip
 
 
-def _other_properties(adapter: AdapterFolder, lora: LoraArguments, generation: Generation) -> Iterator[str]:
-    """Compare each flag that was changed from its default with what the adapter has."""
-    defaults = {one.name: one.default for one in fields(LoraArguments)}
+def _contradictions(
+    adapter: AdapterFolder, lora: LoraArguments, generation: Generation, saved: list[str], mode: str | None
+) -> Iterator[str]:
+    """What the flags that were changed from their defaults, ``saved`` and ``mode`` ask for, and the adapter is not."""
+    defaults = LoraArguments()
+    wanted = asdict(lora) | {
+        "lora_target_modules": translated_pattern(lora.lora_target_modules, generation),
+        "lora_layer_replication": [list(pair) for pair in lora.layer_replication or []],
+    }
     for flag, name in _PROPERTIES.items():
-        wanted: Any = getattr(lora, flag)
-        if wanted == defaults[flag]:
-            continue
-        if flag == "lora_target_modules":
-            wanted = translated_pattern(wanted, generation)
-        if flag == "lora_experts":  # always a change: the default is false
-            if not adapter.config.get("target_parameters"):
-                yield "--lora_experts is True, but the adapter has none for experts: leave the flag out."
-            continue
-        if flag == "lora_layer_replication":
-            wanted = [list(pair) for pair in lora.layer_replication or []]
-        found = adapter.config.get(name)
-        if found != wanted:
-            yield f"--{flag} is {getattr(lora, flag)}, but the adapter has {found}: leave the flag out."
-
-
-def _other_mode(adapter: AdapterFolder, mode: str | None) -> Iterator[str]:
+        asked, found = getattr(lora, flag), adapter.config.get(name)
+        if asked != getattr(defaults, flag) and found != wanted[flag]:
+            yield f"--{flag} is {asked}, but the adapter has {found}: leave the flag out."
+    if lora.lora_experts and not adapter.config.get("target_parameters"):
+        yield "--lora_experts is True, but the adapter has none for experts: leave the flag out."
+    trained = adapter.modules_to_save
+    if set(saved) != set(trained):
+        yield (
+            f"it trains {', '.join(trained) or 'no module'} in full, these flags ask for "
+            f"{', '.join(saved) or 'none'}. Give --lora_modules_to_save {','.join(trained) or 'none'}, or the "
+            "--tune_vision and --tune_resampler that it was trained with."
+        )
     if adapter.downsample_mode not in (None, mode):
         yield (
             f"it was trained with --downsample_mode {adapter.downsample_mode}, this run has {mode}. Give "
             f"--downsample_mode {adapter.downsample_mode}, or train a new adapter."
         )
-
-
-def _other_saved_modules(adapter: AdapterFolder, wanted: list[str]) -> Iterator[str]:
-    found = _saved(adapter)
-    if set(wanted) != set(found):
-        yield (
-            f"it trains {', '.join(found) or 'no module'} in full, these flags ask for "
-            f"{', '.join(wanted) or 'none'}. Give --lora_modules_to_save {','.join(found) or 'none'}, or the "
-            "--tune_vision and --tune_resampler that it was trained with."
-        )
-
-
-def _saved(adapter: AdapterFolder) -> list[str]:
-    """Names of the modules it trains in full; PEFT lists those of tied weights twice, also by their whole name."""
-    names = adapter.config.get("modules_to_save") or []
-    return [name for name in names if not any(name.endswith(f".{other}") for other in names)]

@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from minicpm_tune.checkpoints.model_generations import Generation
@@ -80,13 +81,12 @@ def probe_logits(model: Any, processing: Processing) -> Tensor:
     picture = Image.fromarray(np.stack([across, down, (across + down) / 2], axis=-1).astype(np.uint8))
     turns = [Turn("user", (Media("image", 0), PROBE_QUESTION))]
     sample = processing.encode_prompt(turns, [picture])
-    bound = sample["image_bound"]
     with torch.no_grad():
         output = model(
             input_ids=sample["input_ids"][None].to(model.device),
             pixel_values=sample["pixel_values"].to(model.device),
             tgt_sizes=sample["tgt_sizes"],
-            image_bound=torch.cat([torch.zeros((len(bound), 1), dtype=torch.int64), bound], dim=1),
+            image_bound=pad(sample["image_bound"], (1, 0)),  # all in row 0
         )
     return output.logits[0].float().cpu()
 
@@ -169,9 +169,9 @@ def _update_config(model: PreTrainedModel) -> None:
     inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     text = model.config.get_text_config()
     untied = bool(text.tie_word_embeddings or model.config.tie_word_embeddings) and inner is not outer
-    for config in (model.config, text) if untied else ():
-        config.tie_word_embeddings = False
     released = getattr(model.config, "released", None)
+    if untied:
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
     if released is None:
         return
     if untied:

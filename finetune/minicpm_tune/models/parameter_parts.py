@@ -118,7 +118,7 @@ def log_parts(counts: dict[str, PartCount], generation: Generation) -> None:
     trainable = sum(count.trainable for count in counts.values())
     logger.info("%s", parts_table(counts))
     logger.info("%s", {"Total": total, "Trainable": trainable})
-    logger.info("llm_type=%s", generation.llm_type)
+    logger.info("llm_type=%s", generation.llm_types[0])
 
 
 def parts_table(counts: dict[str, PartCount]) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_folder import read_config, read_generation
-from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.model_generations import Generation, TunedParts
 from minicpm_tune.data.collating import data_collator
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.build import add_adapter, set_frozen_copies_aside
@@ -139,7 +139,7 @@ class Training:
         return Checkpointing(every, every) if self.checkpointing is None else self.checkpointing
 
     @property
-    def tuned_around_llm(self) -> dict[str, bool]:
+    def tuned_around_llm(self) -> TunedParts:
         """Whether the parts before the language model train, as ``freeze`` and ``add_adapter`` take it."""
         return {"vision": self.tune_vision, "audio": self.tune_audio, "resampler": self.tune_resampler}
 

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from minicpm_tune.checkpoints.model_generations import LLM_TYPES
+from minicpm_tune.checkpoints.model_generations import LLM_TYPES, TunedParts
 from minicpm_tune.settings.data_arguments import RowLimits, flag
 
 OFFICIAL_LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
@@ -119,7 +119,7 @@ class TuningOptions(RowLimits):
     use_lora: bool = flag(False, "Train LoRA adapters instead of the language model's own weights.")
 
     @property
-    def tuned_around_llm(self) -> dict[str, bool]:
+    def tuned_around_llm(self) -> TunedParts:
         """Whether the parts before the language model train, as the keyword arguments many functions take."""
         return {"vision": self.tune_vision, "resampler": self.tune_resampler, "audio": self.tune_audio}
 

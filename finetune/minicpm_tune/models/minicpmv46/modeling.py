@@ -14,7 +14,6 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
 from minicpm_tune.batch import IGNORE_INDEX, NewFeatures, SliceSources
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
-from minicpm_tune.checkpoints.released_format import ReleasedModel, set_downsample_mode
+from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.batch_layout import FULL_SLICE, Grid, VisionInput
 from minicpm_tune.models.chat_interface import ChatMixin
@@ -188,18 +187,6 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         rope = self._rope(ids, mask, samples, runs)
         hidden, logits = self._run_llm(embeddings, samples, rope, router_logits=router_logits)
         return _LlmOutput(hidden, samples, logits, new)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As ``ReleasedModel``; the processor's files then name the model's ``downsample_mode`` too."""
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process:
-            set_downsample_mode(Path(save_directory), self.config.downsample_mode)
 
     def _embed(
         self, input_ids: Tensor, vision: VisionInput, runs: PlaceholderRuns
