@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCALE = 1000
 REF_MARK, BOX_MARK = "<ref-object>", "<bbox>"
+_KEY_OF = {REF_MARK: "ref", BOX_MARK: "bbox"}
 BOX_TYPES = ("real", "norm1", "norm1000")
 _KEYS = ("ref", "bbox", "bbox_type", "image_id")
 _SLACK = 1e-6  # of the picture's side: what dividing and multiplying floats can add
@@ -117,10 +118,6 @@ class NamedBox:
     name: str
     values: Numbers
 
-    def in_pixels(self, size: Size) -> Numbers:
-        """Its values in pixels of a picture of (width, height)."""
-        return tuple(value * size[place % 2] / SCALE for place, value in enumerate(self.values))
-
 
 # (label, x1, y1, x2, y2) in pixels; of a point x1 = x2 and y1 = y2.
 PixelBox = tuple[str, float, float, float, float]
@@ -162,12 +159,11 @@ class Objects:
         """What a mark in turn ``number`` stands for."""
         index, values = self.taken[mark], self.values[mark]
         if index >= len(values):
-            key = "ref" if mark == REF_MARK else "bbox"
             raise RowError(
                 _KIND,
-                f"turn {number} has {mark} number {index + 1}, but the row's objects.{key} has {len(values)} items, "
-                f"expected one for each {mark}, such as {_EXAMPLE}. Add what is missing or remove the mark; if it is "
-                "meant as text, put a backslash in front of it.",
+                f"turn {number} has {mark} number {index + 1}, but the row's objects.{_KEY_OF[mark]} has {len(values)} "
+                f"items, expected one for each {mark}, such as {_EXAMPLE}. Add what is missing or remove the mark; if "
+                "it is meant as text, put a backslash in front of it.",
             )
         self.taken[mark] = index + 1
         return values[index]
@@ -180,11 +176,10 @@ class Objects:
         """
         for mark, values in self.values.items():
             if self.taken[mark] < len(values):
-                key = "ref" if mark == REF_MARK else "bbox"
                 raise RowError(
                     _KIND,
-                    f"objects.{key} has {len(values)} items, but the texts have {self.taken[mark]} {mark}, expected as "
-                    f"many. Write {mark} where each of them belongs, or remove the others.",
+                    f"objects.{_KEY_OF[mark]} has {len(values)} items, but the texts have {self.taken[mark]} {mark}, "
+                    f"expected as many. Write {mark} where each of them belongs, or remove the others.",
                 )
 
 
@@ -217,11 +212,8 @@ def _read_boxes(objects: Mapping[str, Any]) -> list[Box]:
             _KIND, f"objects.bbox_type is {unit!r:.80}, expected one of {', '.join(BOX_TYPES)}. Fix it."
         )
     images = objects.get("image_id") or [0] * len(boxes)
-    if (
-        not isinstance(images, (list, tuple))
-        or len(images) != len(boxes)
-        or not all(type(image) is int and image >= 0 for image in images)
-    ):
+    numbers = isinstance(images, (list, tuple)) and all(type(each) is int and each >= 0 for each in images)
+    if not numbers or len(images) != len(boxes):
         raise RowError(
             _KIND,
             f"objects.image_id is {images!r:.80}, expected a list of {len(boxes)} numbers, one for each box, counted "
@@ -231,11 +223,11 @@ def _read_boxes(objects: Mapping[str, Any]) -> list[Box]:
 
 
 def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) in (2, 4)
-        and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
-        and all(math.isfinite(each) for each in value)
+    if not isinstance(value, (list, tuple)) or len(value) not in (2, 4):
+        return False
+    return all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each)
+        for each in value
     )
 
 
@@ -334,20 +326,19 @@ def boxes_in_pixels(
         For every medium its boxes, in pixels.
     """
     found: list[list[PixelBox]] = [[] for _ in sizes]
-    pictures = [index for index, size in enumerate(sizes) if size is not None]
+    pictures = [(index, size) for index, size in enumerate(sizes) if size is not None]
     name = [""]
     for part in (part for turn in turns for part in turn.parts):
         if isinstance(part, Ref):
             name[0] = part.name
         elif isinstance(part, Box):
-            size = sizes[part.image]
-            assert size is not None, part
-            box = NamedBox(name[0], tuple(map(float, part.scaled(size))))
-            found[part.image].append(_pixel_box(box, size))
+            picture = sizes[part.image]
+            assert picture is not None, part
+            box = NamedBox(name[0], tuple(map(float, part.scaled(picture))))
+            found[part.image].append(_pixel_box(box, picture))
         elif isinstance(part, str) and len(pictures) == 1:
-            size = sizes[pictures[0]]
-            assert size is not None
-            found[pictures[0]] += [_pixel_box(box, size) for box in _boxes(part, form, name)]
+            [(index, size)] = pictures
+            found[index] += [_pixel_box(box, size) for box in _boxes(part, form, name)]
     return found
 
 
@@ -362,7 +353,7 @@ def pixel_boxes(text: str, size: Size, form: str = "tags") -> list[PixelBox]:
 
 
 def _pixel_box(box: NamedBox, size: Size) -> PixelBox:
-    values = box.in_pixels(size)
+    values = [value * size[place % 2] / SCALE for place, value in enumerate(box.values)]
     return box.name, values[0], values[1], values[-2], values[-1]
 
 

@@ -7,7 +7,7 @@ reported by the check of the rows and by ``inspect_data.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from minicpm_tune.errors import RowError
@@ -25,6 +25,7 @@ _MESSAGE_KEYS = {
 PART_SOURCES = {
     "image": ("image", "path", "url", "image_url", "data", "base64"),
     "video": ("video", "path", "url", "video_url"),
+    "audio": ("audio", "input_audio", "audio_url", "path", "url", "data"),
 }
 _VIDEO_KEYS = {"fps", "video_fps", "max_frames", "max_num_frames", "use_audio"}
 
@@ -87,7 +88,7 @@ def read_row_keys(row: Mapping[str, Any], *, model: str, hears: bool = False) ->
     Raises:
         RowError: For a key that would change what the row means.
     """
-    _refuse_audio(row, "the row", model, known={"audio", "audios"} if hears else set())
+    _refuse_audio(row, "the row", model, known=("audio", "audios") if hears else ())
     _refuse(row, _REFUSED_ROW_KEYS, "the row")
     unknown = _unknown(row, ROW_KEYS | {"audio", "audios"})
     has_media = _has_media(row)
@@ -158,16 +159,17 @@ def _refuse(values: Mapping[str, Any], refused: Mapping[str, str], place: str) -
             raise RowError("key", f"{place} has {key!r}: {advice}.")
 
 
-def _refuse_audio(values: Mapping[str, Any], place: str, model: str, known: set[str] | None = None) -> None:
-    for key in values:
-        if key in (known or ()) or key not in _AUDIO_KEYS or values[key] in NOTHING:
-            continue
-        if known:
-            raise RowError(
-                "audio",
-                f"{place} has {key!r}, expected its audio under 'audio' or 'audios', with an <audio> in the text for "
-                "each. Rename the key.",
-            )
+def _refuse_audio(values: Mapping[str, Any], place: str, model: str, known: Collection[str] = ()) -> None:
+    key = next(
+        (key for key in values if key in _AUDIO_KEYS - set(known) and values[key] not in NOTHING), None
+    )
+    if key and known:
+        raise RowError(
+            "audio",
+            f"{place} has {key!r}, expected its audio under 'audio' or 'audios', with an <audio> in the text for "
+            "each. Rename the key.",
+        )
+    if key:
         raise RowError("audio", f"{place} has {key!r}, but {model} takes no audio. Remove the row.")
 
 
@@ -193,13 +195,13 @@ def _has_media(row: Mapping[str, Any]) -> bool:
     if any(row.get(key) not in NOTHING for key in ("image", "images", "video", "videos")):
         return True
     messages = row.get("conversations") or row.get("messages")
-    contents = (
-        [each.get("content") for each in messages if isinstance(each, Mapping)]
-        if isinstance(messages, list)
-        else []
-    )
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, Mapping) and part.get("type") not in (None, "text") for part in parts)
+    contents = [each.get("content") for each in _list(messages) if isinstance(each, Mapping)]
+    parts = [part for content in contents for part in _list(content) if isinstance(part, Mapping)]
+    return any(part.get("type") not in (None, "text") for part in parts)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _leaves(value: Any) -> Iterator[Any]:

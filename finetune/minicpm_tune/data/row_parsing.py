@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minicpm_tune.data.files.row_forms import as_conversation, form_names
-from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box
+from minicpm_tune.data.grounding import BOX_MARK, REF_MARK
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,
@@ -23,7 +23,7 @@ from minicpm_tune.data.row_keys import (
     read_row_keys,
     type_name,
 )
-from minicpm_tune.data.turns import Literal, Media, MediaReader, Part, Source, Turn
+from minicpm_tune.data.turns import MediaReader, Part, Source, Turn, numbered_media, placed_boxes
 from minicpm_tune.errors import RowError
 
 _ROLE_NAMES = {
@@ -89,44 +89,35 @@ def parse_row(
             "form", f"the row is {type_name(row)}, expected an object with 'conversations'. Fix or remove it."
         )
     row = as_conversation(row)
-    literal = row.get("literal_control_tokens")
-    literal = (
-        literal_control_tokens if literal is None else _switch(literal, "the row: 'literal_control_tokens'")
-    )
-    asked = row.get("use_audio")
-    sound = video_sound if asked is None else _switch(asked, "the row: 'use_audio'")
-    media = MediaReader(row, literal=literal, hears=hears, sound=sound)
-    reader = _RowReader(media, literal=literal, model=model, hears=hears)
+    literal = _switch(row, "literal_control_tokens", "the row", literal_control_tokens)
+    sound = _switch(row, "use_audio", "the row", video_sound)
+    reader = _RowReader(MediaReader(row, literal=literal, hears=hears, sound=sound), model)
     reader.note("row", read_row_keys(row, model=model, hears=hears))
-    read = [reader.turn(message, number) for number, message in enumerate(_messages(row))]
-    numbers = [number for number, turn in enumerate(read) if turn is not None]
-    turns = [turn for turn in read if turn is not None]
-    _check_order(turns, numbers)
-    turns = reader.media.put_unmentioned_first(_with_system(turns, row), image_end)
+    read = {number: reader.turn(message, number) for number, message in enumerate(_messages(row))}
+    spoken = {number: turn for number, turn in read.items() if turn is not None}
+    _check_order(spoken)
+    turns = reader.media.put_unmentioned_first(_with_system(list(spoken.values()), row), image_end)
     reader.media.objects.check_all_taken()
-    numbered, sources = _numbered(turns)
-    if asked and not any(source.kind == "video" for source in sources):
+    numbered, sources = numbered_media(turns)
+    if row.get("use_audio") and not any(source.kind == "video" for source in sources):
         raise RowError(
             "media",
             "the row has 'use_audio' but no video whose sound it could mean. Add the video, or remove the key.",
         )
-    numbered = _with_images_of_boxes(numbered, sources, reader.media.images)
-    return ParsedRow(numbered, sources, row.get("id"), tuple(reader.unknown))
+    placed = placed_boxes(numbered, sources, reader.media.images)
+    return ParsedRow(placed, sources, row.get("id"), tuple(reader.unknown))
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Any]:
-    given = [key for key in ("conversations", "messages") if row.get(key) is not None]
+    given = {key: row[key] for key in ("conversations", "messages") if row.get(key) is not None}
+    filled = {key: value for key, value in given.items() if value not in NOTHING}
     if not given:
-        raise RowError(
-            "form",
-            form_names(row),
-        )
-    if len(given) > 1 and row["conversations"] not in NOTHING and row["messages"] not in NOTHING:
+        raise RowError("form", form_names(row))
+    if len(filled) > 1:
         raise RowError(
             "form", "the row has both 'conversations' and 'messages', expected one. Remove one of them."
         )
-    key = next((key for key in given if row[key] not in NOTHING), given[0])
-    messages = row[key]
+    key, messages = next(iter((filled or given).items()))
     if not isinstance(messages, (list, tuple)):
         raise RowError(
             "form",
@@ -159,8 +150,8 @@ def _with_system(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
 class _RowReader:
     """Reads the messages of one row, and notes the keys that nothing reads."""
 
-    def __init__(self, media: MediaReader, *, literal: bool, model: str, hears: bool) -> None:
-        self.media, self.literal, self.model, self.hears = media, literal, model, hears
+    def __init__(self, media: MediaReader, model: str) -> None:
+        self.media, self.model = media, model
         self.unknown: dict[str, None] = {}
 
     def note(self, place: str, keys: Sequence[str]) -> None:
@@ -173,7 +164,7 @@ class _RowReader:
                 "form",
                 f"turn {number} is {type_name(message)}, expected an object with 'role' and 'content'. Fix it.",
             )
-        self.note("message", read_message_keys(message, number, model=self.model, hears=self.hears))
+        self.note("message", read_message_keys(message, number, model=self.model, hears=self.media.hears))
         role = _role(message, number)
         content = _one_of(message, ("content", "value"), number)
         if content is None and role == "system":
@@ -190,8 +181,8 @@ class _RowReader:
                 "the content. Write the thoughts into the answer, as <think>...</think>.",
             )
         weight = _weight(message, role, number)
-        parts: list[Any] = self._content(content, number)  # sources become media in _numbered
-        return Turn(role, tuple(parts), weight, thoughts, self.literal)
+        parts: list[Any] = self._content(content, number)  # sources become media in numbered_media
+        return Turn(role, tuple(parts), weight, thoughts, self.media.literal)
 
     def _content(self, content: Any, number: int) -> list[Part | Source]:
         if isinstance(content, str):
@@ -209,69 +200,46 @@ class _RowReader:
     def _part(self, part: Any, number: int) -> list[Part | Source]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         kind = kind.removesuffix("_url") if isinstance(kind, str) else None
-        if kind in ("audio", "input_audio") and self.hears:
-            return [self._audio(part, number)]
         if kind in ("audio", "input_audio"):
+            if self.media.hears:
+                return [self._medium(part, "audio", number)]
             raise RowError(
                 "audio",
                 f"turn {number}: a content part of type {part['type']!r}, expected 'text', 'image' or 'video': "
                 f"{self.model} takes no audio. Remove the row.",
             )
-        if kind == "text" and isinstance(part.get("text"), str):
-            self.note("part", read_part_keys(part, kind, number))
-            return self._text(part["text"], number)
-        if kind not in PART_SOURCES:
+        if kind not in ("image", "video") and not (kind == "text" and isinstance(part.get("text"), str)):
             found = repr(part.get("type")) if isinstance(part, Mapping) else type_name(part)
             raise RowError(
                 "form",
                 f"turn {number}: a content part of type {found}, expected 'text', 'image' or 'video'. Fix its 'type'.",
             )
         self.note("part", read_part_keys(part, kind, number))
-        return [self._medium(part, kind, number)]
-
-    def _audio(self, part: Mapping[str, Any], number: int) -> Source:
-        keys = ("audio", "input_audio", "audio_url", "path", "url", "data")
-        values = [part[key] for key in keys if part.get(key) is not None]
-        if len(values) > 1:
-            raise RowError(
-                "media", f"turn {number}: a part names its audio more than once, expected one name. Keep one."
-            )
-        if values:
-            return Source("audio", _inner_audio(values[0]))
-        if part.get("index") is not None:
-            index = part["index"]
-            return Source(
-                "audio", self.media.at("audio", index, f"asks for the audio with index {index!r}", number)
-            )
-        return self.media.take("<audio>", number)
+        return self._text(part["text"], number) if kind == "text" else [self._medium(part, kind, number)]
 
     def _medium(self, part: Mapping[str, Any], kind: str, number: int) -> Source:
         given = [part[key] for key in PART_SOURCES[kind] if part.get(key) is not None]
-        index = part.get("index")
+        index = None if given and kind == "audio" else part.get("index")
         if len(given) > 1 or (given and index is not None):
             raise RowError(
                 "media",
                 f"turn {number}: a part names its {kind} more than once, expected one name. Keep one.",
             )
         if given:
-            [value] = given
-            source = Source(kind, value["url"] if isinstance(value, Mapping) and "url" in value else value)
+            source = Source(kind, _inner(given[0], kind))
         elif index is not None:
-            source = Source(
-                kind, self.media.at(kind, index, f"asks for the {kind} with index {index!r}", number)
-            )
+            source = self.media.at(kind, index, f"asks for the {kind} with index {index!r}", number)
         else:
             source = self.media.take(f"<{kind}>", number)
-        if kind == "image":
+        if kind != "video":
             return source
         fps = _positive(part, ("fps", "video_fps"), number)
         most = _positive(part, ("max_frames", "max_num_frames"), number)
-        sound = part.get("use_audio")
         return replace(
             source,
             fps=fps,
             max_frames=None if most is None else max(int(most), 1),
-            sound=self.media.sound if sound is None else _switch(sound, f"turn {number}: 'use_audio'"),
+            sound=_switch(part, "use_audio", f"turn {number}", self.media.sound),
         )
 
     def _text(self, text: str, number: int) -> list[Part | Source]:
@@ -284,13 +252,13 @@ class _RowReader:
         return list(self.media.split(text, number))
 
 
-def _inner_audio(value: Any) -> Any:
-    """The audio of ``audio_url`` and ``input_audio`` parts, which wrap it once more."""
-    if isinstance(value, Mapping) and not {"bytes", "path", "array"} & set(value):
-        if isinstance(value.get("data"), str):  # base64 without the head of a data URI
-            return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"
-        return value.get("url", value)
-    return value
+def _inner(value: Any, kind: str) -> Any:
+    """What a part names, without the object that ``image_url``, ``input_audio`` and the like wrap it in once more."""
+    if not isinstance(value, Mapping) or (kind == "audio" and {"bytes", "path", "array"} & set(value)):
+        return value
+    if kind == "audio" and isinstance(value.get("data"), str):  # base64 without the head of a data URI
+        return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"
+    return value.get("url", value)
 
 
 def _one_of(message: Mapping[str, Any], keys: Sequence[str], number: int) -> Any:
@@ -324,11 +292,11 @@ def _role(message: Mapping[str, Any], number: int) -> str:
 
 def _weight(message: Mapping[str, Any], role: str, number: int) -> float:
     """How much an answer counts: ``loss`` or ``train`` true or false, ``weight`` or ``loss_scale`` a number."""
-    values = {key: message[key] for key in (*_SWITCHES, *_WEIGHTS) if message.get(key) is not None}
-    switches = {_switch(values[key], f"turn {number}: {key!r}") for key in _SWITCHES if key in values}
-    weights = {_number(values[key], f"turn {number}: {key!r}") for key in _WEIGHTS if key in values}
+    given = [key for key in (*_SWITCHES, *_WEIGHTS) if message.get(key) is not None]
+    switches = {_switch(message, key, f"turn {number}") for key in _SWITCHES if key in given}
+    weights = {_number(message[key], f"turn {number}: {key!r}") for key in _WEIGHTS if key in given}
     if len(weights) > 1 or len(switches | set(map(bool, weights))) > 1:
-        raise RowError("form", f"turn {number}: {name_list(values)} contradict each other. Keep one of them.")
+        raise RowError("form", f"turn {number}: {name_list(given)} contradict each other. Keep one of them.")
     weight = weights.pop() if weights else 1.0
     if role != "assistant" and weight not in (0, 1):
         raise RowError(
@@ -348,9 +316,15 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _switch(value: Any, name: str) -> bool:
+def _switch(values: Mapping[str, Any], key: str, place: str, default: bool = True) -> bool:
+    """What a key says that is true or false."""
+    value = values.get(key)
+    if value is None:
+        return default
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise RowError("form", f"{name} is {value!r:.80}, expected true or false (or 1 or 0). Fix it.")
+        raise RowError(
+            "form", f"{place}: {key!r} is {value!r:.80}, expected true or false (or 1 or 0). Fix it."
+        )
     return bool(value)
 
 
@@ -379,73 +353,25 @@ def _positive(part: Mapping[str, Any], keys: Sequence[str], number: int) -> floa
     return value
 
 
-def _check_order(turns: Sequence[Turn], numbers: Sequence[int]) -> None:
-    """See that user and assistant alternate; ``numbers`` are the turns' numbers in the row."""
+def _check_order(turns: Mapping[int, Turn]) -> None:
+    """See that user and assistant alternate; the keys are the turns' numbers in the row."""
     if not turns:
         raise RowError(
             "form", "the row has no turn with content, expected a question and an answer. Remove it."
         )
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    for offset, turn in enumerate(spoken):
-        expected = "assistant" if offset % 2 else "user"
+    (_, first), *rest = turns.items()
+    for place, (number, turn) in enumerate(rest if first.role == "system" else turns.items()):
+        expected = "assistant" if place % 2 else "user"
         if turn.role != expected:
-            number = numbers[offset + len(turns) - len(spoken)]
             raise RowError(
                 "role",
                 f"turn {number} has role {turn.role!r}, expected {expected!r}. After an optional system turn, user and "
                 "assistant alternate, starting with 'user': join or remove the extra turn.",
             )
-    if not spoken or spoken[-1].role != "assistant":
+    number, last = list(turns.items())[-1]
+    if last.role != "assistant":
         raise RowError(
             "role",
-            f"the last turn (turn {numbers[-1]}) has role {turns[-1].role!r}, expected 'assistant'. End the "
+            f"the last turn (turn {number}) has role {last.role!r}, expected 'assistant'. End the "
             "conversation with an answer.",
         )
-
-
-def _numbered(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ...]]:
-    """Number the media in the order of the text, and join texts that touch."""
-    sources: list[Source] = []
-    numbered: list[Turn] = []
-    for turn in turns:
-        parts: list[Part] = []
-        for part in turn.parts:
-            before = parts[-1] if parts else None
-            if isinstance(part, Source):
-                parts.append(Media(part.kind, len(sources), part.sound))
-                sources.append(part)
-            elif isinstance(part, str) and isinstance(before, str):
-                parts[-1] = before + part
-            elif isinstance(part, Literal) and isinstance(before, Literal):
-                parts[-1] = Literal(before.text + part.text)
-            else:
-                parts.append(part)
-        numbered.append(replace(turn, parts=tuple(parts)))
-    return tuple(numbered), tuple(sources)
-
-
-def _with_images_of_boxes(
-    turns: tuple[Turn, ...], sources: Sequence[Source], listed: Sequence[Any]
-) -> tuple[Turn, ...]:
-    """Have every box name its picture by its number among the media, in place of that among the row's images.
-
-    Args:
-        turns: The turns.
-        sources: Where their media come from.
-        listed: The images that the row lists; those of content parts follow, in the order of the text.
-    """
-    used = [(index, source.value) for index, source in enumerate(sources) if source.kind == "image"]
-    images = [*listed, *(value for _, value in used if not any(value is each for each in listed))]
-
-    def placed(part: Part) -> Part:
-        if not isinstance(part, Box):
-            return part
-        if part.image >= len(images):
-            raise RowError(
-                "boxes",
-                f"objects.image_id of box {part.number} is {part.image}, but the row has {len(images)} images, counted "
-                "from 0. Fix the number, or add the image.",
-            )
-        return replace(part, image=next(index for index, value in used if value is images[part.image]))
-
-    return tuple(replace(turn, parts=tuple(map(placed, turn.parts))) for turn in turns)

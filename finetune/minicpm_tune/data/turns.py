@@ -19,7 +19,7 @@ plain text; in a row with ``literal_control_tokens`` all are but the first for e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,56 +145,51 @@ class MediaReader:
         self, row: Mapping[str, Any], *, literal: bool = False, hears: bool = False, sound: bool = False
     ) -> None:
         self.literal, self.hears, self.sound = literal, hears, sound
-        self.named: dict[str, Any] = {}
-        self.single: Any = None
-        self.listed: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}
-        self.taken: dict[str, int] = dict.fromkeys(self.listed, 0)
-        self.mentioned: set[str] = set()
+        self.listed: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}  # what the row names
+        self.single = False  # whether that is one image, which every <image> means
+        self.names: dict[str, int] = {}  # which image a placeholder means, where that is no matter of order
+        self.taken: dict[str, int] = dict.fromkeys(self.listed, 0)  # how many were taken in order
+        self.mentioned: set[tuple[str, int]] = set()
         self.objects = Objects(row.get("objects"))
         for kind in ("image", "video", "audio") if hears else ("image", "video"):
-            one: Any = row.get(kind)
-            several: Any = row.get(f"{kind}s")
+            one, several = row.get(kind), row.get(f"{kind}s")
             if one not in NOTHING and several not in NOTHING:
                 raise RowError(
                     "media", f"the row has both {kind!r} and '{kind}s', expected one. Remove one of them."
                 )
-            if kind == "image":
-                self._add_images(several if one in NOTHING else one)
-            elif kind == "audio":
-                value = several if one in NOTHING else one
-                if value not in NOTHING:
-                    self.listed["audio"] = list(value) if isinstance(value, (list, tuple)) else [value]
-            elif one not in NOTHING:
-                self.listed["video"] = list(one) if _are_films(one) else [one]
-            elif several not in NOTHING:
-                self.listed["video"] = list(several) if isinstance(several, (list, tuple)) else [several]
+            value = several if one in NOTHING else one
+            if value in NOTHING:
+                continue
+            if kind == "image" and not isinstance(value, (list, tuple)):
+                self._add_images(value)
+            elif not isinstance(value, (list, tuple)) or (
+                value is one and kind == "video" and not _are_films(one)
+            ):
+                self.listed[kind] = [value]
+            else:
+                self.listed[kind] = list(value)
 
     def _add_images(self, value: Any) -> None:
-        if value in NOTHING:
+        """Take a single image, or a dictionary of placeholders."""
+        self.single = not isinstance(value, Mapping) or bool({"bytes", "path"} & set(value))
+        if self.single:
+            self.listed["image"], self.names = [value], dict.fromkeys(_FIRST_IMAGE, 0)
             return
-        if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
-            # Parquet fills in None
-            present = {str(key): image for key, image in value.items() if image is not None}
-            wrong = [key for key in present if not re.fullmatch(r"<image_\d+>|<image>|<ImageHere>", key)]
-            if wrong:
-                raise RowError(
-                    "media",
-                    f"'image' has the key {wrong[0]!r}, expected keys like '<image_00>'. Write the placeholder as key.",
-                )
-            self.named = present
-        elif isinstance(value, (list, tuple)):
-            self.listed["image"] = list(value)
-        else:
-            self.single = value
+        # Parquet fills in None
+        present = {str(key): image for key, image in value.items() if image is not None}
+        wrong = [key for key in present if not re.fullmatch(r"<image_\d+>|<image>|<ImageHere>", key)]
+        if wrong:
+            raise RowError(
+                "media",
+                f"'image' has the key {wrong[0]!r}, expected keys like '<image_00>'. Write the placeholder as key.",
+            )
+        self.listed["image"] = list(present.values())
+        self.names = {mark: index for index, mark in enumerate(present)}
 
     @property
     def images(self) -> list[Any]:
         """The images that the row lists, in its order; those of content parts are not among them."""
-        return [self.single] if self.single is not None else list(self.named.values()) or self.listed["image"]
-
-    @property
-    def _has_media(self) -> bool:
-        return bool(self.named or self.single is not None or any(self.listed.values()))
+        return self.listed["image"]
 
     def split(self, text: str, number: int) -> Iterator[str | Source | Literal | Ref | Box]:
         """The parts of a text in turn ``number``: its placeholders as the sources they stand for."""
@@ -225,7 +220,7 @@ class MediaReader:
             return self.take(mark, number)
         if self.literal:
             return Literal(mark)
-        if found["loose"] and not self._has_media:
+        if found["loose"] and not any(self.listed.values()):
             return None
         raise RowError(
             "placeholder",
@@ -236,80 +231,64 @@ class MediaReader:
 
     def _holds(self, mark: str) -> bool:
         """Whether the row has a medium for a placeholder that no placeholder has taken yet."""
-        if mark in ("<video>", "<audio>"):
-            kind = mark[1:-1]
-            index = self.taken[kind]
-            return index < len(self.listed[kind]) and f"{kind}#{index}" not in self.mentioned
-        if self.named:
-            return mark in self.named and mark not in self.mentioned
-        if self.single is not None:
-            return mark in _FIRST_IMAGE and "single" not in self.mentioned
-        index = _number(mark) if mark.startswith("<image_") else self.taken["image"]
-        return index < len(self.listed["image"]) and f"image#{index}" not in self.mentioned
+        kind = _kind(mark)
+        if kind == "image" and self.names:
+            index = self.names.get(mark)
+        else:
+            index = _number(mark) if mark.startswith("<image_") else self.taken[kind]
+        return index is not None and index < len(self.listed[kind]) and (kind, index) not in self.mentioned
 
     def take(self, mark: str, number: int) -> Source:
         """The source that a placeholder in turn ``number`` stands for."""
-        if mark in ("<video>", "<audio>"):
-            kind = mark[1:-1]
-            return Source(kind, self._next(kind, mark, number), sound=self.sound and kind == "video")
-        if self.named:
-            if mark not in self.named:
-                raise RowError(
-                    "placeholder",
-                    f"turn {number} mentions {mark}, but the row's images are {name_list(self.named)}. Add the image "
-                    "or remove the placeholder.",
-                )
-            self.mentioned.add(mark)
-            return Source("image", self.named[mark])
-        if self.single is not None and mark in _FIRST_IMAGE:
-            self.mentioned.add("single")
-            return Source("image", self.single)
-        if mark.startswith("<image_"):
-            return Source("image", self.at("image", _number(mark), f"mentions {mark}", number))
-        return Source("image", self._next("image", mark, number))
-
-    def at(self, kind: str, index: Any, what: str, number: int) -> Any:
-        """The medium of a kind at a place in the row's list, counted from 0; it may be asked for more than once."""
-        if kind == "image" and self.single is not None and index == 0:
-            self.mentioned.add("single")
-            return self.single
-        values = self.listed[kind]
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(values):
+        kind = _kind(mark)
+        if mark in self.names:
+            return self._source(kind, self.names[mark])
+        if kind == "image" and self.names and not self.single:
             raise RowError(
                 "placeholder",
-                f"turn {number} {what}, but the row has {_count(len(values), kind)} in a list, counted from 0. Add the "
-                f"{kind} or remove the placeholder.",
+                f"turn {number} mentions {mark}, but the row's images are {name_list(self.names)}. Add the image "
+                "or remove the placeholder.",
             )
-        self.mentioned.add(f"{kind}#{index}")
-        return values[index]
-
-    def _next(self, kind: str, mark: str, number: int) -> Any:
-        index = self.taken[kind]
-        if index >= len(self.listed[kind]):
+        if mark.startswith("<image_"):
+            return self.at(kind, _number(mark), f"mentions {mark}", number)
+        index, count = self.taken[kind], len(self.listed[kind])
+        if index >= count:
             raise RowError(
                 "placeholder",
-                f"turn {number} has a {mark} for {kind} number {index + 1}, but the row has "
-                f"{_count(len(self.listed[kind]), kind)}. Add the {kind} or remove the placeholder; if it is meant as "
-                "text, put a backslash in front of it.",
+                f"turn {number} has a {mark} for {kind} number {index + 1}, but the row has {_count(count, kind)}. Add "
+                f"the {kind} or remove the placeholder; if it is meant as text, put a backslash in front of it.",
             )
         self.taken[kind] = index + 1
-        self.mentioned.add(f"{kind}#{index}")
-        return self.listed[kind][index]
+        return self._source(kind, index)
+
+    def at(self, kind: str, index: Any, what: str, number: int) -> Source:
+        """The medium of a kind at a place in the row's list, counted from 0; it may be asked for more than once."""
+        if kind == "image" and self.single and index == 0:
+            return self._source(kind, 0)
+        count = 0 if kind == "image" and self.names else len(self.listed[kind])
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+            raise RowError(
+                "placeholder",
+                f"turn {number} {what}, but the row has {_count(count, kind)} in a list, counted from 0. Add the "
+                f"{kind} or remove the placeholder.",
+            )
+        return self._source(kind, index)
+
+    def _source(self, kind: str, index: int) -> Source:
+        self.mentioned.add((kind, index))
+        return Source(kind, self.listed[kind][index], sound=self.sound and kind == "video")
 
     def put_unmentioned_first(self, turns: list[Turn], image_end: str) -> list[Turn]:
         """Put media that no placeholder mentions in front of the first user turn, each with its end.
 
         A video with its sound has none: the released form joins it with what follows by nothing.
         """
-        left = [Source("image", value) for mark, value in self.named.items() if mark not in self.mentioned]
-        if self.single is not None and "single" not in self.mentioned:
-            left.append(Source("image", self.single))
-        for kind, values in self.listed.items():
-            left += [
-                Source(kind, value, sound=self.sound and kind == "video")
-                for index, value in enumerate(values)
-                if f"{kind}#{index}" not in self.mentioned
-            ]
+        left = [
+            self._source(kind, index)
+            for kind, values in self.listed.items()
+            for index in range(len(values))
+            if (kind, index) not in self.mentioned
+        ]
         if not left:
             return turns
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
@@ -318,6 +297,58 @@ class MediaReader:
         ]
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
         return turns
+
+
+def numbered_media(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Source, ...]]:
+    """Number the media in the order of the text, and join texts that touch."""
+    sources: list[Source] = []
+    numbered: list[Turn] = []
+    for turn in turns:
+        parts: list[Part] = []
+        for part in turn.parts:
+            before = parts[-1] if parts else None
+            if isinstance(part, Source):
+                parts.append(Media(part.kind, len(sources), part.sound))
+                sources.append(part)
+            elif isinstance(part, str) and isinstance(before, str):
+                parts[-1] = before + part
+            elif isinstance(part, Literal) and isinstance(before, Literal):
+                parts[-1] = Literal(before.text + part.text)
+            else:
+                parts.append(part)
+        numbered.append(replace(turn, parts=tuple(parts)))
+    return tuple(numbered), tuple(sources)
+
+
+def placed_boxes(
+    turns: tuple[Turn, ...], sources: Sequence[Source], listed: Sequence[Any]
+) -> tuple[Turn, ...]:
+    """Have every box name its picture by its number among the media, in place of that among the row's images.
+
+    Args:
+        turns: The turns.
+        sources: Where their media come from.
+        listed: The images that the row lists; those of content parts follow, in the order of the text.
+    """
+    used = [(index, source.value) for index, source in enumerate(sources) if source.kind == "image"]
+    images = [*listed, *(value for _, value in used if not any(value is each for each in listed))]
+
+    def placed(part: Part) -> Part:
+        if not isinstance(part, Box):
+            return part
+        if part.image >= len(images):
+            raise RowError(
+                "boxes",
+                f"objects.image_id of box {part.number} is {part.image}, but the row has {len(images)} images, counted "
+                "from 0. Fix the number, or add the image.",
+            )
+        return replace(part, image=next(index for index, value in used if value is images[part.image]))
+
+    return tuple(replace(turn, parts=tuple(map(placed, turn.parts))) for turn in turns)
+
+
+def _kind(mark: str) -> str:
+    return mark[1:-1] if mark in ("<video>", "<audio>") else "image"
 
 
 def _number(mark: str) -> int:
