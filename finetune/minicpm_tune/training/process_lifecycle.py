@@ -120,12 +120,11 @@ class ProcessLifecycle:
     def _show(self, text: str, *, summary: str | None = None) -> None:
         """Show a message on the screen, if this process is the first to have one; in its log in any case."""
         self._write_log(text)
+        first = True
         if self.peers is not None:
             first = self.peers.report_failure((summary or text).removeprefix("error: ").split("\n")[0])
-        else:
-            first = True
-            if processes.local_rank() > 0:
-                time.sleep(_LATER)
+        elif processes.local_rank() > 0:
+            time.sleep(_LATER)
         if first:
             self._screen.write(f"\n{text}\n")
             self._screen.flush()

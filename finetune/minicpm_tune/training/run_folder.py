@@ -172,6 +172,31 @@ class RunFolder:
             self._lock = None
 
 
+def choose_checkpoint(training: TrainingArguments) -> Path | None:
+    """The checkpoint to continue from, the same on every process; None to start from the beginning.
+
+    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines with
+    folders of their own may have been stopped between two. The ones that are passed over are logged.
+    """
+    if not training.continues_last:
+        return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
+    found = {
+        step: output_folder.find_damage(path)
+        for step, path in output_folder.list_checkpoints(training.output_dir)
+    }
+    views = gather(found)
+    everywhere = set.intersection(*(set(view) for view in views))
+    problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
+    problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
+    chosen = max((step for step in everywhere if step not in problems), default=None)
+    for step in sorted(problems):
+        if training.process_index == 0 and (chosen is None or step > chosen):
+            logger.warning("checkpoint-%d is not whole and is passed over: %s.", step, problems[step])
+    if chosen is None:
+        return None
+    return Path(training.output_dir) / f"checkpoint-{chosen}"
+
+
 def _fetch_missing(checkpoint: Path, *, writes: bool) -> list[str]:
     """Bring a checkpoint's weights and states from rank 0's machine to those where they are missing.
 
@@ -324,28 +349,3 @@ def _cannot_write(path: Path, error: Exception) -> str:
     if last is None:
         return f"{text}There is no earlier checkpoint."
     return f"{text}{last.name} is whole: continue from it with --resume_from_checkpoint true."
-
-
-def choose_checkpoint(training: TrainingArguments) -> Path | None:
-    """The checkpoint to continue from, the same on every process; None to start from the beginning.
-
-    With ``--resume_from_checkpoint true`` it is the last one that every process finds whole: machines with
-    folders of their own may have been stopped between two. The ones that are passed over are logged.
-    """
-    if not training.continues_last:
-        return None if training.resume_from_checkpoint is None else Path(training.resume_from_checkpoint)
-    found = {
-        step: output_folder.find_damage(path)
-        for step, path in output_folder.list_checkpoints(training.output_dir)
-    }
-    views = gather(found)
-    everywhere = set.intersection(*(set(view) for view in views))
-    problems = {step: problem for view in views for step, problem in view.items() if problem is not None}
-    problems |= {step: "not on every machine" for view in views for step in view if step not in everywhere}
-    chosen = max((step for step in everywhere if step not in problems), default=None)
-    for step in sorted(problems):
-        if training.process_index == 0 and (chosen is None or step > chosen):
-            logger.warning("checkpoint-%d is not whole and is passed over: %s.", step, problems[step])
-    if chosen is None:
-        return None
-    return Path(training.output_dir) / f"checkpoint-{chosen}"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -67,14 +67,14 @@ class RunRecord:
         """Add to this start's entry, and write the record; where the disk is full, the next time.
 
         Args:
-            **values: Name -> anything that JSON can hold, dataclasses and paths included.
+            **values: Name -> anything that JSON can hold, and paths.
         """
         if not self.writes:
             return
         with self._lock:
             self._entry.update(values)
             text = json.dumps(
-                {"starts": [*self._starts, self._entry]}, indent=1, default=_plain, ensure_ascii=False
+                {"starts": [*self._starts, self._entry]}, indent=1, default=str, ensure_ascii=False
             )
             partial = self.path.with_name(f"{RUN_RECORD}.partial")
             try:
@@ -162,10 +162,9 @@ def _now() -> str:
 
 def _git_commit() -> str | None:
     """The commit of this program's folder, with a mark when files were changed since; None outside git."""
-    here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
@@ -193,12 +192,6 @@ def _machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "processes": world_size(),
     }
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return str(value)
 
 
 def _plain_arguments(group: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from minicpm_tune.answering.prediction import PredictionRows
 from minicpm_tune.answering.prediction_callback import read_answers
@@ -57,9 +57,7 @@ class RunReport(TrainerCallback):
         self.rows = rows
         self._pictures: dict[int, str | None] = {}
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the page as far as the run has come."""
         self.write(args, state)
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.files import GIB
@@ -170,20 +170,15 @@ class LossCurve(TrainerCallback):
     def __init__(self) -> None:
         self._next = 0.0
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and time.monotonic() >= self._next:
             self._draw(args, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._draw(args, state)
 
-    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        assert args.output_dir is not None  # transformers has put its default there
+    def _draw(self, args: Any, state: TrainerState) -> None:
         start = time.monotonic()
         try:
             draw_losses(state.log_history, Path(args.output_dir) / CURVE_FILE)
@@ -214,8 +209,7 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, running_mean(losses), linewidth=1.6, label="training, running mean")
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), marker="o", label="evaluation")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per supervised token)")
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.grid(visible=True, alpha=0.3)
     if train or evaluated:
         axes.legend()
