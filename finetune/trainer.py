@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minicpm_tune.batch import Provenance, Sample
 from minicpm_tune.checkpoints.model_generations import Generation
-from minicpm_tune.data.sampling import (
-    EpochSampler,
-    PackingSampler,
-    PaddedRows,
-    epoch_order,
-    grouped_by_length,
-)
+from minicpm_tune.data.sampling import EpochSampler, Order, PackingSampler, PaddedRows, grouped_by_length
 from minicpm_tune.data.vision_cache import FeatureWriter
 from minicpm_tune.files import give_umask_mode
 from minicpm_tune.models.parameter_parts import count_parts
@@ -90,7 +85,7 @@ class CPMTrainer(ResilientTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         multiple = self._train_batch_size * args.world_size
         shuffle = args.train_sampling_strategy != "sequential"
-        order = epoch_order(rows.mixture, seed=seed, shuffle=shuffle)
+        order: Order = partial(rows.mixture.epoch_order, seed=seed, shuffle=shuffle)
         if args.train_sampling_strategy == "group_by_length":
             order = grouped_by_length(order, rows.lengths, batch_size=multiple, seed=seed)
         if not args.packing:
@@ -106,7 +101,7 @@ class CPMTrainer(ResilientTrainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        order = epoch_order(eval_dataset.rows.mixture, seed=self.args.seed, shuffle=False)
+        order = partial(eval_dataset.rows.mixture.epoch_order, seed=self.args.seed, shuffle=False)
         return EpochSampler(order, multiple=self.args.eval_batch_size * self.args.world_size)
 
     # The loss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +87,10 @@ class BadRowLog:
             return
         line = json.dumps(asdict(bad), ensure_ascii=False, default=str) + "\n"
         try:
-            _append(self.path, line.encode("utf-8", "replace"))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write on a file opened for appending: lines of several workers don't mix.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode("utf-8", "replace"))
         except OSError as error:  # a full disk: the run may outlive it
             logger.warning("%s was not written: %s. It is about %s", self.path, error, bad)
 
@@ -113,13 +115,3 @@ class BadRowLog:
         kinds = Counter(row["kind"] for row in bad)
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return f"bad rows: {len(bad)} contributed nothing ({named}); listed in {self.path}"
-
-
-def _append(path: Path, line: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One write on a file opened for appending: lines of several workers don't mix.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minicpm_tune import processes
 from minicpm_tune.batch import Sample
-from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.media.sources import fingerprint
 from minicpm_tune.data.row_check import for_rows
 from minicpm_tune.data.samples import TrainingRows
@@ -60,9 +60,7 @@ def held_out_rows(rows: TrainingRows, share: float, *, seed: int) -> np.ndarray:
     media = _shared_identities(rows)
     usable = [index for index, found in enumerate(media) if found and index not in rows.left_out]
     group_of = group_rows([media[index] for index in usable])
-    sizes: dict[int, int] = {}
-    for group in group_of:
-        sizes[group] = sizes.get(group, 0) + 1
+    sizes = Counter(group_of)
     if len(sizes) < 2:
         raise DataError(
             f"--eval_split {share:g}: found {len(usable)} rows that can be used, in {len(sizes)} group, expected at "
@@ -201,11 +199,6 @@ def grouped_by_length(order: Order, lengths: Lengths, *, batch_size: int, seed: 
         return [rows[place] for place in places]
 
     return grouped
-
-
-def epoch_order(mixture: Mixture, *, seed: int, shuffle: bool) -> Order:
-    """The order of a mixture's rows, by epoch."""
-    return lambda epoch: mixture.epoch_order(seed=seed, epoch=epoch, shuffle=shuffle)
 
 
 class EpochSampler(Sampler):

@@ -20,6 +20,7 @@ import numpy as np
 from minicpm_tune.errors import DataError, RowError, check_unicode
 from minicpm_tune.files import cache_file_of, written_whole
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_SPACE = re.compile(r"\S")
 _LONGEST_FIXED = 10**6  # characters; nobody reads a longer line, and parsing it takes seconds
 _SHOWN = 200
@@ -105,7 +106,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _index(path: Path) -> tuple[Path, Path]:
     """Find or make the spans of a file's rows; for a JSON list also its copy."""
     spans_path, copy_path = cache_file_of(path, ".npy"), cache_file_of(path, ".items")
-    is_list = _first_character(path) == b"["
+    with open(path, "rb") as file:
+        is_list = file.read(65536).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
     lines_path = copy_path if is_list else path
     if spans_path.is_file() and lines_path.is_file():
         return lines_path, spans_path
@@ -114,42 +116,33 @@ def _index(path: Path) -> tuple[Path, Path]:
             spans = _write_items(path, copy)
     else:
         spans = _line_spans(path)
-    with written_whole(spans_path) as file:
-        np.save(file, np.asarray(spans, dtype=np.int64).reshape(-1, 2))
+    with written_whole(spans_path) as index:
+        np.save(index, np.asarray(spans, dtype=np.int64).reshape(-1, 2))
     return lines_path, spans_path
 
 
-def _first_character(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(65536).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
 def _line_spans(path: Path) -> list[tuple[int, int]]:
-    """Where the rows of a JSONL file start and end, in bytes; blank lines are no rows."""
-    spans = []
-    position = 0
+    """Where the rows of a JSONL file start and end, in bytes; blank lines are no rows.
+
+    An object over several lines is refused at once: it would give an error for every line of it.
+    """
+    spans, position, first = [], 0, b""
     with open(path, "rb") as file:
         for line in file:
             start = position
             position += len(line)
-            if start == 0 and line.startswith(b"\xef\xbb\xbf"):
-                start = 3
+            if start == 0 and line.startswith(_BYTE_ORDER_MARK):
+                start = len(_BYTE_ORDER_MARK)
             if not line.isspace():
                 spans.append((start, position))
-    if len(spans) > 1:
-        _check_is_jsonl(path, spans[0])
-    return spans
-
-
-def _check_is_jsonl(path: Path, span: tuple[int, int]) -> None:
-    """Refuse an object over several lines, which would give an error for every line of it."""
-    with open(path, "rb") as file:
-        first = file.read(span[1])[span[0] :].decode("utf-8", "replace").strip()
-    if first in ("{", "") or (first.startswith("{") and not first.rstrip(",").endswith("}")):
+                first = first or line
+    row = first.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "replace").strip()
+    if len(spans) > 1 and (row in ("{", "") or (row.startswith("{") and not row.rstrip(",").endswith("}"))):
         raise DataError(
-            f"--data_path {path}: the first row {first[:60]!r} does not end on its line, expected a JSON list "
+            f"--data_path {path}: the first row {row[:60]!r} does not end on its line, expected a JSON list "
             "([ ... ]) or JSONL (one whole row per line). Put the rows in a list."
         )
+    return spans
 
 
 def _write_items(path: Path, copy: IO[bytes]) -> list[tuple[int, int]]:

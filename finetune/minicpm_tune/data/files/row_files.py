@@ -66,14 +66,15 @@ class Rows(Protocol):
 
 
 class JoinedRows:
-    """Several files as one.
+    """Several files as one, or the first rows of them.
 
     Args:
         path: What messages call them; its folder is what relative paths are relative to.
         parts: The files.
+        most: How many of their rows are used; None: all.
     """
 
-    def __init__(self, path: Path, parts: Sequence[Rows]) -> None:
+    def __init__(self, path: Path, parts: Sequence[Rows], *, most: int | None = None) -> None:
         self.path = path
         self.files: Sequence[Path] = [file for part in parts for file in part.files]
         tables = [part.columns for part in parts if part.columns is not None]
@@ -83,33 +84,14 @@ class JoinedRows:
         self.text_cells = all(part.text_cells for part in parts)
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Any:
-        part = bisect_right(self._ends, index)
-        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
-
-
-class FirstRows:
-    """The first rows of a file.
-
-    Args:
-        rows: The file.
-        count: How many of its rows.
-    """
-
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.path, self.files = rows.path, rows.files
-        self.columns, self.text_cells = rows.columns, rows.text_cells
-        self._rows, self._count = rows, count
+        self._count = self._ends[-1] if most is None else most
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[index]
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
 def open_rows(path: str | Path) -> Rows:
@@ -213,7 +195,7 @@ class Mixture:
         opened = name_columns([open_rows(source.path) for source in sources], read_columns(columns))
         for source, rows in zip(sources, opened, strict=True):
             if max_samples is not None and max_samples < len(rows):
-                rows = FirstRows(rows, max_samples)
+                rows = JoinedRows(rows.path, [rows], most=max_samples)
             if max_samples is not None and source.count is not None:
                 source = replace(source, count=min(source.count, max_samples))
             self.files.append(self._file(rows, source, len(rows)))
@@ -293,7 +275,7 @@ class Mixture:
         source, row = self.origin(index)
         return self.files[source].rows[row]
 
-    def epoch_order(self, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+    def epoch_order(self, epoch: int, *, seed: int, shuffle: bool = True) -> list[int]:
         """The rows of one epoch, the same on every rank."""
         sizes = [file.used for file in self.files]
         counts = [file.samples for file in self.files]

@@ -15,9 +15,9 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_tune.data.row_keys import NOTHING, ROW_KEYS, name_list, type_name
@@ -315,16 +315,16 @@ def name_columns(files: Sequence[Rows], names: Mapping[str, str]) -> list[Rows]:
     if len(missing) == len(names) and _CONVERSATIONS & set(found):
         missing = []  # such as evaluation rows in the official form, beside training rows in a table
     if missing:
-        listed = ", ".join(map(repr, missing))
+        listed, paths = ", ".join(map(repr, missing)), ", ".join(str(rows.path) for rows in files)
         raise DataError(
-            f"--columns: no column {listed} in {_paths(files)}, expected those found: {name_list(found, most=40)}. "
+            f"--columns: no column {listed} in {paths}, expected those found: {name_list(found, most=40)}. "
             "Fix the name, or leave it out."
         )
-    named: list[Rows] = []
-    for rows, each in zip(files, columns, strict=True):
-        renames = bool(set(names) & set(each))
-        named.append(NamedRows(rows, _for_file(rows, each, names)) if renames or rows.text_cells else rows)
-    return named
+    own = [_for_file(rows, each, names) for rows, each in zip(files, columns, strict=True)]
+    return [
+        NamedRows(rows, renamed) if renamed or rows.text_cells else rows
+        for rows, renamed in zip(files, own, strict=True)
+    ]
 
 
 def _for_file(rows: Rows, columns: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
@@ -348,14 +348,7 @@ def _columns(rows: Rows) -> list[str]:
         return list(rows.columns)
     keys: dict[str, None] = {}
     for index in range(min(len(rows), _LOOKED_AT)):
-        try:
+        with suppress(RowError):  # the check of the rows reports it
             row = rows[index]
-        except RowError:
-            continue  # the check of the rows reports it
-        if isinstance(row, Mapping):
-            keys |= dict.fromkeys(row)
+            keys |= dict.fromkeys(row if isinstance(row, Mapping) else ())
     return list(keys)
-
-
-def _paths(files: Iterable[Rows]) -> str:
-    return ", ".join(str(Path(rows.path)) for rows in files)

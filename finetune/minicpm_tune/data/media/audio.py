@@ -148,12 +148,14 @@ def log_mel(waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
     Returns:
         Of every segment, in order, [80, frames] float32.
     """
-    segments = [
-        waveform[start : start + LONGEST_SEGMENT]
-        for waveform in waveforms
-        for start in range(0, len(waveform), LONGEST_SEGMENT)
-    ]
-    return [_features(segment) for segment in segments]
+    found = []
+    for waveform in waveforms:
+        for start in range(0, len(waveform), LONGEST_SEGMENT):
+            segment = waveform[start : start + LONGEST_SEGMENT]
+            # Padded to 30 s with zeros before the transform, as released: the last frames look into them.
+            features = _extractor()(segment, sampling_rate=RATE, return_tensors="np").input_features[0]
+            found.append(features[:, : mel_frames(len(segment))])
+    return found
 
 
 def merged(clips: Sequence[Clip], messages: Sequence[int]) -> list[np.ndarray]:
@@ -174,12 +176,6 @@ def _extractor() -> Any:
     from transformers import WhisperFeatureExtractor  # takes a second, and only audio needs it
 
     return WhisperFeatureExtractor()
-
-
-def _features(segment: np.ndarray) -> np.ndarray:
-    # Padded to 30 s with zeros before the transform, as released: the last frames look into them.
-    found = _extractor()(segment, sampling_rate=RATE, return_tensors="np").input_features[0]
-    return found[:, : mel_frames(len(segment))]
 
 
 def _plain_samples(data: io.BytesIO | Path) -> int | None:

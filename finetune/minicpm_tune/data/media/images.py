@@ -12,7 +12,7 @@ import hashlib
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -185,7 +185,7 @@ class Picture:
     kind: str
     sizes: tuple[tuple[int, int], ...]
     frames: Callable[[], Iterable[Image.Image]]
-    packs: tuple[tuple[int, ...], ...] | None = None
+    packs: Sequence[Sequence[int]] | None = None
     digest: Callable[[], bytes] | None = None
     seconds: float = 0.0
     sound: tuple[Clip, ...] = ()

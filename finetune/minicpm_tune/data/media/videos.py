@@ -32,7 +32,6 @@ from PIL import Image
 from minicpm_tune.data.media.images import ImageFile, ImageOptions, Picture
 from minicpm_tune.data.media.sources import check_file, find_file
 from minicpm_tune.errors import RowError
-from minicpm_tune.settings.data_arguments import DataArguments
 
 TIME_STEP_S = 0.1  # a time index of 4.5 is a tenth of a second
 _FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -48,7 +47,7 @@ class VideoRules:
         max_num_frames: Most frames; for ``packs``, most packs.
         max_slice_nums: Most slices a frame is cut into.
         max_frames_per_pack: Most frames in a pack, for ``packs``.
-        stack_frames: Frames per second of a film that are shown, for ``seconds``; see ``stacked_frames``.
+        stack_frames: Frames per second of a film that are shown, for ``seconds``; see ``visual_units``.
     """
 
     method: str
@@ -64,18 +63,6 @@ class VideoRules:
             self,
             fps=self.fps if fps is None else fps,
             max_num_frames=self.max_num_frames if max_frames is None else max_frames,
-        )
-
-    @classmethod
-    def requested(
-        cls, arguments: DataArguments, method: str, *, fps: float, max_num_frames: int, **rest: int
-    ) -> VideoRules:
-        """A generation's rules, with the user's ``--video_fps`` and ``--max_num_frames`` in their place."""
-        return cls(
-            method,
-            fps if arguments.video_fps is None else arguments.video_fps,
-            max_num_frames if arguments.max_num_frames is None else arguments.max_num_frames,
-            **rest,
         )
 
 
@@ -162,47 +149,35 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
             "video",
             tuple(file.size for file in files),
             lambda: (file.decode() for file in files),
-            _as_packs(packs),
+            packs,
             seconds=len(sources) / rules.fps,
         )
     path = check_file(_path(value), options.folder, "video")
     found = probe_video(path)
-    count, fps, size = found.count, found.fps, found.size
-    chosen, packs = choose_frames(count, fps, rules)
+    chosen, packs = choose_frames(found.count, found.fps, rules)
+    seconds = found.count / found.fps
     if rules.stack_frames > 1:
-        return replace(_stacked(path, visual_units_of(chosen, count, fps, rules), size), seconds=count / fps)
-    return Picture(
-        "video",
-        (size,) * len(chosen),
-        lambda: decode_frames(path, chosen),
-        _as_packs(packs),
-        seconds=count / fps,
-    )
+        units = _stacked_units(chosen, found, rules)
+        shown = sorted({frame for unit in units for frame in unit})
+        sizes = tuple(composite_size(len(unit), found.size) for unit in units)
+        return Picture(
+            "video", sizes, lambda: pictures_of(units, shown, decode_frames(path, shown)), seconds=seconds
+        )
+    sizes = (found.size,) * len(chosen)
+    return Picture("video", sizes, lambda: decode_frames(path, chosen), packs, seconds=seconds)
 
 
-def _stacked(path: Path, units: Sequence[tuple[int, ...]], size: tuple[int, int]) -> Picture:
-    chosen = sorted({frame for unit in units for frame in unit})
-    sizes = tuple(size if len(unit) == 1 else composite_size(len(unit), size) for unit in units)
-    return Picture("video", sizes, lambda: pictures_of(units, chosen, decode_frames(path, chosen)))
-
-
-def visual_units_of(main: Sequence[int], count: int, fps: float, rules: VideoRules) -> list[tuple[int, ...]]:
-    """See ``stacked_frames.visual_units``.
-
-    Raises:
-        RowError: When the frame rate is not one per second, which stacking counts by.
-    """
+def _stacked_units(main: Sequence[int], found: VideoFacts, rules: VideoRules) -> list[tuple[int, ...]]:
+    """See ``visual_units``; refuses another frame rate than one per second, which stacking counts by."""
     if rules.fps != 1:
         raise RowError(
             "video",
             f"the video is sampled at {rules.fps:g} frames per second, expected 1, since --stack_frames counts by "
             "seconds. Leave --video_fps (and fps in the row) out, or --stack_frames.",
         )
-    return visual_units(main, count, fps, per_second=rules.stack_frames, max_num_frames=rules.max_num_frames)
-
-
-def _as_packs(packs: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if packs is None else tuple(tuple(pack) for pack in packs)
+    return visual_units(
+        main, found.count, found.fps, per_second=rules.stack_frames, max_num_frames=rules.max_num_frames
+    )
 
 
 def _path(value: Any) -> str:
@@ -223,16 +198,13 @@ def _frame_sources(value: Any, options: ImageOptions) -> list[Any]:
         frames = list(value)
     else:
         folder = find_file(value, options.folder)
-        frames = [str(path) for path in sorted(folder.iterdir(), key=_frame_number) if _is_frame(path)]
+        found = sorted(folder.iterdir(), key=_frame_number)
+        frames = [str(path) for path in found if path.suffix.lower() in _FRAME_NAMES]
     if not frames:
         raise RowError(
             "video", f"video {value!r:.160} has no frames, expected images in it. Add them, or fix the path."
         )
     return frames
-
-
-def _is_frame(path: Path) -> bool:
-    return path.suffix.lower() in _FRAME_NAMES
 
 
 def _frame_number(path: Path) -> tuple[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -102,21 +101,14 @@ def choose_grid(width: int, height: int, *, max_slice_nums: int, scale_resolutio
     if ideal <= 1:
         return None
     shape = math.log(width / height)
-    best, best_error = None, math.inf
-    for grid in _candidates(ideal, max_slice_nums):
-        error = abs(shape - math.log(grid.columns / grid.rows))
-        if error < best_error:
-            best, best_error = grid, error
-    return best
-
-
-def _candidates(ideal: int, max_slice_nums: int) -> Iterator[Grid]:
-    for count in (ideal - 1, ideal, ideal + 1):
-        if count == 1 or count > max_slice_nums:
-            continue
-        for columns in range(1, count + 1):
-            if count % columns == 0:
-                yield Grid(columns, count // columns)
+    counts = [count for count in (ideal - 1, ideal, ideal + 1) if 1 < count <= max_slice_nums]
+    grids = [
+        Grid(columns, count // columns)
+        for count in counts
+        for columns in range(1, count + 1)
+        if count % columns == 0
+    ]
+    return min(grids, key=lambda grid: abs(shape - math.log(grid.columns / grid.rows)))
 
 
 def _nearest_multiple(length: float, divisor: int) -> int:

@@ -49,6 +49,11 @@ class MediaRules:
     film: FilmRules | None = None
 
 
+# By ``Generation.frames``. Source: the released README files of 2.6 and 4.5 (``encode_video``).
+_SAMPLING = {
+    "step": VideoRules("step", fps=1.0, max_num_frames=64, max_slice_nums=2),
+    "packs": VideoRules("packs", fps=3.0, max_num_frames=180, max_slice_nums=1, max_frames_per_pack=3),
+}
 # Flags that only some ways of slicing know: those ways, their models, and what the others should do.
 _SPECIAL_FLAGS = {
     "downsample_mode": (("minicpmv46",), "MiniCPM-V 4.6 or 4.7 or MiniCPM-OCR", "Leave it out"),
@@ -132,23 +137,14 @@ def _adaptive_rules(
     )
     used = vars(rules) | ({"use_image_id": style.image_ids} if generation.image_ids else {})
     _log_assumed(folder, "preprocessor_config.json", used, config, config.get("slice_config") or {})
+    wished = (arguments.video_fps, arguments.max_num_frames)
+    video = None if generation.frames is None else _SAMPLING[generation.frames].for_one(*wished)
     audio = film = None
     if generation.hearing is not None and config.get("init_audio", True):
         audio = AudioRules(config.get("audio_pool_step", 2), generation.hearing.per_second)
         units = bool(generation.hearing.unit)
-        film = FilmRules(units, None if units else 64).for_one(arguments.video_fps, arguments.max_num_frames)
-    return MediaRules(rules, style, _video_rules(generation, arguments), audio=audio, film=film)
-
-
-def _video_rules(generation: Generation, arguments: DataArguments) -> VideoRules | None:
-    """Source: the released README files of 2.6 and 4.5 (``encode_video``)."""
-    if generation.frames is None:
-        return None
-    if generation.frames == "packs":
-        return VideoRules.requested(
-            arguments, "packs", fps=3.0, max_num_frames=180, max_slice_nums=1, max_frames_per_pack=3
-        )
-    return VideoRules.requested(arguments, "step", fps=1.0, max_num_frames=64, max_slice_nums=2)
+        film = FilmRules(units, None if units else 64).for_one(*wished)
+    return MediaRules(rules, style, video, audio=audio, film=film)
 
 
 def _merged_rules(
@@ -184,14 +180,13 @@ def _merged_rules(
     _log_assumed(folder, "processor_config.json", used, config)
     video = processor.get("video_processor") or read_settings(folder, "video_preprocessor_config.json")
     # Source: transformers' MiniCPMV4_6VideoProcessor.
-    video_rules = VideoRules.requested(
-        arguments,
+    video_rules = VideoRules(
         "seconds",
         fps=1.0,
         max_num_frames=video.get("max_num_frames", 128),
         max_slice_nums=video.get("max_slice_nums", 9) if video.get("slice_mode", True) else 1,
         stack_frames=arguments.stack_frames or video.get("stack_frames", 1),
-    )
+    ).for_one(arguments.video_fps, arguments.max_num_frames)
     return MediaRules(rules, style, video_rules, mode)
 
 

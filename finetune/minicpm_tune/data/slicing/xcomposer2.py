@@ -16,11 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.checkpoints.xcomposer2_geometry import (
-    PATCH,
-    encoded_size,
-    tile_tokens,
-)
+from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, encoded_size, tile_tokens
 from minicpm_tune.data.placeholders import PlaceholderStyle
 from minicpm_tune.data.slicing.layouts import Bands, Grid, ImageLayout, Size, checked_size, split_bands
 
@@ -82,12 +78,13 @@ class TileLayout(ImageLayout):
         inner: Size of the image inside the white, in pixels.
     """
 
-    inner: Size | None = None
+    grid: Grid
+    refined: Size
+    inner: Size
 
     @property
     def tgt_sizes(self) -> list[tuple[int, int]]:
         """(rows, columns) in patches of the whole tiled image."""
-        assert self.refined is not None
         return [(self.refined.height // self.patch_size, self.refined.width // self.patch_size)]
 
     @property
@@ -103,20 +100,14 @@ class TileLayout(ImageLayout):
             >>> TileRules(24, max_slice_nums=16).layout(1000, 400).cuts
             ((0.2, 0.4, 0.6, 0.8), (0.5,))
         """
-        inner, full, grid = self.inner, self.refined, self.grid
-        assert inner is not None, self
-        assert full is not None, self
-        assert grid is not None, self
         return (
-            _cuts_inside(inner.width, full.width, grid.columns),
-            _cuts_inside(inner.height, full.height, grid.rows),
+            _cuts_inside(self.inner.width, self.refined.width, self.grid.columns),
+            _cuts_inside(self.inner.height, self.refined.height, self.grid.rows),
         )
 
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """The resized image on white. Portraits are worked on lying on their side, as the released code does."""
         inner, full = self.inner, self.refined
-        assert inner is not None, self
-        assert full is not None, self
         portrait = image.width < image.height
         if portrait:
             image = image.transpose(Image.Transpose.TRANSPOSE)
