@@ -1,18 +1,17 @@
 """Which rows are used, and how: those held out of training, an epoch's order on any number of ranks, and packing.
 
-Rows that share an image, a video or an audio, directly or through other rows, are a group, and ``--eval_split`` keeps
-a group on one side. The side follows from a hash of the seed and of the group's media alone. So every process comes
-to the same rows without a word, a resumed run too, and with a fraction a row keeps its side when rows are added or
-put in another order; a permutation would deal all of them anew. Only a new row that ties two groups together can
-move one.
+``--eval_split``: rows that share an image, a video or an audio, directly or through other rows, are a group, and a
+group stays on one side. The side follows from a hash of the seed and of the group's media alone. So every process and
+a resumed run come to the same rows, and with a fraction a row keeps its side when rows are added or put in another
+order; a permutation would deal all of them anew. Only a new row that ties two groups together can move one.
 
-Ranks take their batches from one common order. So that every rank runs the same number of equally
-filled steps without any row counting twice, the order is filled up with ``PADDING``, which the
-dataset turns into samples that contribute nothing.
+Ranks take their batches from one common order. So that every rank runs the same number of equally filled steps
+without any row counting twice, the order is filled up with ``PADDING``, for which the dataset gives samples that
+contribute nothing.
 
-Packed samples are put together by their lengths, longest first, each into the fullest row it still fits
-(best fit), within a window of the shuffled order. Attention, recurrent state and positions stay
-within a sample; the model tells samples apart by ``position_ids`` that restart at 0.
+Packed samples are put together by their lengths, longest first, each into the fullest row it still fits (best fit),
+within a window of the shuffled order. Attention, recurrent state and positions stay within a sample; the model tells
+samples apart by ``position_ids`` that restart at 0.
 """
 
 from __future__ import annotations
@@ -328,14 +327,7 @@ def best_fit(indices: Sequence[int], lengths: Lengths, *, capacity: int) -> list
 def pack_in_windows(
     order: Sequence[int], lengths: Lengths, *, capacity: int, window: int
 ) -> list[tuple[int, ...]]:
-    """Pack a shuffled order, window by window.
-
-    Args:
-        order: Numbers of the samples, shuffled.
-        lengths: See ``best_fit``.
-        capacity: See ``best_fit``.
-        window: Samples that are put together at a time.
-    """
+    """Pack a shuffled order with ``best_fit``, ``window`` samples at a time."""
     starts = range(0, len(order), window)
     return [
         row for start in starts for row in best_fit(order[start : start + window], lengths, capacity=capacity)

@@ -21,6 +21,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +77,19 @@ class VisionCache:
             pictures: The sample's pictures.
             layouts: How their frames are cut.
         """
-        grids = [[grid for layout in frames for grid in layout.encoded_sizes] for frames in layouts]
-        longest = max((rows * columns for sizes in grids for rows, columns in sizes), default=0)
-        context = f"{longest}" if self.whole_samples else ""
-        keys = [
-            None if picture.digest is None else _key(picture.digest(), frames, context)
-            for picture, frames in zip(pictures, layouts, strict=True)
+        patches = [
+            [rows * columns for layout in frames for rows, columns in layout.encoded_sizes]
+            for frames in layouts
         ]
-        found = [
-            None if key is None else self.read(key, sum(rows * columns for rows, columns in sizes))
-            for key, sizes in zip(keys, grids, strict=True)
-        ]
-        if self.whole_samples and any(features is None for features in found):
-            found = [None] * len(found)
-        entries = zip(grids, keys, found, strict=True)
-        return [PictureFeatures(len(sizes), key, features) for sizes, key, features in entries]
+        context = f"{max(chain(*patches), default=0)}" if self.whole_samples else ""
+        entries = []
+        for picture, frames, slices in zip(pictures, layouts, patches, strict=True):
+            key = None if picture.digest is None else _key(picture.digest(), frames, context)
+            features = None if key is None else self.read(key, sum(slices))
+            entries.append(PictureFeatures(len(slices), key, features))
+        if self.whole_samples and any(entry.features is None for entry in entries):
+            return [replace(entry, features=None) for entry in entries]
+        return entries
 
     def read(self, key: str, patches: int) -> Tensor | None:
         """[tokens, C] of a picture with so many patches; None when there is no whole entry."""
@@ -121,11 +120,7 @@ def _key(content: bytes, frames: tuple[ImageLayout, ...], context: str) -> str:
 
 
 class FeatureWriter:
-    """Writes the tower's output beside the training, in a thread of its own.
-
-    Args:
-        cache: Where it is kept.
-    """
+    """Writes the tower's output into the cache beside the training, in a thread of its own."""
 
     def __init__(self, cache: VisionCache) -> None:
         self.cache = cache
@@ -135,9 +130,7 @@ class FeatureWriter:
 
     def keep(self, new: NewFeatures | None) -> None:
         """Keep what a forward found."""
-        if new is None or self._failed:
-            return
-        for key, features in new.entries:
+        for key, features in () if new is None or self._failed else new.entries:
             if key is not None:
                 self._put(key, features)
 

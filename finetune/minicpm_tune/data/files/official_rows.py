@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,7 @@ class OfficialForm:
             RowError: When it can't be used, or can't be written so that it means the same.
         """
         parsed = _read(row)
-        values = [self._value(source, folder) for source in parsed.sources]
-        sources = [
-            Source(source.kind, value, source.fps, source.max_frames)
-            for source, value in zip(parsed.sources, values, strict=True)
-        ]
+        sources = [replace(source, value=self._value(source, folder)) for source in parsed.sources]
         written = _Writer(parsed.turns, sources).row()
         if parsed.row_id is not None:
             written = {"id": parsed.row_id, **written}
@@ -183,15 +180,12 @@ class _Writer:
             return [self._as_part(part) for part in turn.parts]
         texts = []
         for place, part in enumerate(turn.parts):
-            if isinstance(part, Media):
-                if not _is_end(turn.parts, place + 1):
-                    texts.append(
-                        self._name(self.number_of[part.index]) if part.kind == "image" else f"<{part.kind}>"
-                    )
-            else:
-                text = _text(part)
+            if not isinstance(part, Media):
                 after_media = place and isinstance(turn.parts[place - 1], Media)
-                texts.append(text.removeprefix(_END) if after_media else text)
+                texts.append(_text(part).removeprefix(_END if after_media else ""))
+            elif not _is_end(turn.parts, place + 1):
+                number = self.number_of.get(part.index)
+                texts.append(f"<{part.kind}>" if number is None else self._name(number))
         return "".join(texts)
 
     def _as_part(self, part: Part) -> dict[str, Any]:
@@ -228,9 +222,7 @@ def _sampled(turn: Turn, sources: Sequence[Source]) -> bool:
 
 
 def _is_end(parts: Sequence[Part], place: int) -> bool:
-    if place >= len(parts):
-        return False
-    part = parts[place]
+    part = parts[place] if place < len(parts) else None
     return isinstance(part, str) and part.startswith(_END)
 
 

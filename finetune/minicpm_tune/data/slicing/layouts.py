@@ -80,12 +80,9 @@ class ImageLayout:
             >>> ImageLayout(Size(448, 448), Grid(columns=2, rows=1), Size(896, 448), 14).cuts
             ((0.5,), ())
         """
-        if self.grid is None:
-            return (), ()
-        columns, rows = self.grid.columns, self.grid.rows
-        return tuple(place / columns for place in range(1, columns)), tuple(
-            place / rows for place in range(1, rows)
-        )
+        grid = self.grid or Grid(columns=1, rows=1)
+        across = tuple(place / grid.columns for place in range(1, grid.columns))
+        return across, tuple(place / grid.rows for place in range(1, grid.rows))
 
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """Resize and cut an image: the overview, then the slices row by row of the grid."""
