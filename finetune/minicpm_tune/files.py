@@ -239,11 +239,6 @@ def _reason(error: Exception) -> str:
 # --- the cache folder: indexes of data files, converted files, and what checks of them found ---
 
 
-def cache_file_of(path: Path, suffix: str) -> Path:
-    """The cache file that belongs to a data file in its present state (path, size, time of change)."""
-    return cache_file(file_state(path), suffix)
-
-
 def file_state(path: Path) -> str:
     """A file's present state: path, size, time of change."""
     stat = path.stat()

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from minicpm_tune.errors import DataError, RowError, check_unicode
-from minicpm_tune.files import cache_file_of, written_whole
+from minicpm_tune.files import cache_file, file_state, written_whole
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NOT_SPACE = re.compile(r"\S")
@@ -105,7 +105,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _index(path: Path) -> tuple[Path, Path]:
     """Find or make the spans of a file's rows; for a JSON list also its copy."""
-    spans_path, copy_path = cache_file_of(path, ".npy"), cache_file_of(path, ".items")
+    state = file_state(path)
+    spans_path, copy_path = cache_file(state, ".npy"), cache_file(state, ".items")
     with open(path, "rb") as file:
         is_list = file.read(65536).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
     lines_path = copy_path if is_list else path

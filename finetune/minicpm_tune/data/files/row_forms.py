@@ -48,13 +48,10 @@ class Form:
 
     def fits(self, row: Mapping[str, Any], *, answered: bool) -> bool:
         """Whether a row has both; without an answer the question is enough unless it must be ``answered``."""
-        if self.question is None:
-            has_question = any(row.get(key) not in NOTHING for key in _MEDIA)
-        else:
-            has_question = row.get(self.question) not in NOTHING
-        return has_question and (
-            row.get(self.answer) is not None or (not answered and self.question is not None)
-        )
+        keys = _MEDIA if self.question is None else (self.question,)
+        if not any(row.get(key) not in NOTHING for key in keys):
+            return False
+        return row.get(self.answer) is not None or (not answered and self.question is not None)
 
 
 CHOSEN = Form("user", "assistant")  # by --columns, so it is never in doubt
@@ -127,12 +124,12 @@ def _form_of(row: Mapping[str, Any], *, answered: bool) -> Form | None:
 def _question(form: Form, row: Mapping[str, Any]) -> str:
     if form.question is None:
         kind = next(key for key in _MEDIA if row.get(key) not in NOTHING)
-        several = (
-            isinstance(row[kind], (list, tuple, Mapping)) and len(row[kind]) > 1 and kind.startswith("image")
-        )
-        if several and isinstance(row[kind], Mapping) and {"bytes", "path"} & set(row[kind]):
-            several = False  # one picture, as Hugging Face's data sets store it
-        return "Describe the images." if several else f"Describe the {kind.removesuffix('s')}."
+        value = row[kind]
+        one = isinstance(value, Mapping) and {"bytes", "path"} & set(
+            value
+        )  # as Hugging Face's data sets store it
+        several = isinstance(value, (list, tuple, Mapping)) and len(value) > 1 and kind.startswith("image")
+        return "Describe the images." if several and not one else f"Describe the {kind.removesuffix('s')}."
     question = _text(row[form.question], form.question)
     more = None if form.more is None else row.get(form.more)
     return question if more in NOTHING else f"{question}\n{_text(more, str(form.more))}"
