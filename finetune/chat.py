@@ -24,12 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_tune.errors import MessageError, RowError, UserError
-from minicpm_tune.settings.command_flags import (
-    CommandParser,
-    add_generation_flags,
-    add_model_flags,
-    check_generation_flags,
-)
+from minicpm_tune.settings.command_flags import CommandParser, read_answering_flags
 from minicpm_tune.training.process_lifecycle import run_command
 
 # torch and transformers take seconds that --help need not wait for: what needs them is imported in the functions below.
@@ -306,10 +301,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--draw",
         help="Draw the boxes and points of every answer on the last picture shown, and write it to this file.",
     )
-    add_model_flags(parser)
-    add_generation_flags(parser, sampling=True, max_new_tokens=2048)
-    values = parser.parse_args(argv)
-    check_generation_flags(parser, values)
+    values = read_answering_flags(parser, argv, sampling=True, max_new_tokens=2048)
     if values.draw and _kind_of(values.draw) != "image":
         parser.error(f"--draw {values.draw}: expected the name of a picture, such as found.png")
     return values

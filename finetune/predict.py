@@ -22,14 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_tune import processes
 from minicpm_tune.answering.metrics import BOX_METRICS, ERROR_RATES, METRICS
-from minicpm_tune.settings.command_flags import (
-    CommandParser,
-    add_generation_flags,
-    add_model_flags,
-    add_switch,
-    check_generation_flags,
-    count,
-)
+from minicpm_tune.settings.command_flags import CommandParser, add_switch, count, read_answering_flags
 from minicpm_tune.training.process_lifecycle import run_command
 
 if TYPE_CHECKING:
@@ -66,11 +59,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "characters.",
     )  # fmt: skip
     add_switch(parser, "--overwrite", default=False, help="Start over when the output file exists.")
-    add_model_flags(parser)
-    add_generation_flags(parser, sampling=False, max_new_tokens=256)
-    values = parser.parse_args(argv)
-    check_generation_flags(parser, values)
-    return values
+    return read_answering_flags(parser, argv, sampling=False, max_new_tokens=256)
 
 
 def main(argv: list[str]) -> int:

@@ -34,7 +34,7 @@ INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character
 
 
 def generation_options(values: Namespace) -> dict[str, Any]:
-    """The flags of ``command_flags.add_generation_flags`` as transformers' generation options.
+    """The flags of ``command_flags.read_answering_flags`` as transformers' generation options.
 
     What is unset takes the released chat's values.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def summarize(found: DataStatistics, rows: TrainingRows, *, batch_size: int) -> 
         "rows": found.row_count,
         "usable": found.usable,
         "bad": len(found.bad),
-        "problems": dict(found.kinds.most_common()),
+        "problems": dict(Counter(one.kind for one in found.bad).most_common()),
         "dropped_as_over_long": found.dropped,
         "cut_by_model_max_length": found.cut,
         "over_model_max_length": 0 if limit is None else int((length > limit).sum()),

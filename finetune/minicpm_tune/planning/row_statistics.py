@@ -193,7 +193,6 @@ class DataStatistics:
         numbers: ``COLUMNS`` of the rows that can be used, or could with a larger --model_max_length, int32 [N, 14].
         lengths: Their lengths by the limit of slices, int32 [N, M].
         bad: Rows with problems.
-        kinds: How many there are of each kind.
         row_count: All rows.
         usable: Rows that contribute.
         dropped: Rows left out by ``--overlength drop``.
@@ -204,7 +203,6 @@ class DataStatistics:
     numbers: np.ndarray
     lengths: np.ndarray
     bad: list[BadRow] = field(default_factory=list)
-    kinds: Counter[str] = field(default_factory=Counter)
     row_count: int = 0
     usable: int = 0
     dropped: int = 0
@@ -240,7 +238,6 @@ def collect(
             found.dropped += 1
         elif one.bad is not None:
             found.bad.append(one.bad)
-            found.kinds[one.bad.kind] += 1
         else:
             found.usable += 1
             found.cut += one.cut

@@ -177,7 +177,7 @@ def add_switch(parser: argparse._ActionsContainer, name: str, *, default: bool |
     parser.add_argument(name, type=switch, nargs="?", const=True, default=default, help=help)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model answers, how it is loaded, and how it sees images and videos."""
     group = parser.add_argument_group("Model")
     group.add_argument(
@@ -226,14 +226,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_generation_flags(parser: argparse.ArgumentParser, *, sampling: bool, max_new_tokens: int) -> None:
-    """How answers are generated.
+def read_answering_flags(
+    parser: CommandParser, argv: Sequence[str], *, sampling: bool, max_new_tokens: int
+) -> argparse.Namespace:
+    """Read the command line of a command that lets a model answer. A flag without effect ends it with a message.
 
     Args:
-        parser: Gets the flags.
+        parser: Has the command's own flags; gets those of the model, of images and videos, and of answers.
+        argv: The command line.
         sampling: The default of ``--sampling``.
         max_new_tokens: The default of ``--max_new_tokens``.
     """
+    _add_model_flags(parser)
     group = parser.add_argument_group("Answers")
     group.add_argument(
         "--max_new_tokens", type=count, default=max_new_tokens, help="Longest answer, in tokens."
@@ -257,12 +261,10 @@ def add_generation_flags(parser: argparse.ArgumentParser, *, sampling: bool, max
         "of MiniCPM-V 4.6-Thinking.",
     )  # fmt: skip
     group.add_argument("--system_prompt", default="", help="A system message in front of every conversation.")
-
-
-def check_generation_flags(parser: argparse.ArgumentParser, values: argparse.Namespace) -> None:
-    """End with a message when a flag is given that would have no effect."""
+    values = parser.parse_args(argv)
     given = [name for name in ("temperature", "top_p", "top_k") if getattr(values, name) is not None]
     if given and not values.sampling:
         parser.error(
             f"--{given[0]} is given, but --sampling is false: set it to true, or leave --{given[0]} out"
         )
+    return values
