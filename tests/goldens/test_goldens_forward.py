@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from minicpm_tune.models.batch_layout import VisionInput
 from support.golden_models import HEARING, SIX, ZERO_GRADIENTS, full_batch, golden_model
 from support.paths import GOLDENS
 
@@ -42,8 +43,9 @@ def feature_error(model, generation, case, batch):
     ]
     if not expected:
         return 0.0
-    seen = {name: value for name, value in batch.items() if name != "labels" and not name.startswith("audio")}
-    embeddings, _ = model.embed(**seen)
+    keys = ("pixel_values", "tgt_sizes", "image_bound", "temporal_ids")
+    seen = VisionInput.of(**{key: batch[key] for key in keys if key in batch})
+    embeddings, _ = model.embed(batch["input_ids"], seen, position_ids=batch.get("position_ids"))
     found = torch.stack([embeddings[row, start:end] for row, start, end in batch["image_bound"].tolist()])
     return np.abs(found.detach().numpy() - np.concatenate(expected)).max()
 

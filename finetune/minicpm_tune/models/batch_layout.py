@@ -7,12 +7,12 @@ B rows of T tokens, of which N are real.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,32 +72,29 @@ class SliceLayout:
             samples=tuple(0 if samples is None else samples[index] for index in order),
         )
 
-    def arrange(self, tokens: Tensor) -> Tensor:
-        """Bring [N, ...] tokens from the batch's order into the layout's."""
-        pieces = tokens.split(self.batch_lengths())
-        return torch.cat([pieces[index] for index in self.order])
-
-    def restore(self, tokens: Tensor) -> Tensor:
-        """Bring [N, ...] tokens from the layout's order back into the batch's."""
-        pieces = tokens.split(list(self.lengths))
-        return torch.cat([pieces[place] for place in self.places()])
-
-    def inverse(self, device: torch.device) -> Tensor:
-        """[S] indices that bring one entry per slice back into the batch's order."""
-        return torch.tensor(self.places()).to(device, non_blocking=True)
-
-    def in_batch_order(self) -> tuple[list[Grid], list[int]]:
-        """[S] grids and [S] samples, in the batch's order."""
-        places = self.places()
-        return [self.grids[place] for place in places], [self.samples[place] for place in places]
-
-    def batch_lengths(self) -> list[int]:
-        """Tokens per slice, in the batch's order."""
-        return [self.lengths[place] for place in self.places()]
-
+    @cached_property
     def places(self) -> list[int]:
         """[S] where each slice of the batch stands in the layout."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+    @property
+    def batch_lengths(self) -> list[int]:
+        """[S] tokens per slice, in the batch's order."""
+        return [self.lengths[place] for place in self.places]
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        """Bring [N, ...] tokens from the batch's order into the layout's."""
+        pieces = tokens.split(self.batch_lengths)
+        return torch.cat([pieces[index] for index in self.order])
+
+    def pieces(self, tokens: Tensor) -> list[Tensor]:
+        """[N, ...] in the layout's order -> the tokens of each slice, in the batch's order."""
+        pieces = _split(tokens, self.lengths)
+        return [pieces[place] for place in self.places]
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Bring [N, ...] tokens from the layout's order back into the batch's."""
+        return torch.cat(self.pieces(tokens))
 
     def padded_per_sample(self, tokens: Tensor) -> tuple[Tensor, SliceLayout, Tensor]:
         """Pad every slice with zero tokens to the longest of its sample (the 2.5 quirk).
@@ -119,19 +116,58 @@ class SliceLayout:
         return torch.cat(pieces), layout, torch.cat(kept)
 
 
+def _split(tokens: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Cut [N, ...] into slices of so many patches; in 4.6 and 4.7 a token is several patches joined."""
+    joined = sum(lengths) // tokens.shape[0]
+    return tokens.split([length // joined for length in lengths])
+
+
 @dataclass(frozen=True)
 class VisionInput:
     """What a batch has of its slices.
 
     Attributes:
         pixel_values: [3, 14, 14 * patches] uint8, patches side by side, of the slices that are not cached.
+        grids: [S] (rows, columns) of all slices, in patches.
+        bounds: [P] (row, start, end) of the runs of placeholder tokens.
+        temporal_ids: [S, 2] (placeholder, time or -1) where slices share placeholders; None: every slice has its own.
         sources: Which slices' features are cached; None: none.
         known_features: [tokens, C] of the cached slices, as the tower gave them.
     """
 
     pixel_values: Tensor | None
+    grids: Sequence[Grid]
+    bounds: Sequence[Sequence[int]] = ()
+    temporal_ids: Any = None
     sources: SliceSources | None = None
     known_features: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Any = None,
+        image_bound: Any = None,
+        temporal_ids: Any = None,
+        slice_sources: SliceSources | None = None,
+        known_features: Tensor | None = None,
+    ) -> VisionInput:
+        """Read the keys of a ``batch.Batch``; sizes and bounds are tensors or arrays, best on the CPU."""
+        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
+        bounds = [] if image_bound is None or not grids else image_bound.tolist()
+        return cls(pixel_values, grids, bounds, temporal_ids, slice_sources, known_features)
+
+    @property
+    def placeholders(self) -> list[int]:
+        """[S] the placeholder of each slice."""
+        if self.temporal_ids is None:
+            return list(range(len(self.grids)))
+        return [int(placeholder) for placeholder in self.temporal_ids[:, 0].tolist()]
+
+    def places(self, width: int) -> Tensor:
+        """[tokens] places of all placeholder tokens in the flattened [B * T] batch; ``width`` is T."""
+        starts = [row * width + start for row, start, _ in self.bounds]
+        return spans(starts, [end - start for _, start, end in self.bounds])
 
 
 def tower_features(
@@ -154,31 +190,23 @@ def tower_features(
     Returns:
         [N, C] in the layout's order, and those that can be cached now.
     """
-    sources, known_features = vision.sources, vision.known_features
+    sources = vision.sources
     if sources is None:
         return run(vision.pixel_values, layout), None
-    grids, samples = layout.in_batch_order()
-    chosen = np.flatnonzero(~sources.known).tolist()
+    slices = [(layout.grids[place], layout.samples[place]) for place in layout.places]
+    unknown = [part for part, known in zip(slices, sources.known, strict=True) if not known]
     found: list[Tensor] = []
-    if chosen:
-        part = SliceLayout.of([grids[index] for index in chosen], [samples[index] for index in chosen])
-        features = run(vision.pixel_values, part)
-        # In 4.6 and 4.7 the tower joins four patches into a token.
-        merged = sum(part.lengths) // features.shape[0]
-        found = list(features.split([length // merged for length in part.lengths]))
-        found = [found[place] for place in part.places()]
+    if unknown:
+        part = SliceLayout.of(*zip(*unknown, strict=True))
+        found = part.pieces(run(vision.pixel_values, part))
     elif _is_partitioned(tower):
         run(None, layout)
-    if known_features is None:
-        pieces = found
-    else:
-        lengths = [
-            rows * columns for (rows, columns), known in zip(grids, sources.known, strict=True) if known
-        ]
-        merged = sum(lengths) // known_features.shape[0]
-        known = iter(known_features.split([length // merged for length in lengths]))
-        new = iter(found)
-        pieces = [next(known) if is_known else next(new) for is_known in sources.known]
+    pieces = found
+    if vision.known_features is not None:
+        known_grids = [grid for (grid, _), known in zip(slices, sources.known, strict=True) if known]
+        known_pieces = _split(vision.known_features, [rows * columns for rows, columns in known_grids])
+        old, new = iter(known_pieces), iter(found)
+        pieces = [next(old if known else new) for known in sources.known]
     return torch.cat([pieces[index] for index in layout.order]), _by_picture(found, sources.keys)
 
 
@@ -190,6 +218,12 @@ def _is_partitioned(tower: nn.Module) -> bool:
 def _by_picture(slices: list[Tensor], keys: list[tuple[str | None, int]]) -> NewFeatures:
     rest = iter(slices)
     return NewFeatures([(key, torch.cat([next(rest) for _ in range(count)]).detach()) for key, count in keys])
+
+
+def recorded_if_trained(module: nn.Module) -> AbstractContextManager:
+    """In it autograd records a module's run only where some of its parameters train."""
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    return nullcontext() if trains else torch.no_grad()
 
 
 @dataclass(frozen=True)
@@ -240,29 +274,10 @@ class SampleLayout:
         return cls(tuple(lengths), mask.shape[1], device, **more)
 
     @classmethod
-    def of_batch(
-        cls,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        on_cpu: Any,
-        **more: Any,
-    ) -> Any:
-        """Read the samples of a model's arguments.
-
-        Args:
-            input_ids: [B, T].
-            attention_mask: [B, T], 1 at real tokens; None: there is no padding.
-            position_ids: [B, T], restarting at 0 in each packed sample; None: a row is a sample.
-            on_cpu: ``Batch.on_cpu``; without it, mask and positions are fetched, and the program waits for the device.
-            **more: See ``of``.
-        """
-        if on_cpu is not None:
-            mask, *positions = torch.from_numpy(on_cpu[1:])
-        else:
-            mask = torch.ones(input_ids.shape) if attention_mask is None else attention_mask.cpu()
-            positions = [] if position_ids is None else [position_ids.cpu()]
-        return cls.of(positions[0] if positions else None, mask, device=input_ids.device, **more)
+    def of_batch(cls, on_cpu: Tensor, *, device: torch.device, **more: Any) -> Any:
+        """Read the samples off ``Batch.on_cpu``, [2 or 3, B, T]; the rest as for ``of``."""
+        _, mask, *positions = on_cpu
+        return cls.of(positions[0] if positions else None, mask, device=device, **more)
 
     @property
     def samples(self) -> list[int]:
@@ -272,13 +287,13 @@ class SampleLayout:
     @cached_property
     def tokens(self) -> Tensor:
         """[N] place of each real token in the flattened [B * T] batch."""
-        places = [row * self.width + torch.arange(sum(lengths)) for row, lengths in enumerate(self.lengths)]
-        return torch.cat(places).to(self.device, non_blocking=True)
+        starts = range(0, len(self.lengths) * self.width, self.width)
+        return spans(starts, [sum(lengths) for lengths in self.lengths]).to(self.device, non_blocking=True)
 
     @cached_property
     def positions(self) -> Tensor:
         """[N] position of each real token in its sample."""
-        return torch.cat([torch.arange(length) for length in self.samples]).to(self.device, non_blocking=True)
+        return spans([0] * len(self.samples), self.samples).to(self.device, non_blocking=True)
 
     @cached_property
     def sample_of_token(self) -> Tensor:
@@ -313,3 +328,20 @@ def placed(tokens: Tensor, places: Tensor, rows: int, width: int) -> Tensor:
         return tokens.unflatten(0, (rows, width))
     empty = tokens.new_zeros((rows * width, *tokens.shape[1:]))
     return empty.index_copy(0, places, tokens).unflatten(0, (rows, width))
+
+
+def replaced(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """[B, T, D] with the rows [K, D] of ``features`` at the [K] places, counted in the flattened [B * T] batch."""
+    places = places.to(embeddings.device, non_blocking=True)
+    return embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype)).view_as(embeddings)
+
+
+def spans(starts: Iterable[int], lengths: Iterable[int]) -> Tensor:
+    """[sum(lengths)] int64: start, start + 1, ... of every span.
+
+    Example:
+        >>> spans([0, 5], [3, 1]).tolist()
+        [0, 1, 2, 5]
+    """
+    ranges = (torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True))
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])

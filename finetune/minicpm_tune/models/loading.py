@@ -95,16 +95,6 @@ def model_class(generation: Generation) -> Any:
     return import_module(f"minicpm_tune.models.{generation.family}").model_class(generation)
 
 
-def keep_present_blocks(model: Any) -> None:
-    """Let a model name only blocks that it has as its units (``_no_split_modules``).
-
-    transformers' classes list those of all their variants. FSDP refuses a name without a module (accelerate 1.15).
-    """
-    model._no_split_modules = {type(module).__name__ for module in model.modules()} & set(
-        model._no_split_modules or ()
-    )
-
-
 def add_token_rows(model: PreTrainedModel, tokens: Mapping[str, int]) -> None:
     """Give every new token a row in the embeddings and the output layer.
 

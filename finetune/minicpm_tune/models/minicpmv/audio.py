@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minicpm_tune.models.batch_layout import spans
+
 MEL_BINS = 80
 ENCODER_FRAMES_PER_SECOND = 50
 # The audio that stands in when a batch has none: one second, as in the released training forward.
@@ -117,7 +119,7 @@ class AudioInput:
     def places(self, width: int) -> Tensor:
         """[K] places of the audio tokens in the flattened [B * T] batch; ``width`` is T."""
         starts = [row * width + start for row, start, _ in self.bounds]
-        return _spans(starts, [end - start for _, start, end in self.bounds])
+        return spans(starts, [end - start for _, start, end in self.bounds])
 
 
 @dataclass(frozen=True)
@@ -258,17 +260,17 @@ class AudioEncoder(nn.Module):
         # Kept frames of the input; a slot is longer than its segment where padding is attended to.
         source = [min(segment.frames, kept) for segment, (_, kept) in zip(segments, row.slots, strict=True)]
         starts = [start for start, _ in row.slots]
-        places = _spans(starts, source).to(device, non_blocking=True)
+        places = spans(starts, source).to(device, non_blocking=True)
         given = _ranges([segment.frames for segment in segments], source).to(device, non_blocking=True)
         inside = torch.zeros(row.length, dtype=torch.bool)
-        inside[_spans(starts, [kept for _, kept in row.slots])] = True
+        inside[spans(starts, [kept for _, kept in row.slots])] = True
         inside = inside.to(device, non_blocking=True)
         frames = mel.new_zeros(mel.shape[0], row.length).index_copy(1, places, mel[:, given])
         # Outside the slots the second convolution must see zeros, as it does beyond the ends of a segment.
         hidden = F.gelu(self.conv1(frames[None].to(self.conv1.weight.dtype))) * inside
         hidden = F.gelu(self.conv2(hidden))[0].T
-        places = _spans([start // 2 for start in starts], row.attended).to(device, non_blocking=True)
-        positions = torch.cat([torch.arange(count) for count in row.attended]).to(device, non_blocking=True)
+        places = spans([start // 2 for start in starts], row.attended).to(device, non_blocking=True)
+        positions = spans([0] * len(row.attended), row.attended).to(device, non_blocking=True)
         return hidden[places] + self.embed_positions(positions)
 
 
@@ -310,11 +312,4 @@ def _ranges(lengths: Sequence[int], used: Sequence[int]) -> Tensor:
         [0, 1, 3]
     """
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
-    return _spans(starts, used)
-
-
-def _spans(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """[sum(lengths)] int64: start, start + 1, ... of every span."""
-    return torch.cat(
-        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    )
+    return spans(starts, used)

@@ -2,35 +2,35 @@
 
 Key names, configuration and files are those of the released checkpoints; the code is ours and runs
 on current transformers. What differs between generations comes from ``checkpoints.model_generations``.
-Letters: B rows, T tokens, S slices, P placeholders, Q tokens per placeholder, D width of the LLM.
+Letters: B rows, T tokens, N patches of all slices, S slices, P placeholders, Q tokens per placeholder, C width of
+the tower, D width of the LLM, K audio tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 
-from minicpm_tune.batch import NewFeatures, SliceSources
-from minicpm_tune.checkpoints.released_format import ReleasedModel
+from minicpm_tune.batch import NewFeatures
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
 from minicpm_tune.models.autocast import to_autocast_dtype
 from minicpm_tune.models.batch_layout import (
-    FULL_SLICE,
     PATCH,
     Grid,
     SampleLayout,
     SliceLayout,
     VisionInput,
+    recorded_if_trained,
+    replaced,
     tower_features,
 )
-from minicpm_tune.models.chat_interface import ChatMixin
-from minicpm_tune.models.loading import keep_present_blocks
-from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.family_model import FamilyModel, LastHidden, keep_present_blocks, refuse_unknown
+from minicpm_tune.models.loss import as_lm_head
 from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.vision import (
@@ -45,7 +45,7 @@ from minicpm_tune.models.minicpmv.vision import (
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
 
-class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MiniCPMV(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of V-2, 2.5, 2.6, V-4 and V-4.5, and of o-2.6 and o-4.5, whose speech output is kept and not run.
 
     Args:
@@ -56,7 +56,6 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
     # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
     # Speech output, and what hears in a checkpoint whose config.json leaves it out: not run here, saved unchanged.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^apm\.", r"^audio_projection_layer\.", r"^tts\."]  # type: ignore[misc]
@@ -127,55 +126,38 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         elif isinstance(module, TimmTower):
             initialization.normal_(module.pos_embed, std=0.02)
 
-    def slice_grids(self, count: int) -> list[Grid]:
-        """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""
-        return [FULL_SLICE] * count
-
     def slice_tokens(self, grid: Grid) -> int:
         """Placeholder tokens of a slice of ``grid`` patches."""
         return self.config.query_num
 
-    def encode_slices(
-        self,
-        vision: VisionInput,
-        grids: list[Grid],
-        *,
-        samples: list[int],
-        packs: FramePacks | None,
-    ) -> tuple[Tensor, NewFeatures | None]:
+    def encode_slices(self, vision: VisionInput, *, samples: list[int]) -> tuple[Tensor, NewFeatures | None]:
         """Run vision tower and resampler once, on all slices of the batch.
 
         Args:
             vision: What there is of the slices.
-            grids: [S] (rows, columns) of each slice, in patches.
             samples: [S] the sample each slice belongs to (the 2.5 tower looks at it).
-            packs: Frames that share a placeholder (V-4.5 video); None otherwise.
 
         Returns:
             [P, Q, D] embeddings in the order of the placeholders, and the tower's features to be cached.
         """
-        layout = SliceLayout.of(grids, samples)
+        layout = SliceLayout.of(vision.grids, samples)
         features, new = tower_features(self._run_tower, vision, layout, tower=self.vpm)
-        return self.resampler(features, layout, packs), new
+        return self.resampler(features, layout, FramePacks.of(vision)), new
 
     def _run_tower(self, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
         """[N, C] features in the layout's order; for None those of a dummy slice."""
+        table = next(self.vpm.parameters())
         if pixel_values is None:
             layout, size = SliceLayout.of([DUMMY_GRID]), PATCH * DUMMY_GRID[0] * DUMMY_GRID[1]
-            device = next(self.vpm.parameters()).device
-            pixel_values = torch.zeros((3, PATCH, size), dtype=torch.uint8, device=device)
+            pixel_values = torch.zeros((3, PATCH, size), dtype=torch.uint8, device=table.device)
         patches = pixel_values.unflatten(-1, (-1, PATCH)).permute(2, 0, 1, 3).flatten(1)
-        patches = (patches.to(torch.float32) / 255 - 0.5) / 0.5
-        patches = layout.arrange(patches.to(next(self.vpm.parameters()).dtype))
-        vision_trains = any(parameter.requires_grad for parameter in self.vpm.parameters())
-        with nullcontext() if vision_trains else torch.no_grad():
-            features = self.vpm(patches, layout)
-        return to_autocast_dtype(features)
+        patches = ((patches.to(torch.float32) / 255 - 0.5) / 0.5).to(table.dtype)
+        with recorded_if_trained(self.vpm):
+            return to_autocast_dtype(self.vpm(layout.arrange(patches), layout))
 
     def encode_audio(self, audio: AudioInput) -> Tensor:
         """[K, D] embeddings of all audio tokens of the batch, in their order; encoder and projection run once."""
-        trains = any(parameter.requires_grad for parameter in self.apm.parameters())
-        with nullcontext() if trains else torch.no_grad():
+        with recorded_if_trained(self.apm):
             features = self.apm(audio.mel, audio.segments)
         features = self.audio_projection_layer(to_autocast_dtype(features))
         return pooled(features, audio.segments, self.config.audio_pool)
@@ -183,31 +165,21 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
     def embed(
         self,
         input_ids: Tensor,
+        vision: VisionInput,
         *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: Any = None,
+        audio: AudioInput | None = None,
         position_ids: Tensor | None = None,
         dummy: bool = False,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
-        audio: AudioInput | None = None,
     ) -> tuple[Tensor, NewFeatures | None]:
         """Token embeddings with the placeholders replaced by the embeddings of images and audio.
 
         Args:
             input_ids: [B, T] int64.
-            pixel_values: [3, 14, 14 * N] uint8, or None.
-            tgt_sizes: [S, 2] (rows, columns) in patches; tensor or array, best on the CPU.
-            image_bound: [P, 3] (row, start, end) of each run of Q placeholder tokens.
-            temporal_ids: [S, 2] (placeholder, time or -1), or None when every slice has its own.
-            position_ids: [B, T], given when rows are packed; best on the CPU.
-            dummy: Run the vision tower on a dummy slice when the batch has no image, so that
-                every rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which slices' features are cached.
-            known_features: Those features.
+            vision: What there is to see.
             audio: What there is to hear; None: nothing.
+            position_ids: [B, T], given when rows are packed; best on the CPU.
+            dummy: Run the towers on a dummy when the batch has no image or audio, so that every rank takes part in
+                the same collectives and every trained parameter gets a gradient.
 
         Returns:
             [B, T, D], and the vision tower's features to be cached.
@@ -218,162 +190,72 @@ class MiniCPMV(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # t
         embeddings = self.get_input_embeddings()(input_ids) * self.embedding_scale
         if self.config.hears and (audio is not None or dummy):
             embeddings = self._with_audio(embeddings, audio)
-        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
-        if not grids:
-            if not dummy:
-                return embeddings, None
-            features, _ = self.encode_slices(VisionInput(None), [DUMMY_GRID], samples=[0], packs=None)
-            return embeddings + features.sum().to(embeddings.dtype) * 0, None
-        bounds = image_bound.tolist()
-        packs = None if temporal_ids is None else FramePacks.of(temporal_ids)
-        placeholder_of = range(len(grids)) if packs is None else [int(p) for p in temporal_ids[:, 0].tolist()]
-        check_bounds(bounds, len(grids) if packs is None else len(packs.sizes), queries=self.config.query_num)
-        sample_of = self._samples(bounds, position_ids)
-        features, new = self.encode_slices(
-            VisionInput(pixel_values, slice_sources, known_features),
-            grids,
-            samples=[sample_of[index] for index in placeholder_of],
-            packs=packs,
-        )
-        starts = torch.tensor([row * input_ids.shape[1] + start for row, start, _ in bounds])
-        index = (starts[:, None] + torch.arange(self.config.query_num)).flatten()
-        index = index.to(embeddings.device, non_blocking=True)
-        flat = embeddings.flatten(0, 1).index_copy(0, index, features.flatten(0, 1).to(embeddings.dtype))
-        return flat.view_as(embeddings), new
+        if vision.grids:
+            check_bounds(vision, queries=self.config.query_num)
+            features, new = self.encode_slices(vision, samples=self._samples(vision, position_ids))
+            return replaced(embeddings, vision.places(input_ids.shape[1]), features.flatten(0, 1)), new
+        if dummy:
+            features, _ = self.encode_slices(VisionInput(None, [DUMMY_GRID]), samples=[0])
+            embeddings = embeddings + features.sum().to(embeddings.dtype) * 0
+        return embeddings, None
 
     def _with_audio(self, embeddings: Tensor, audio: AudioInput | None) -> Tensor:
         if audio is None:
             nothing = AudioInput.dummy(embeddings.device)
             return embeddings + self.encode_audio(nothing).sum().to(embeddings.dtype) * 0
-        heard = audio.placed(self.encode_audio(audio), self.config.audio_pool).to(embeddings.dtype)
-        places = audio.places(embeddings.shape[1]).to(embeddings.device, non_blocking=True)
-        return embeddings.flatten(0, 1).index_copy(0, places, heard).view_as(embeddings)
+        heard = audio.placed(self.encode_audio(audio), self.config.audio_pool)
+        return replaced(embeddings, audio.places(embeddings.shape[1]), heard)
 
-    def _samples(self, bounds: list[list[int]], position_ids: Tensor | None) -> list[int]:
-        """The sample of each placeholder: its row, or its segment of a packed row (needed in 2.5 alone)."""
+    def _samples(self, vision: VisionInput, position_ids: Tensor | None) -> list[int]:
+        """[S] the sample of each slice: its row, or its segment of a packed row (needed in 2.5 alone)."""
+        first = [tuple(vision.bounds[placeholder][:2]) for placeholder in vision.placeholders]
         if position_ids is None or self.config.generation.positions != "one_row":
-            return [row for row, _, _ in bounds]
+            return [row for row, _ in first]
         segments = (position_ids == 0).flatten().cumsum(0).view_as(position_ids).cpu()
-        return [int(segments[row, start]) for row, start, _ in bounds]
+        return [int(segments[place]) for place in first]
 
-    def forward(
+    def last_hidden(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: Any = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        supervised: Any = None,
-        loss_weights: Any = None,
-        on_cpu: Any = None,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
+        host: Tensor,
+        vision: VisionInput,
+        *,
+        trains: bool,
         audio_values: Tensor | None = None,
         audio_segments: Any = None,
         audio_bound: Any = None,
-        **kwargs: Any,
-    ) -> MiniCPMVOutput:
-        """Give the loss (with labels) or the logits (without).
-
-        Rows are padded on the right. The LLM runs on the real tokens of all rows as one row, see ``SampleLayout``.
-
-        Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 1 at real tokens.
-            position_ids: [B, T], restarting at 0 for each packed sample; None for unpacked rows.
-            pixel_values: See ``embed``, as the three that follow.
-            tgt_sizes: See ``embed``.
-            image_bound: See ``embed``.
-            temporal_ids: See ``embed``.
-            labels: [B, T] int64, token id or -100; not shifted.
-            num_items_in_batch: What the summed loss is divided by: the supervised tokens of the whole optimizer step,
-                or the sum of their weights; by default this batch's.
-            supervised: See ``places`` of ``loss.supervised_loss``.
-            loss_weights: See ``weights`` of ``loss.supervised_loss``.
-            on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
-            slice_sources: See ``embed``, as the next.
-            known_features: See ``embed``.
-            audio_values: See ``batch.Batch``, as the two that follow.
-            audio_segments: See ``batch.Batch``.
-            audio_bound: See ``batch.Batch``.
-            **kwargs: Must be None or False (adapters pass their library's usual arguments).
-
-        Returns:
-            A ``MiniCPMVOutput``.
-        """
-        unknown = [
-            name for name, value in kwargs.items() if value and name not in ("return_dict", "use_cache")
-        ]
-        if unknown:
-            raise TypeError(f"MiniCPMV.forward does not know the arguments {', '.join(unknown)}.")
-        positions = position_ids if on_cpu is None or position_ids is None else torch.from_numpy(on_cpu[2])
-        embeddings, new = self.embed(
-            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
-            temporal_ids=temporal_ids, position_ids=positions, dummy=labels is not None,
-            slice_sources=slice_sources, known_features=known_features,
-            audio=AudioInput.of(audio_values, audio_segments, audio_bound),
-        )  # fmt: skip
-        samples = SampleLayout.of_batch(input_ids, attention_mask, position_ids, on_cpu)
-        hidden = self._run_llm(embeddings, samples) * self.output_scale
-        if labels is None:
-            return MiniCPMVOutput(logits=self.llm.lm_head(hidden))
-        found = supervised_loss(self.llm.lm_head, hidden, labels, supervised, loss_weights)
-        return MiniCPMVOutput.of(found, num_items_in_batch, new)
-
-    def _run_llm(self, embeddings: Tensor, samples: SampleLayout) -> Tensor:
-        """[B, T, D] -> [B, T, D] last hidden states, zero at the padding; every sample as if it were alone."""
+        **unknown: Any,
+    ) -> LastHidden:
+        """As ``FamilyModel``'s, with the audio of a ``batch.Batch``."""
+        refuse_unknown(unknown, "MiniCPMV.forward does not know the arguments")
+        audio = AudioInput.of(audio_values, audio_segments, audio_bound)
+        positions = host[2] if len(host) == 3 else None
+        embeddings, new = self.embed(input_ids, vision, audio=audio, position_ids=positions, dummy=trains)
+        samples = SampleLayout.of_batch(host, device=input_ids.device)
         output = self.llm.model(
             inputs_embeds=samples.take(embeddings)[None],
             position_ids=samples.positions[None],
             use_cache=False,  # with a cache transformers would not keep packed samples apart
             **sample_arguments(self.llm.config, samples),
         )
-        return samples.put(output.last_hidden_state[0])
+        return LastHidden(samples.put(output.last_hidden_state[0]) * self.output_scale, new, samples)
 
-    def generate(  # type: ignore[override]  # input_ids come first, as in forward
+    def new_tokens_for(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        vision: VisionInput,
         *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: Any = None,
+        dummy: bool,
         audio_values: Tensor | None = None,
         audio_segments: Any = None,
         audio_bound: Any = None,
-        dummy: bool = False,
         **options: Any,
     ) -> Any:
-        """Generate from prompts with images: their embeddings go into the LLM's own ``generate``.
-
-        Args:
-            input_ids: [B, T] int64, several prompts padded on the LEFT.
-            attention_mask: [B, T], 1 at real tokens; needed when padded.
-            pixel_values: As for ``embed``, as the three that follow.
-            tgt_sizes: See ``embed``.
-            image_bound: See ``embed``.
-            temporal_ids: See ``embed``.
-            audio_values: See ``batch.Batch``, as the two that follow.
-            audio_segments: See ``batch.Batch``.
-            audio_bound: See ``batch.Batch``.
-            dummy: Run the vision tower even without an image, so that no process waits for another.
-            **options: For ``transformers.GenerationMixin.generate``.
-
-        Returns:
-            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
-        """
-        embeddings, _ = self.embed(
-            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
-            temporal_ids=temporal_ids, dummy=dummy,
-            audio=AudioInput.of(audio_values, audio_segments, audio_bound),
-        )  # fmt: skip
+        """The prompt's embeddings go into the LLM's own ``generate``."""
+        audio = AudioInput.of(audio_values, audio_segments, audio_bound)
+        embeddings, _ = self.embed(input_ids, vision, audio=audio, dummy=dummy)
         with self._new_tokens_scaled():
-            return self.llm.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
+            return self.llm.generate(inputs_embeds=embeddings, **options)
 
     @contextmanager
     def _new_tokens_scaled(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ per placeholder, C width of the tower, D width of the LLM.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from minicpm_tune.models.attention import attend_within_slices
-from minicpm_tune.models.batch_layout import PATCH, PatchEmbedding, SliceLayout
+from minicpm_tune.models.batch_layout import PATCH, PatchEmbedding, SliceLayout, VisionInput
 
 TABLE_SIDE = 70  # 980 pixels / 14: the position table of the NaViT tower is 70 x 70.
 TIMM_TABLE_SIDE = 27
@@ -224,29 +225,30 @@ class FramePacks:
     times: tuple[int, ...]
 
     @classmethod
-    def of(cls, temporal_ids: Any) -> FramePacks:
-        """Count the slices of each placeholder in [S, 2] (placeholder, time)."""
-        placeholders, times = zip(*temporal_ids.tolist(), strict=True)
-        sizes = [0] * (max(placeholders) + 1)
-        for placeholder in placeholders:
-            sizes[placeholder] += 1
-        return cls(tuple(sizes), tuple(times))
+    def of(cls, vision: VisionInput) -> FramePacks | None:
+        """Count the slices of each placeholder; None where every slice has its own."""
+        if vision.temporal_ids is None:
+            return None
+        sizes = Counter(vision.placeholders)
+        times = tuple(vision.temporal_ids[:, 1].tolist())
+        return cls(tuple(sizes[placeholder] for placeholder in range(max(sizes) + 1)), times)
 
 
-def check_bounds(bounds: Sequence[Sequence[int]], expected: int, *, queries: int) -> None:
-    """See that (row, start, end) of the placeholders fit the slices and the queries.
+def check_bounds(vision: VisionInput, *, queries: int) -> None:
+    """See that the placeholders fit the slices and the queries.
 
     Raises:
         ValueError: When their number or a length is another.
     """
-    if len(bounds) != expected:
-        raise ValueError(f"The batch has {expected} slices or packs and {len(bounds)} placeholders.")
-    wrong = [bound for bound in bounds if bound[2] - bound[1] != queries]
-    if wrong:
-        raise ValueError(
-            f"image_bound {wrong[0]}: {wrong[0][2] - wrong[0][1]} tokens, expected query_num = {queries} in every "
-            "placeholder."
-        )
+    expected = max(vision.placeholders) + 1
+    if len(vision.bounds) != expected:
+        raise ValueError(f"The batch has {expected} slices or packs and {len(vision.bounds)} placeholders.")
+    for row, start, end in vision.bounds:
+        if end - start != queries:
+            raise ValueError(
+                f"image_bound {[row, start, end]}: {end - start} tokens, expected query_num = {queries} in every "
+                "placeholder."
+            )
 
 
 @lru_cache(maxsize=16)
@@ -312,13 +314,9 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=1e-6)
         self.ln_post = nn.LayerNorm(width, eps=1e-6)
         self.proj = nn.Parameter(torch.zeros(width, width))
-        if query_positions:
-            # Filled by MiniCPMV._init_weights: parameters are made without values while loading.
-            self.pos_embed: nn.Parameter | None = nn.Parameter(
-                torch.zeros(queries, width), requires_grad=False
-            )
-        else:
-            self.pos_embed = None
+        # Filled by MiniCPMV._init_weights: parameters are made without values while loading.
+        table = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
+        self.pos_embed = table if query_positions else None
 
     def forward(self, features: Tensor, layout: SliceLayout, packs: FramePacks | None = None) -> Tensor:
         """Give every placeholder its embeddings.
@@ -337,18 +335,16 @@ class Resampler(nn.Module):
         if self.pos_embed is not None:
             query = query + self.pos_embed
         if packs is None:
-            lengths: Sequence[int] = layout.lengths
+            mixed = self.attn(query, key, value, lengths=layout.lengths)
+            mixed = mixed[torch.tensor(layout.places).to(mixed.device, non_blocking=True)]
         else:
-            key, value = layout.restore(key), layout.restore(value)
-            key, lengths = self._with_times(key, layout, packs)
-        mixed = self.attn(query, key, value, lengths=lengths)
-        if packs is None:
-            mixed = mixed[layout.inverse(mixed.device)]
+            key, lengths = self._with_times(layout.restore(key), layout, packs)
+            mixed = self.attn(query, key, layout.restore(value), lengths=lengths)
         return self.ln_post(mixed) @ self.proj
 
     def _with_times(self, key: Tensor, layout: SliceLayout, packs: FramePacks) -> tuple[Tensor, list[int]]:
         """Add each frame's time to the keys of its patches; give the tokens per placeholder."""
-        per_slice = layout.batch_lengths()
+        per_slice = layout.batch_lengths
         # Row 0 of the table stands for "no time" and is zero.
         table = F.pad(sine_table(max(packs.times) + 1, key.shape[-1]), (0, 0, 1, 0))
         table = table.to(key.device, non_blocking=True)

@@ -24,7 +24,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 from transformers.utils.generic import maybe_autocast
 
-from minicpm_tune.models.batch_layout import SampleLayout, placed
+from minicpm_tune.models.batch_layout import SampleLayout, placed, spans
 
 # The chunk length of the chunked delta rule (transformers' default): samples start at multiples of it.
 CHUNK = 64
@@ -75,12 +75,8 @@ class SpreadLayout(SampleLayout):
     def slots(self) -> Tensor:
         """[N] place of each real token in the flattened [B * W] spread form."""
         rows, spread_width = self._spread_starts
-        places = [
-            row * spread_width + start + torch.arange(length)
-            for row, starts in enumerate(rows)
-            for start, length in zip(starts, self.lengths[row], strict=True)
-        ]
-        return torch.cat(places).to(self.device, non_blocking=True)
+        starts = [row * spread_width + start for row, starts in enumerate(rows) for start in starts]
+        return spans(starts, self.samples).to(self.device, non_blocking=True)
 
     @cached_property
     def resets(self) -> Tensor:

@@ -14,7 +14,7 @@ Letters: B rows, T tokens, N patches of all slices, S slices, D width of the LLM
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +24,11 @@ from transformers.models.minicpm_ocr import modeling_minicpm_ocr
 from transformers.models.minicpmv4_6 import modeling_minicpmv4_6
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7
 
-from minicpm_tune.batch import IGNORE_INDEX, NewFeatures, SliceSources
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
-from minicpm_tune.checkpoints.released_format import ReleasedModel
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
-from minicpm_tune.models.batch_layout import FULL_SLICE, Grid, VisionInput
-from minicpm_tune.models.chat_interface import ChatMixin
-from minicpm_tune.models.loading import keep_present_blocks
-from minicpm_tune.models.loss import (
-    MiniCPMVOutput,
-    as_lm_head,
-    balance_losses,
-    sample_weights,
-    supervised_loss,
-)
+from minicpm_tune.models.batch_layout import Grid, VisionInput, replaced
+from minicpm_tune.models.family_model import FamilyModel, LastHidden, keep_present_blocks, refuse_unknown
+from minicpm_tune.models.loss import as_lm_head, balance_losses, sample_weights
 from minicpm_tune.models.minicpmv46.delta_net import SpreadLayout, use_packed_delta_nets
 from minicpm_tune.models.minicpmv46.vision import PlaceholderRuns, encode_slices, use_slice_modules
 
@@ -45,31 +36,13 @@ from minicpm_tune.models.minicpmv46.vision import PlaceholderRuns, encode_slices
 _KINDS = ((1, "image", "target_sizes"), (2, "video", "target_sizes_videos"))
 
 
-class _LlmOutput(NamedTuple):
-    """What the LLM gave for a batch.
-
-    Attributes:
-        hidden: [B, T, D] last hidden states.
-        samples: The samples of the batch.
-        router_logits: Every layer's [tokens of all samples, experts]; empty where nothing asks for them.
-        new_features: The vision tower's features that are to be cached.
-    """
-
-    hidden: Tensor
-    samples: SpreadLayout
-    router_logits: tuple[Tensor, ...]
-    new_features: NewFeatures | None
-
-
-class _TrainingForward(ReleasedModel, ChatMixin):
+class _TrainingForward(FamilyModel):
     """What is added to transformers' classes; stands before transformers' class in the order of bases."""
 
-    accepts_loss_kwargs = True
     # Made by transformers' class.
     config: Any
     model: Any
     lm_head: Any
-    get_input_embeddings: Any
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
@@ -79,124 +52,64 @@ class _TrainingForward(ReleasedModel, ChatMixin):
         keep_samples_apart(self.config.text_config)
         keep_present_blocks(self)
 
-    def slice_grids(self, count: int) -> list[Grid]:
-        """(rows, columns) in patches of a large image that is cut into ``count`` slices, overview included."""
-        return [FULL_SLICE] * count
-
     def slice_tokens(self, grid: Grid) -> int:
         """Placeholder tokens of a slice of ``grid`` patches."""
         return grid[0] * grid[1] // DOWNSAMPLING[self.config.downsample_mode].patches_per_token
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: None = None,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         mm_token_type_ids: Tensor | None = None,
-        supervised: Any = None,
-        loss_weights: Any = None,
-        on_cpu: Any = None,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Give the loss (with labels) or the logits (without) of a batch of this project's form.
-
-        Without ``labels`` and ``tgt_sizes`` it is transformers' own forward (``generate`` calls it so).
-
-        Args:
-            input_ids: [B, T] int64, padded on the right.
-            attention_mask: [B, T], 1 at real tokens; None: there is no padding.
-            position_ids: [B, T], restarting at 0 for each packed sample; None: a row is a sample.
-            pixel_values: [3, 14, 14 * N] uint8, patches of all slices in the order of their tokens.
-            tgt_sizes: [S, 2] (rows, columns) in patches; best on the CPU.
-            image_bound: Not needed: the placeholder tokens themselves say where they are.
-            temporal_ids: Must be None; these generations have one placeholder per frame.
-            labels: [B, T] int64, token id or -100; not shifted.
-            num_items_in_batch: What the summed loss is divided by: the supervised tokens of the whole optimizer step,
-                or the sum of their weights; by default this batch's.
-            mm_token_type_ids: Not needed here: the token ids tell text, image and video.
-            supervised: See ``places`` of ``loss.supervised_loss``.
-            loss_weights: See ``weights`` of ``loss.supervised_loss``.
-            on_cpu: [2 or 3, B, T] numpy int64: ``input_ids``, ``attention_mask`` and, with packing,
-                ``position_ids`` once more. Without it they are fetched, and the program waits for the device.
-            slice_sources: Which slices' features are cached.
-            known_features: Those features.
-            **kwargs: transformers' own arguments; here they must be None or False.
-
-        Returns:
-            A ``MiniCPMVOutput``, or what transformers' forward returns.
-        """
+        """As ``FamilyModel``'s; without ``labels`` and ``tgt_sizes`` transformers' own (``generate`` calls it so)."""
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+        }
         if labels is None and tgt_sizes is None:
-            return super().forward(  # type: ignore[misc]
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                pixel_values=pixel_values, **self.own_arguments(mm_token_type_ids), **kwargs,
-            )  # fmt: skip
-        _refuse_unknown(kwargs | {"temporal_ids": temporal_ids})
+            own = self.own_arguments(mm_token_type_ids)
+            return super(FamilyModel, self).forward(input_ids=input_ids, **own, **kwargs)  # type: ignore[misc]
         assert input_ids is not None, "a batch has input_ids"
-        host = (
-            _on_cpu(input_ids, attention_mask, position_ids) if on_cpu is None else torch.from_numpy(on_cpu)
+        # The token ids themselves tell text, image and video: mm_token_type_ids is not needed.
+        return super().forward(input_ids, tgt_sizes=tgt_sizes, labels=labels, **kwargs)
+
+    def last_hidden(
+        self, input_ids: Tensor, host: Tensor, vision: VisionInput, *, trains: bool, **own: Any
+    ) -> LastHidden:
+        """As ``FamilyModel``'s."""
+        refuse_unknown(
+            own | {"temporal_ids": vision.temporal_ids},  # one placeholder per frame
+            "The training forward of the family minicpmv46 does not know",
         )
-        vision = VisionInput(pixel_values, slice_sources, known_features)
-        balances = labels is not None and getattr(self.config.text_config, "output_router_logits", False)
-        output = self._last_hidden(input_ids, host, vision, tgt_sizes, router_logits=balances)
-        if labels is None:
-            return MiniCPMVOutput(logits=self.lm_head(output.hidden))
-        if position_ids is not None and supervised is None:
-            # A sample's first token has nothing in front of it to be predicted from.
-            labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
-        found = supervised_loss(self.lm_head, output.hidden, labels, supervised, loss_weights)
-        balance = None
-        if balances:
-            weights = sample_weights(labels, output.samples, supervised, loss_weights)
-            balance = self._balance_loss(output, weights)
-        return MiniCPMVOutput.of(found, num_items_in_batch, output.new_features, balance=balance)
-
-    def _balance_loss(self, output: _LlmOutput, weights: Tensor) -> Tensor:
-        """The loss of the experts' use; ``weights`` are those of the samples' cross entropies."""
-        config = self.config.text_config
-        losses = balance_losses(output.router_logits, output.samples, per_token=config.num_experts_per_tok)
-        return config.router_aux_loss_coef * (losses * weights).sum()
-
-    def _last_hidden(
-        self, input_ids: Tensor, host: Tensor, vision: VisionInput, tgt_sizes: Any, *, router_logits: bool
-    ) -> _LlmOutput:
-        """Run tower and LLM on a batch.
-
-        Args:
-            input_ids: As in ``forward``, like ``vision`` and ``tgt_sizes``.
-            host: [2 or 3, B, T] ids, mask and positions on the CPU.
-            vision: What there is of the slices.
-            tgt_sizes: See ``forward``.
-            router_logits: Whether they are asked for.
-        """
         config = self.config
-        ids, mask, *positions = host
         gap = config.text_config.linear_conv_kernel_dim
-        samples = SpreadLayout.of(positions[0] if positions else None, mask, gap=gap, device=input_ids.device)
-        kinds = self.kinds_of(ids)
-        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
-        runs = PlaceholderRuns.of(kinds, grids, mode=config.downsample_mode)
-        embeddings, new = self._embed(input_ids, vision, runs)
-        rope = self._rope(ids, mask, samples, runs)
-        hidden, logits = self._run_llm(embeddings, samples, rope, router_logits=router_logits)
-        return _LlmOutput(hidden, samples, logits, new)
-
-    def _embed(
-        self, input_ids: Tensor, vision: VisionInput, runs: PlaceholderRuns
-    ) -> tuple[Tensor, NewFeatures | None]:
-        """[B, T, D] token embeddings with the placeholders replaced by image embeddings."""
+        samples = SpreadLayout.of_batch(host, gap=gap, device=input_ids.device)
+        runs = PlaceholderRuns.of(self.kinds_of(host[0]), vision.grids, mode=config.downsample_mode)
         embeddings = self.get_input_embeddings()(input_ids)
-        features, new = encode_slices(self.model, vision, runs.grids)
-        places = runs.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
-        flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
-        return flat.view_as(embeddings), new
+        features, new = encode_slices(self.model, vision)
+        embeddings = replaced(embeddings, runs.places(input_ids.shape[1]), features)
+        rope = self._rope(host[0], host[1], samples, runs)
+        balances = trains and getattr(config.text_config, "output_router_logits", False)
+        states, logits = self._run_llm(embeddings, samples, rope, router_logits=balances)
+        return LastHidden(states, new, samples, logits)
+
+    def balance_loss(
+        self, found: LastHidden, labels: Tensor, supervised: Any, loss_weights: Any
+    ) -> Tensor | None:
+        """The loss of the experts' use, each sample's weighted as its cross entropy is."""
+        if not found.router_logits:
+            return None
+        config = self.config.text_config
+        weights = sample_weights(labels, found.samples, supervised, loss_weights)
+        losses = balance_losses(found.router_logits, found.samples, per_token=config.num_experts_per_tok)
+        return config.router_aux_loss_coef * (losses * weights).sum()
 
     def _run_llm(
         self, embeddings: Tensor, samples: SpreadLayout, rope: Tensor | None, *, router_logits: bool
@@ -230,7 +143,7 @@ class _TrainingForward(ReleasedModel, ChatMixin):
     def _rope(self, ids: Tensor, mask: Tensor, samples: SpreadLayout, runs: PlaceholderRuns) -> Tensor | None:
         return None
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         *,
@@ -268,27 +181,26 @@ class _TrainingForward(ReleasedModel, ChatMixin):
             )
         input_ids: Any = kwargs.get("input_ids", inputs)
         kwargs |= self.own_arguments(kwargs.get("mm_token_type_ids"), input_ids=input_ids)
-        generate = super().generate  # type: ignore[misc]
+        generate = super(FamilyModel, self).generate  # type: ignore[misc]  # transformers' own
         if tgt_sizes is None:
             return generate(inputs, pixel_values=pixel_values, **kwargs)
         if len(tgt_sizes) or dummy:
-            kwargs |= self._encoded(input_ids, pixel_values, tgt_sizes)
+            kwargs |= self._encoded(input_ids, VisionInput.of(pixel_values, torch.as_tensor(tgt_sizes)))
         found = generate(inputs, **kwargs)
         if isinstance(found, Tensor):
             return found[:, input_ids.shape[1] :]
         found.sequences = found.sequences[:, input_ids.shape[1] :]
         return found
 
-    def _encoded(self, input_ids: Any, pixel_values: Any, tgt_sizes: Any) -> dict[str, Any]:
+    def _encoded(self, input_ids: Tensor, vision: VisionInput) -> dict[str, Any]:
         """Image embeddings of a batch of prompts, in the form that transformers' ``generate`` takes.
 
         Given pixels it would encode them itself, and repeat them for every beam in the wrong order (5.23).
         """
         kinds = self.kinds_of(input_ids.cpu())
-        grids = [(rows, columns) for rows, columns in torch.as_tensor(tgt_sizes).tolist()]
-        runs = PlaceholderRuns.of(kinds, grids, mode=self.config.downsample_mode)
+        runs = PlaceholderRuns.of(kinds, vision.grids, mode=self.config.downsample_mode)
         with torch.no_grad():
-            encoded, _ = encode_slices(self.model, VisionInput(pixel_values), runs.grids)
+            encoded, _ = encode_slices(self.model, vision)
         features = encoded.split(list(runs.lengths))
         outputs: dict[str, Any] = {}
         sizes: dict[str, Tensor] = {}
@@ -309,20 +221,6 @@ class _TrainingForward(ReleasedModel, ChatMixin):
     ) -> dict[str, Any]:
         """Arguments of transformers' forward and generate that only one generation has."""
         return {}
-
-
-def _refuse_unknown(arguments: dict[str, Any]) -> None:
-    given = [name for name, value in arguments.items() if value is not None and value is not False]
-    unknown = [name for name in given if name not in ("return_dict", "use_cache")]
-    if unknown:
-        raise TypeError(f"The training forward of the family minicpmv46 does not know {', '.join(unknown)}.")
-
-
-def _on_cpu(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-    """Fetch ids, mask and positions in one copy: every further wait for the device costs time."""
-    parts = [input_ids, torch.ones_like(input_ids) if mask is None else mask.to(input_ids)]
-    parts += [] if positions is None else [positions.to(input_ids)]
-    return torch.stack(parts).cpu()
 
 
 class MiniCPMV4_6ForConditionalGeneration(  # type: ignore[misc]  # noqa: N801, the name in config.json

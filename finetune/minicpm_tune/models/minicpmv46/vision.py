@@ -9,7 +9,7 @@ transformers' on the same parameters. Letters: N patches or tokens of all slices
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.vision_utils import get_vision_nearest_position_ids, get_visio
 from minicpm_tune.batch import NewFeatures
 from minicpm_tune.checkpoints.model_generations import DOWNSAMPLING
 from minicpm_tune.models.attention import attend_within_slices
-from minicpm_tune.models.batch_layout import PATCH, Grid, SliceLayout, VisionInput, tower_features
+from minicpm_tune.models.batch_layout import PATCH, Grid, SliceLayout, VisionInput, spans, tower_features
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class PlaceholderRuns:
     """
 
     kinds: Tensor
-    grids: tuple[tuple[int, int], ...]
+    grids: tuple[Grid, ...]
     starts: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     run_kinds: tuple[int, ...]
 
     @classmethod
-    def of(cls, kinds: Tensor, grids: list[tuple[int, int]], *, mode: str) -> PlaceholderRuns:
+    def of(cls, kinds: Tensor, grids: Sequence[Grid], *, mode: str) -> PlaceholderRuns:
         """Find the runs and hold each against its slice.
 
         Args:
@@ -81,11 +81,7 @@ class PlaceholderRuns:
 
     def places(self, width: int) -> Tensor:
         """Places of all placeholder tokens in the flattened [B * T] batch; ``width`` is T."""
-        parts = [
-            row * width + torch.arange(start, start + length)
-            for (row, start), length in zip(self.starts, self.lengths, strict=True)
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        return spans([row * width + start for row, start in self.starts], self.lengths)
 
     def sizes_of(self, kind: int) -> Tensor:
         """[slices of that kind, 2] (rows, columns) in patches."""
@@ -234,32 +230,27 @@ def use_slice_modules(model: Any) -> None:
     model.merger.__class__ = SliceMerger
 
 
-def encode_slices(
-    model: Any, vision: VisionInput, grids: Sequence[Grid]
-) -> tuple[Tensor, NewFeatures | None]:
+def encode_slices(model: Any, vision: VisionInput) -> tuple[Tensor, NewFeatures | None]:
     """Run tower and merger once, on all slices of the batch.
 
     Args:
         model: transformers' model of 4.6 or 4.7 without the output layer.
         vision: What there is of the slices.
-        grids: [S] (rows, columns) of each slice, in patches.
 
     Returns:
         [tokens of all slices, LLM width], in the batch's order, and the tower's features to be cached. When the
         batch has no slice, a dummy slice is run and none of its tokens given: every rank has the same
         collectives, and every trained parameter gets a gradient (of zeros).
     """
-    count = None
-    if not grids:
-        count, grids, vision = 0, [_smallest_grid(model.config)], VisionInput(None)
-    layout = SliceLayout.of(grids)
+    count = None if vision.grids else 0
+    if not vision.grids:
+        vision = VisionInput(None, [_smallest_grid(model.config)])
+    layout = SliceLayout.of(vision.grids)
     features, new = tower_features(partial(_run_tower, model), vision, layout, tower=model.vision_tower)
     joined = 1 if model.config.downsample_mode == "4x" else 2  # patches of a token's side behind the tower
     sizes = torch.tensor([(rows // joined, columns // joined) for rows, columns in layout.grids])
     (merged,) = model.merger(features[None], sizes)
-    per_token = sum(layout.lengths) // merged.shape[0]
-    tokens = replace(layout, lengths=tuple(length // per_token for length in layout.lengths))
-    return tokens.restore(merged)[:count] + _skipped_merger(model, features), new
+    return layout.restore(merged)[:count] + _skipped_merger(model, features), new
 
 
 def _run_tower(model: Any, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
@@ -294,7 +285,7 @@ def _see(tower: Any, patches: Tensor, layout: SliceLayout, *, merges: bool) -> T
     return tower.post_layernorm(hidden)[0]
 
 
-def _smallest_grid(config: Any) -> tuple[int, int]:
+def _smallest_grid(config: Any) -> Grid:
     """The smallest slice that the mergers can join, in patches."""
     window = (1, 1) if config.downsample_mode == "4x" else config.vision_config.window_kernel_size
     rows, columns = (side**config.merger_times for side in config.merge_kernel_size)

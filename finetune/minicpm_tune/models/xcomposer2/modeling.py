@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from minicpm_tune.batch import NewFeatures, SliceSources
-from minicpm_tune.checkpoints.released_format import ReleasedModel
+from minicpm_tune.batch import NewFeatures
 from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
 from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.models.attention import keep_samples_apart, sample_arguments
-from minicpm_tune.models.batch_layout import Grid, SampleLayout, VisionInput
-from minicpm_tune.models.chat_interface import ChatMixin
-from minicpm_tune.models.loading import keep_present_blocks
-from minicpm_tune.models.loss import MiniCPMVOutput, as_lm_head, supervised_loss
+from minicpm_tune.models.batch_layout import Grid, SampleLayout, VisionInput, replaced
+from minicpm_tune.models.family_model import FamilyModel, LastHidden, keep_present_blocks, refuse_unknown
+from minicpm_tune.models.loss import as_lm_head
 from minicpm_tune.models.xcomposer2.configuration import XComposer2Config
 from minicpm_tune.models.xcomposer2.internlm2 import ImageTokens, InternLM2Model, keep_partial
 from minicpm_tune.models.xcomposer2.vision import (
@@ -39,9 +37,10 @@ from minicpm_tune.models.xcomposer2.vision import (
 
 # A released checkpoint may lack the tower's last norm, which nothing uses.
 _UNUSED_NORM = "vit.vision_tower.vision_model.post_layernorm."
+_UNKNOWN = "XComposer2.forward does not know the arguments"
 
 
-class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class XComposer2(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The model of internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 
     Args:
@@ -52,7 +51,6 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
     # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
     _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]  # type: ignore[misc]
     # Buffers that transformers 4 stored, and that are computed here.
@@ -136,27 +134,15 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
         return tile_tokens(grid, self.config.side) if self.config.tiles else grid[0] * grid[1]
 
     def embed(
-        self,
-        input_ids: Tensor,
-        *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        dummy: bool = False,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
+        self, input_ids: Tensor, vision: VisionInput, *, dummy: bool = False
     ) -> tuple[Tensor, ImageTokens | None, NewFeatures | None]:
         """Token embeddings with the placeholders replaced by image embeddings.
 
         Args:
             input_ids: [B, T] int64.
-            pixel_values: [3, 14, 14 * N] uint8, or None.
-            tgt_sizes: [S, 2] (rows, columns) of each image in patches; tensor or array, best on the CPU.
-            image_bound: [S, 3] (row, start, end) of each run of placeholder tokens.
+            vision: What there is of the images.
             dummy: Run vision tower, projector and partial LoRA even without an image, so that every
                 rank takes part in the same collectives and every trained parameter gets a gradient.
-            slice_sources: Which images' features are cached.
-            known_features: Those features.
 
         Returns:
             [B, T, D], the places of the image tokens, and the vision tower's features to be cached.
@@ -165,149 +151,76 @@ class XComposer2(ChatMixin, ReleasedModel, PreTrainedModel, GenerationMixin):  #
             ValueError: When images, placeholders and tokens do not fit each other.
         """
         embeddings = self.get_input_embeddings()(input_ids)
-        grids = (
-            [] if tgt_sizes is None else [(int(rows), int(columns)) for rows, columns in tgt_sizes.tolist()]
-        )
-        if not grids:
-            if not dummy:
-                return embeddings, None, None
-            nothing = encode_dummy(self).to(embeddings.dtype)
-            place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
-            return embeddings + nothing, ImageTokens(place, real=False), None
-        bounds = image_bound.tolist()
-        check_bounds(bounds, grids, side=self.config.side, tiles=self.config.tiles)
-        features, new = encode_images(self, VisionInput(pixel_values, slice_sources, known_features), grids)
-        width = input_ids.shape[1]
-        places = torch.cat(
-            [torch.arange(row * width + start, row * width + end) for row, start, end in bounds]
-        )
-        places = places.to(embeddings.device, non_blocking=True)
-        flat = embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype))
-        return flat.view_as(embeddings), ImageTokens(places), new
+        if vision.grids:
+            check_bounds(vision, side=self.config.side, tiles=self.config.tiles)
+            features, new = encode_images(self, vision)
+            places = vision.places(input_ids.shape[1]).to(embeddings.device, non_blocking=True)
+            return replaced(embeddings, places, features), ImageTokens(places), new
+        if not dummy:
+            return embeddings, None, None
+        place = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
+        return embeddings + encode_dummy(self).to(embeddings.dtype), ImageTokens(place, real=False), None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: None = None,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        supervised: Any = None,
-        loss_weights: Any = None,
-        on_cpu: Any = None,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         image_tokens: ImageTokens | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Give the loss (with labels) or the logits (without).
-
-        Rows are padded on the right. The LLM runs on the real tokens of all rows as one row, see ``SampleLayout``.
+        """As ``FamilyModel``'s; with a cache, which only ``generate`` gives, the logits of the next token.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 at real tokens.
-            position_ids: [B, T], restarting at 0 for each packed sample; None for unpacked rows.
-            pixel_values: See ``embed``, as the two that follow.
-            tgt_sizes: See ``embed``.
-            image_bound: See ``embed``.
-            temporal_ids: Must be None: these models take no video.
-            labels: [B, T] int64, token id or -100; not shifted.
-            num_items_in_batch: What the summed loss is divided by: the supervised tokens of the whole optimizer step,
-                or the sum of their weights; by default this batch's.
-            supervised: See ``places`` of ``loss.supervised_loss``.
-            loss_weights: See ``weights`` of ``loss.supervised_loss``.
-            on_cpu: The first three arguments once more, see ``batch.Batch``; without it they are fetched.
-            slice_sources: See ``embed``, as the next.
-            known_features: See ``embed``.
-            past_key_values: transformers' cache; only ``generate`` gives it, as the two that follow.
-            inputs_embeds: [B, T, D] what ``embed`` gave.
+            position_ids: [B, T].
+            labels: [B, T] int64.
+            past_key_values: transformers' cache.
+            inputs_embeds: [B, T, D] what ``embed`` gave; of meaning only with a cache, as the next.
             image_tokens: What ``embed`` gave.
-            **kwargs: Must be None or False (adapters pass their library's usual arguments).
-
-        Returns:
-            A ``MiniCPMVOutput``; while generating transformers' output.
+            **kwargs: See ``FamilyModel.forward``.
         """
-        known = ("return_dict", "use_cache", "logits_to_keep")
-        unknown = [name for name, value in kwargs.items() if value and name not in known]
-        if unknown:
-            raise TypeError(f"XComposer2.forward does not know the arguments {', '.join(unknown)}.")
-        if past_key_values is not None:
-            return self._next_logits(
-                self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds,
-                image=image_tokens, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values,
-            )  # fmt: skip
-        assert input_ids is not None, "a batch has input_ids"
-        embeddings, image, new = self.embed(
-            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound,
-            dummy=labels is not None, slice_sources=slice_sources, known_features=known_features,
+        if past_key_values is None:
+            assert input_ids is not None, "a batch has input_ids"
+            return super().forward(input_ids, attention_mask, position_ids, labels=labels, **kwargs)
+        refuse_unknown(kwargs, _UNKNOWN)
+        embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.model(
+            embeddings, image=image_tokens, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values,
         )  # fmt: skip
-        samples = SampleLayout.of_batch(input_ids, attention_mask, position_ids, on_cpu)
-        hidden = self._run_llm(embeddings, image, samples)
-        if labels is None:
-            return MiniCPMVOutput(logits=self.output(hidden))
-        found = supervised_loss(self.output, hidden, labels, supervised, loss_weights)
-        return MiniCPMVOutput.of(found, num_items_in_batch, new)
+        return CausalLMOutputWithPast(logits=self.output(hidden[:, -1:]), past_key_values=past_key_values)
 
-    def _run_llm(self, embeddings: Tensor, image: ImageTokens | None, samples: SampleLayout) -> Tensor:
-        """[B, T, D] -> [B, T, D] last hidden states, zero at the padding; every sample as if it were alone."""
+    def last_hidden(
+        self, input_ids: Tensor, host: Tensor, vision: VisionInput, *, trains: bool, **own: Any
+    ) -> LastHidden:
+        """As ``FamilyModel``'s."""
+        refuse_unknown(own, _UNKNOWN)
+        embeddings, image, new = self.embed(input_ids, vision, dummy=trains)
+        samples = SampleLayout.of_batch(host, device=input_ids.device)
         if image is not None:
             image = ImageTokens(samples.rank(image.places), image.real)
         arguments = sample_arguments(self.model.config, samples)
         hidden = self.model(
             samples.take(embeddings)[None], image=image, position_ids=samples.positions[None], **arguments
         )
-        return samples.put(hidden[0])
+        return LastHidden(samples.put(hidden[0]), new, samples)
 
-    def _next_logits(self, embeddings: Tensor, **options: Any) -> CausalLMOutputWithPast:
-        hidden = self.model(embeddings, **options)
-        return CausalLMOutputWithPast(
-            logits=self.output(hidden[:, -1:]), past_key_values=options["past_key_values"]
-        )
-
-    def generate(  # type: ignore[override]  # input_ids come first, as in forward
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        dummy: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Generate from prompts with images, which are encoded once and known as images in the first step.
-
-        Args:
-            input_ids: [B, T] int64, several prompts padded on the LEFT.
-            attention_mask: [B, T], 1 at real tokens; needed when padded.
-            pixel_values: As for ``embed``, as the two that follow.
-            tgt_sizes: See ``embed``.
-            image_bound: See ``embed``.
-            dummy: Run the vision tower even without an image, so that no process waits for another.
-            **options: For ``transformers.GenerationMixin.generate``.
-
-        Returns:
-            [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
-        """
-        embeddings, image, _ = self.embed(
-            input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, image_bound=image_bound, dummy=dummy
-        )
+    def new_tokens_for(self, input_ids: Tensor, vision: VisionInput, *, dummy: bool, **options: Any) -> Any:
+        """transformers' ``generate``; image tokens are known as such in the first step, which reads the prompt."""
+        embeddings, image, _ = self.embed(input_ids, vision, dummy=dummy)
         is_image = None
         if image is not None:
+            # A mask, not places: beams repeat what is [B, T].
             is_image = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
             if image.real:
                 is_image.view(-1)[image.places] = True
-        # A mask, not places: beams repeat what is [B, T].
-        return super().generate(  # type: ignore[misc]
-            inputs_embeds=embeddings, attention_mask=attention_mask, image_mask=is_image, **options
+        return super(FamilyModel, self).generate(  # type: ignore[misc]
+            inputs_embeds=embeddings, image_mask=is_image, **options
         )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

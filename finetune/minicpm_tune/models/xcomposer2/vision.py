@@ -6,7 +6,6 @@ Features come out in the order of their tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from minicpm_tune.models.batch_layout import (
     PatchEmbedding,
     SliceLayout,
     VisionInput,
+    recorded_if_trained,
     tower_features,
 )
 
@@ -32,24 +32,20 @@ from minicpm_tune.models.batch_layout import (
 _DUMMY_PATCHES = 4
 
 
-def encode_images(
-    model: Any, vision: VisionInput, grids: Sequence[Grid]
-) -> tuple[Tensor, NewFeatures | None]:
+def encode_images(model: Any, vision: VisionInput) -> tuple[Tensor, NewFeatures | None]:
     """Run vision tower and projector once, on all images of the batch.
 
     Args:
         model: An ``XComposer2``.
         vision: What there is of the images.
-        grids: [S] (rows, columns) of each image, in patches.
 
     Returns:
         [M, D] embeddings in the order of the image tokens, and the tower's features to be cached.
     """
-    side, tiles = model.config.side, model.config.tiles
+    side, tiles, grids = model.config.side, model.config.tiles, vision.grids
     layout = SliceLayout.of([encoded_size(grid, side) if tiles else grid for grid in grids])
-    seen = list(grids)
-    if vision.sources is not None:
-        seen = [grid for grid, known in zip(grids, vision.sources.known, strict=True) if not known]
+    known = [False] * len(grids) if vision.sources is None else vision.sources.known
+    seen = [grid for grid, is_known in zip(grids, known, strict=True) if not is_known]
     features, new = tower_features(partial(_run_tower, model, seen), vision, layout, tower=model.vit)
     features = layout.restore(features)
     if tiles:
@@ -91,8 +87,7 @@ def _run_tower(model: Any, grids: Sequence[Grid], pixel_values: Tensor | None, l
 
 def _see(model: Any, patches: Tensor) -> Tensor:
     """[crops, L, 588] -> [crops, L, C]."""
-    trains = any(parameter.requires_grad for parameter in model.vit.parameters())
-    with nullcontext() if trains else torch.no_grad():
+    with recorded_if_trained(model.vit):
         return model.vit(patches)
 
 
@@ -108,21 +103,20 @@ def encode_dummy(model: Any) -> Tensor:
     return model.vision_proj(features).sum() * 0
 
 
-def check_bounds(bounds: Sequence[Sequence[int]], grids: Sequence[Grid], *, side: int, tiles: bool) -> None:
+def check_bounds(vision: VisionInput, *, side: int, tiles: bool) -> None:
     """See that a batch's images and placeholders fit each other and the checkpoint.
 
     Args:
-        bounds: [S] (row, start, end) of each run of placeholder tokens.
-        grids: [S] (rows, columns) of each image, in patches.
+        vision: What there is of the images.
         side: Patches on the side of the square that the tower sees.
         tiles: Whether an image is several of those squares (4khd).
 
     Raises:
         ValueError: When they don't.
     """
-    if len(bounds) != len(grids):
-        raise ValueError(f"The batch has {len(grids)} images and {len(bounds)} placeholders.")
-    for bound, (rows, columns) in zip(bounds, grids, strict=True):
+    if len(vision.bounds) != len(vision.grids):
+        raise ValueError(f"The batch has {len(vision.grids)} images and {len(vision.bounds)} placeholders.")
+    for (row, start, end), (rows, columns) in zip(vision.bounds, vision.grids, strict=True):
         if tiles:
             fits, expected = rows % side == columns % side == 0, tile_tokens((rows, columns), side)
         else:
@@ -132,8 +126,8 @@ def check_bounds(bounds: Sequence[Sequence[int]], grids: Sequence[Grid], *, side
                 f"tgt_sizes: an image has {rows} x {columns} patches, expected "
                 f"{'multiples of ' if tiles else ''}{side} x {side}. Make the batch with this checkpoint's rules."
             )
-        if bound[2] - bound[1] != expected:
-            raise ValueError(f"image_bound {list(bound)}: {bound[2] - bound[1]} tokens, expected {expected}.")
+        if end - start != expected:
+            raise ValueError(f"image_bound {[row, start, end]}: {end - start} tokens, expected {expected}.")
 
 
 def _cut(image: Tensor, side: int) -> Tensor:
