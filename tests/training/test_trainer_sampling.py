@@ -13,7 +13,7 @@ from trainer import CPMTrainer
 class Rows:
     """Six rows; shuffled they stand backwards."""
 
-    def epoch_order(self, *, seed, epoch, shuffle):
+    def epoch_order(self, epoch, *, seed, shuffle):
         return list(range(6))[:: -1 if shuffle else 1]
 
 
