@@ -18,12 +18,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS, Generation
-from minicpm_tune.checkpoints.weight_files import has_weights, tensor_names
+from minicpm_tune.checkpoints.weight_files import INDEX_FILES, has_weights, tensor_names
 from minicpm_tune.errors import UserError
 
 # What a training or an export can need of a hub repository; pictures and other formats stay there.
 _HUB_PATTERNS = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-_HUB_WEIGHTS = ("*.safetensors", "*.bin")
 # Value of model_type of the models that transformers itself has -> LLM in ``text_config`` -> the generation.
 _NATIVE_TYPES = {
     "minicpmv4_6": {"qwen3_5_text": "v4_6"},
@@ -85,11 +84,9 @@ def _download(hub_id: str, *, cache_dir: str | None, weights: bool) -> Path:
     try:
         folder = Path(download(hub_id, cache_dir=cache_dir, allow_patterns=list(_HUB_PATTERNS)))
         if weights:
-            has_safetensors = (folder / "model.safetensors.index.json").is_file() or not (
-                folder / "pytorch_model.bin.index.json"
-            ).is_file()
-            patterns = [*_HUB_PATTERNS, _HUB_WEIGHTS[0] if has_safetensors else _HUB_WEIGHTS[1]]
-            folder = Path(download(hub_id, cache_dir=cache_dir, allow_patterns=patterns))
+            safetensors, bins = ((folder / name).is_file() for name in INDEX_FILES)
+            kind = "*.bin" if bins and not safetensors else "*.safetensors"
+            folder = Path(download(hub_id, cache_dir=cache_dir, allow_patterns=[*_HUB_PATTERNS, kind]))
     except (OSError, ValueError) as error:
         raise ModelFolderError(
             f"--model_name_or_path {hub_id}: no such folder here, and it can't be downloaded from the hub "
@@ -245,14 +242,14 @@ def detect_generation(
         )
     by_version = {"2.5": "v2_5", "2.6": "v2_6", "4": "v4", "4.0": "v4", "4.5": "v4_5"}
     version = config.get("version")
-    if version is not None:
-        if str(version) in by_version:
-            return GENERATIONS[by_version[str(version)]]
+    if version is None:
+        return GENERATIONS[_generation_without_version(config, tokens)]
+    if str(version) not in by_version:
         raise UnknownCheckpointError(
             f"config.json: version is {version!r}, expected one of {', '.join(by_version)}, or none for V-2. "
             "Use a release of this tool that knows that generation."
         )
-    return GENERATIONS[_generation_without_version(config, tokens)]
+    return GENERATIONS[by_version[str(version)]]
 
 
 def _native_model(config: dict[str, Any], *, thinks: bool) -> Generation:
@@ -265,18 +262,15 @@ def _native_model(config: dict[str, Any], *, thinks: bool) -> Generation:
             f"{' or '.join(known)}. Use a release of this tool that knows that model."
         )
     row = GENERATIONS[known[llm]]
-    if not thinks:
-        return row
-    return GENERATIONS.get(f"{row.name}_thinking", replace(row, thinks=True))
+    return GENERATIONS.get(f"{row.name}_thinking", replace(row, thinks=True)) if thinks else row
 
 
 def _refuse_relatives(config: dict[str, Any]) -> None:
     """Refuse models that look like one of the generations in config.json, and are another."""
-    if config.get("model_type") == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
+    model_type, names = config.get("model_type"), _class_names(config)
+    if model_type == "minicpmv" and "scale_emb" in config and not _V2_SLICING & config.keys():
         title = "MiniCPM-V 1.0"
-    elif "2d5" in _class_names(config) or (
-        config.get("model_type") == "internlm2" and "XComposer2" in _class_names(config)
-    ):
+    elif "2d5" in names or (model_type == "internlm2" and "XComposer2" in names):
         title = "InternLM-XComposer 2.5"
     else:
         return
@@ -321,14 +315,9 @@ def _xcomposer2_model(config: dict[str, Any], tensors: Collection[str]) -> str:
             f"{config.get('architectures')!r}, expected InternLMXComposer2ForCausalLM. Give --model_name_or_path an "
             "InternLM-XComposer2 checkpoint."
         )
-    if tensors:
-        tiles = "plora_glb_GN" in tensors
-    else:
-        tiles = (
-            "4khd" in names.lower()
-            or config.get("max_length", 0) > _XC2_MAX_LENGTH
-            or "img_size" not in config
-        )
+    longer = config.get("max_length", 0) > _XC2_MAX_LENGTH
+    looks_tiled = "4khd" in names.lower() or longer or "img_size" not in config
+    tiles = "plora_glb_GN" in tensors if tensors else looks_tiled
     if tiles:
         return "xc2_4khd_7b"
     return "xc2_7b" if config.get("img_size", 0) <= _XC2_SMALL_IMAGE else "xc2_vl_7b"

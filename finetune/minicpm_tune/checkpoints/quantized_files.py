@@ -40,11 +40,6 @@ class Quantization:
     settings: BitsAndBytesConfig
     modules: frozenset[str] = frozenset()
 
-    @property
-    def stored(self) -> bool:
-        """Whether the files hold quantized weights."""
-        return bool(self.modules)
-
 
 def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.float32) -> Quantization | None:
     """Read how a model's weights are quantized in its files; None for full precision.
@@ -79,11 +74,9 @@ def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.floa
     modules = frozenset(
         name.removesuffix(suffix) for name in names for suffix in _SCALES if name.endswith(suffix)
     )
-    known = vars(BitsAndBytesConfig()).keys() | {"load_in_4bit", "load_in_8bit"}
-    settings = {key: value for key, value in stored.items() if key in known and not key.startswith("_")}
-    settings.pop("quant_method", None)
-    settings |= {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
-    settings |= {
+    settings = stored | {
+        "load_in_4bit": bits == 4,
+        "load_in_8bit": bits == 8,
         "bnb_4bit_compute_dtype": compute_dtype,
         "llm_int8_skip_modules": _exact_patterns(names, modules),
     }

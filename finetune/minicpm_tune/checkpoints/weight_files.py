@@ -53,7 +53,13 @@ def weight_files(folder: Path) -> list[Path]:
                 "model again."
             )
         for file in files:
-            _check_not_pointer(file)
+            with file.open("rb") as opened:
+                is_pointer = opened.read(len(LFS_MARK)) == LFS_MARK
+            if is_pointer:
+                raise WeightFileError(
+                    f"{file}: found a Git LFS pointer of {file.stat().st_size} bytes, expected the weights. Run "
+                    "`git lfs pull` in that folder, or download the model with `hf download`."
+                )
         return files
     raise WeightFileError(
         f"{folder}: found no weights, expected one of {', '.join(SINGLE_FILES + INDEX_FILES)}. Check the path, or "
@@ -79,15 +85,6 @@ def _shard_names(index: Path) -> list[str]:
                 "again, from a source that you trust."
             )
     return names
-
-
-def _check_not_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_MARK)) == LFS_MARK:
-            raise WeightFileError(
-                f"{path}: found a Git LFS pointer of {path.stat().st_size} bytes, expected the weights. Run "
-                "`git lfs pull` in that folder, or download the model with `hf download`."
-            )
 
 
 def has_weights(folder: Path) -> bool:

@@ -197,7 +197,7 @@ def _mismatch(adapter: AdapterFolder, base: Path, generation: Generation) -> str
         logger.warning("%s names no base model; only the shapes show that it fits.", adapter.path)
         return None
     folder = Path(named).expanduser()
-    if folder.is_dir() and (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
         same = folder.resolve() == base.resolve() or fingerprint_of(folder, generation).has_same_weights(
             fingerprint_of(base, generation)
         )

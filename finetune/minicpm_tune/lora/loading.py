@@ -1,12 +1,5 @@
 """A saved adapter on its base model: every tensor of its files finds its place, and a run can continue it.
 
-The early official scripts kept the modules trained in full beside the adapter, in
-``vpm_resampler_embedtokens.pt``: tensors of ``vpm``, ``resampler`` and ``embed_tokens`` under the names of
-the wrapped model, such as ``base_model.model.resampler.query``.
-
-Source of that format: the official finetune/readme.md of May 2024. No such file was available, so all
-wrapper prefixes are stripped, and a tensor without a place in the model is an error.
-
 A continued adapter must have been trained on this model. Its rank, targets and other properties are fixed;
 a flag that asks for different ones is refused.
 """
@@ -76,7 +69,12 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: b
     Raises:
         AdapterError: When its tensors are not exactly those that the model has places for.
     """
-    _check_new_tokens(model, adapter)
+    has = dict(getattr(model, "new_tokens", {}))
+    if has != adapter.new_tokens:
+        raise AdapterError(
+            f"{adapter.path}: the adapter was trained with {len(adapter.new_tokens)} new tokens, the model here has "
+            f"{len(has)}, or others, or with other ids. Give the base model it was trained on."
+        )
     model.requires_grad_(False)
     try:
         with layers_reachable(model), unreadable_files_as_messages(adapter.path):
@@ -93,15 +91,6 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: b
     return wrapped if trainable else wrapped.eval()
 
 
-def _check_new_tokens(model: PreTrainedModel, adapter: AdapterFolder) -> None:
-    has = dict(getattr(model, "new_tokens", {}))
-    if has != adapter.new_tokens:
-        raise AdapterError(
-            f"{adapter.path}: the adapter was trained with {len(adapter.new_tokens)} new tokens, the model here has "
-            f"{len(has)}, or others, or with other ids. Give the base model it was trained on."
-        )
-
-
 def _check_tensors(wrapped: PeftModel, adapter: AdapterFolder) -> None:
     """Compare names: PEFT passes over tensors without a place, and leaves missing ones as initialized."""
     stored = {tensor.name for tensor in tensors_in_file(adapter.weights)}
@@ -116,6 +105,11 @@ def _check_tensors(wrapped: PeftModel, adapter: AdapterFolder) -> None:
 
 
 def _load_legacy_tensors(model: PeftModel, path: Path) -> None:
+    """Load the modules that the early official scripts kept beside the adapter, under the names of the wrapped model.
+
+    Source: the official finetune/readme.md of May 2024 (``base_model.model.resampler.query``). No such file was
+    available, so all wrapper prefixes are stripped, and a tensor without a place in the model is an error.
+    """
     # Not the copies that PEFT keeps of modules before training.
     places = {
         plain_name(name): value for name, value in model.named_parameters() if "original_module." not in name

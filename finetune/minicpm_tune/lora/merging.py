@@ -14,7 +14,6 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +47,6 @@ class MergeError(UserError):
     """An adapter that can't be merged."""
 
 
-@dataclass(frozen=True)
-class ProbeReport:
-    """How an adapter, and merging it, change the logits of the probe prompt.
-
-    Attributes:
-        tokens: T.
-        largest: Largest absolute logit with the adapter.
-        adapter_change: Largest change from the base model to the adapter.
-        merge_change: Largest change from the adapter to the merged model, by rounding.
-        same_top: Positions, of T, at which merging leaves the most likely token the same.
-    """
-
-    tokens: int
-    largest: float
-    adapter_change: float
-    merge_change: float
-    same_top: int
-
-    def __str__(self) -> str:
-        return (
-            f"probe of {self.tokens} tokens, largest logit {self.largest:.3g}: the adapter changes logits "
-            f"by up to {self.adapter_change:.3g}, merging it by up to {self.merge_change:.3g}; the most "
-            f"likely token is the same at {self.same_top} of {self.tokens} positions."
-        )
-
-
 def probe_logits(model: Any, processing: Processing) -> Tensor:
     """Logits of a fixed prompt with an image that is cut into slices, [T, V] fp32 on the CPU."""
     wide, high = PROBE_SIZE
@@ -91,7 +64,7 @@ def probe_logits(model: Any, processing: Processing) -> Tensor:
     return output.logits[0].float().cpu()
 
 
-def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, ProbeReport]:
+def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, str]:
     """Merge a model's adapter, and compare the probe's logits before and after.
 
     Every layer is merged in fp32, and rounded once to its own precision.
@@ -101,7 +74,7 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
         processing: The checkpoint's ``Processing``.
 
     Returns:
-        The base model with the adapter in its weights, and the probe's report.
+        The base model with the adapter in its weights, and in words what adapter and merging do to the logits.
 
     Raises:
         MergeError: When the logits change by more than rounding explains.
@@ -120,14 +93,14 @@ def merge(model: PeftModel, processing: Processing) -> tuple[PreTrainedModel, Pr
     merged.requires_grad_(False)
     _update_config(merged)
     after = probe_logits(merged, processing)
-    report = ProbeReport(
-        tokens=len(after),
-        largest=before.abs().max().item(),
-        adapter_change=(before - base).abs().max().item(),
-        merge_change=(after - before).abs().max().item(),
-        same_top=int((after.argmax(-1) == before.argmax(-1)).sum()),
+    largest, change = before.abs().max().item(), (after - before).abs().max().item()
+    same = int((after.argmax(-1) == before.argmax(-1)).sum())
+    report = (
+        f"probe of {len(after)} tokens, largest logit {largest:.3g}: the adapter changes logits "
+        f"by up to {(before - base).abs().max().item():.3g}, merging it by up to {change:.3g}; the most "
+        f"likely token is the same at {same} of {len(after)} positions."
     )
-    if not report.merge_change <= LARGEST_CHANGE * report.largest:
+    if not change <= LARGEST_CHANGE * largest:  # also when it is not a number
         raise MergeError(
             f"Merging changed the model: {report} Expected a change of at most {LARGEST_CHANGE:.0%} of the largest "
             "logit. Merge in higher precision, with --dtype fp32."

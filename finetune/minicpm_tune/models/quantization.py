@@ -91,7 +91,7 @@ def loading_arguments(quantization: Quantization | None, config: PreTrainedConfi
     """Arguments for ``from_pretrained``; a stored quantization is put into ``config`` instead."""
     if quantization is None:
         return {}
-    if quantization.stored:
+    if quantization.modules:  # in the files
         config.quantization_config = quantization.settings.to_dict()
         return {}
     return {"quantization_config": quantization.settings}
