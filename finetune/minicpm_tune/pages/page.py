@@ -2,6 +2,7 @@
 
 The templates escape every value by themselves (Jinja2's autoescape). The Content-Security-Policy in the page names
 the one script and the one style by their SHA-256, so that nothing else in the file can run, and nothing is fetched.
+Charts are places in percent, which the templates draw as SVG that fits every width.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from minicpm_tune import __version__
 
 _FOLDER = Path(__file__).parent
 _QUALITY = 78  # of WebP, of 100
+_BARS = 40
+_OUTLYING = 4  # times the 90th percentile
+_MOST_POINTS = 1000  # of a drawn line
+_TOP_ROOM = 1.04  # the axis ends a little above the largest value
+
+Tick = tuple[float, str]
+"""Where a label stands, in percent of the axis, and what it says."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -93,15 +101,6 @@ def thumbnail(picture: Image.Image, side: int) -> bytes:
     file = io.BytesIO()
     small.save(file, "WEBP", quality=_QUALITY)
     return file.getvalue()
-
-
-_BARS = 40
-_OUTLYING = 4  # times the 90th percentile
-_MOST_POINTS = 1000  # of a drawn line
-_TOP_ROOM = 1.04  # the axis ends a little above the largest value
-
-Tick = tuple[float, str]
-"""Where a label stands, in percent of the axis, and what it says."""
 
 
 @dataclass(frozen=True)
