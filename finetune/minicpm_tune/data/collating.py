@@ -5,7 +5,7 @@ Shapes and letters as in ``minicpm_tune/batch.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +53,7 @@ def data_collator(
     samples = [each.sample for each in placed]
     batch: Batch = {
         "input_ids": _filled(placed, "input_ids", shape, pad_token_id),
-        "attention_mask": _mask(placed, shape),
+        "attention_mask": _filled(placed, None, shape, 0),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
         "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]).numpy(),
         "image_bound": _bounds(placed, "image_bound"),
@@ -100,19 +100,12 @@ def _place(rows: Sequence[Sample | list[Sample]], padding_side: str) -> tuple[li
     return placed, (len(rows), width)
 
 
-def _filled(placed: Sequence[_Placed], key: _TokenKey, shape: tuple[int, int], fill: int) -> Tensor:
-    """[B, T] of one key of every sample."""
+def _filled(placed: Sequence[_Placed], key: _TokenKey | None, shape: tuple[int, int], fill: int) -> Tensor:
+    """[B, T] of one key of every sample, or 1 where there is one."""
     values = torch.full(shape, fill, dtype=torch.int64)
     for each in placed:
-        values[each.span] = each.sample[key]
+        values[each.span] = 1 if key is None else each.sample[key]
     return values
-
-
-def _mask(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
-    mask = torch.zeros(shape, dtype=torch.int64)
-    for each in placed:
-        mask[each.span] = 1
-    return mask
 
 
 def _position_ids(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
@@ -172,25 +165,16 @@ def _loss_weights(placed: Sequence[_Placed], shape: tuple[int, int], supervised:
 
 def _temporal_ids(samples: Sequence[Sample]) -> np.ndarray:
     """[S, 2] (run, time index); runs are counted through the batch, and a still's slices have their own."""
-    return torch.cat(list(_counted_runs(samples))).numpy()
-
-
-def _counted_runs(samples: Sequence[Sample]) -> Iterator[Tensor]:
-    first = 0
+    counted, first = [], 0
     for sample in samples:
         runs = len(sample["image_bound"])
-        times = sample.get("temporal_ids")
-        if times is None:
-            times = torch.stack([torch.arange(runs), torch.full((runs,), -1)], dim=1)
-        yield times + torch.tensor([first, 0])
+        stills = torch.stack([torch.arange(runs), torch.full((runs,), -1)], dim=1)
+        counted.append(sample.get("temporal_ids", stills) + torch.tensor([first, 0]))
         first += runs
+    return torch.cat(counted).numpy()
 
 
 def _slice_sources(pictures: Sequence[PictureFeatures]) -> SliceSources:
-    known = np.repeat(
-        np.array([picture.features is not None for picture in pictures], dtype=bool),
-        [picture.slices for picture in pictures],
-    )
-    return SliceSources(
-        known, [(picture.key, picture.slices) for picture in pictures if picture.features is None]
-    )
+    known = np.array([picture.features is not None for picture in pictures], dtype=bool)
+    unknown = [(picture.key, picture.slices) for picture in pictures if picture.features is None]
+    return SliceSources(np.repeat(known, [picture.slices for picture in pictures]), unknown)

@@ -10,7 +10,7 @@ has no template either; its form is ChatML and stands in ``checkpoints/model_gen
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
-from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.model_generations import Generation, Hearing
 from minicpm_tune.data.grounding import Tag
 from minicpm_tune.data.turns import Literal, Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments
 
-THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+_THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think>")
 _THINK_FORM = ("<think>\n", "\n</think>\n\n")  # what Qwen3's template writes around thoughts
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*\Z")
@@ -79,16 +79,14 @@ class PromptWriter:
         generation: Generation,
         arguments: DataArguments | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.generation = generation
+        self.tokenizer, self.generation = tokenizer, generation
         self.arguments = arguments or DataArguments()
         vocabulary = tokenizer.get_vocab()
-        marks = _MINICPM_MARKS if generation.prompt == "minicpm" else ()
-        self.control_tokens = [token for token in _CONTROL_TOKENS if token in vocabulary] + list(marks)
-        self._control = _any_of(self.control_tokens)
+        control = [token for token in _CONTROL_TOKENS if token in vocabulary]
+        control += _MINICPM_MARKS if generation.prompt == "minicpm" else ()
         added = [token for token in tokenizer.get_added_vocab() if token[0] in "<[" and token[-1] in ">]"]
-        self._tokens = _any_of([*self.control_tokens, *added])
-        self._think_form = _THINK_FORM
+        self._control, self._tokens = _any_of(control), _any_of([*control, *added])
+        self._trims, self._think_form = False, _THINK_FORM
         if generation.prompt == "template":
             if not tokenizer.chat_template:
                 raise ModelFolderError(
@@ -119,23 +117,21 @@ class PromptWriter:
         *history, answer = turns
         assert answer.role == "assistant", answer.role
         thoughts, parts = self._split_thoughts(answer, len(history))
-        wish = self.arguments.enable_thinking
-        if wish == "false":
+        if self.arguments.enable_thinking == "false":
             thoughts = []
-        if self.generation.prompt == "minicpm":
-            pieces = self._minicpm_history(history)
-        else:
-            thinking = wish == "true" or bool(thoughts) or (wish == "auto" and self.generation.thinks)
-            pieces = self._template_history(history, thinking=thinking)
+        pieces = self._history(history, thinking=bool(thoughts) or self._asks_for_thoughts)
         thoughts = _fit_think_block(pieces, thoughts, closing=self._think_form[1])
-        pieces += self._speech_header(history)
         parts = [*thoughts, *parts]
-        if self.generation.prompt == "template" and self._trims:
+        if self._trims:
             parts = _trimmed(parts)
         end = self.generation.turn_end
-        pieces += _answer_pieces(parts, answer.weight)
-        pieces.append(Piece(end, answer.weight))
-        return [*pieces, Piece(_AFTER_TURN_END[end])]
+        return [
+            *pieces,
+            *self._speech_header(history),
+            *_answer_pieces(parts, answer.weight),
+            Piece(end, answer.weight),
+            Piece(_AFTER_TURN_END[end]),
+        ]
 
     def generation_pieces(self, turns: Sequence[Turn], *, thinking: bool | None = None) -> list[Piece]:
         """Write the prompt that inference gives for the next answer.
@@ -148,12 +144,13 @@ class PromptWriter:
         Returns:
             The pieces; which of them a training run would supervise is of no matter here.
         """
-        if self.generation.prompt == "minicpm":
-            return self._minicpm_history(turns)
-        if thinking is None:
-            wish = self.arguments.enable_thinking
-            thinking = self.generation.thinks if wish == "auto" else wish == "true"
-        return [*self._template_history(turns, thinking=thinking), *self._speech_header(turns)]
+        asked = self._asks_for_thoughts if thinking is None else thinking
+        return [*self._history(turns, thinking=asked), *self._speech_header(turns)]
+
+    @property
+    def _asks_for_thoughts(self) -> bool:
+        wish = self.arguments.enable_thinking
+        return self.generation.thinks if wish == "auto" else wish == "true"
 
     # --- parts of a turn ---
 
@@ -161,25 +158,15 @@ class PromptWriter:
         """A turn's parts; in a literal one, control texts are parts of their own."""
         if not turn.literal:
             return list(turn.parts)
-        parts: list[Part] = []
-        for part in turn.parts:
-            parts += self._literals(part) if isinstance(part, str) else [part]
-        return parts
+        split = (self._literals(part) if isinstance(part, str) else [part] for part in turn.parts)
+        return [part for parts in split for part in parts]
 
     def _literals(self, text: str) -> list[Part]:
-        parts: list[Part] = []
-        position = 0
-        for found in self._tokens.finditer(text):
-            parts += [text[position : found.start()], Literal(found.group())]
-            position = found.end()
-        return [part for part in (*parts, text[position:]) if part]
+        split = enumerate(self._tokens.split(text))  # text, token, text, ...
+        return [Literal(each) if place % 2 else each for place, each in split if each]
 
     def _split_thoughts(self, turn: Turn, number: int) -> tuple[list[Part], list[Part]]:
-        """An answer's thoughts, in the template's form, and the answer itself.
-
-        Raises:
-            RowError: When tags of thoughts stand anywhere but in front of the answer.
-        """
+        """An answer's thoughts, in the template's form, and the answer; their tags may stand nowhere else."""
         parts = self._parts(turn)
         if not self.generation.thinking:
             return [], parts
@@ -194,7 +181,7 @@ class PromptWriter:
         elif not tags:
             return [], parts
         elif isinstance(parts[0], str) and tags == ["<think>", "</think>"]:
-            if found := THOUGHTS.match(parts[0]):
+            if found := _THOUGHTS.match(parts[0]):
                 return [found.group()], [part for part in (parts[0][found.end() :], *parts[1:]) if part]
         elif isinstance(parts[0], str) and tags == ["</think>"] and "</think>" in parts[0]:
             thoughts, _, answer = parts[0].partition("</think>")
@@ -211,28 +198,28 @@ class PromptWriter:
     def _minicpm_history(self, turns: Sequence[Turn]) -> list[Piece]:
         user, assistant = _MINICPM_MARKS
         pieces: list[Piece] = []
-        for turn in system_into_user(turns):
+        for turn in _system_into_user(turns):
             if turn.role == "user":
-                pieces.append(Piece(user))
-                pieces += [_piece(part) for part in self._parts(turn)]
-                pieces.append(Piece(assistant))
+                pieces += [Piece(user), *map(_piece, self._parts(turn)), Piece(assistant)]
             else:
                 pieces += _answer_pieces(self._parts(turn), self._history_weight(turn))
         return pieces
 
     # --- chat templates ---
 
-    def _template_history(self, turns: Sequence[Turn], *, thinking: bool) -> list[Piece]:
+    def _history(self, turns: Sequence[Turn], *, thinking: bool) -> list[Piece]:
         """Render the turns with the generation prompt, and find each answer in the rendering.
 
         Every turn ends in the turn-end token and no message contains it, so the rendering splits into
         turns there; an assistant's turn then starts with the header that ``_probe_template`` saw.
         """
+        if self.generation.prompt == "minicpm":
+            return self._minicpm_history(turns)
         end = self.generation.turn_end
         parts = [self._history_parts(turn, number) for number, turn in enumerate(turns)]
         messages = [self._message(turn.role, each) for turn, each in zip(turns, parts, strict=True)]
-        template = self._speech_template(turns)
-        *bodies, tail = self._render(messages, thinking=thinking, template=template).split(end)
+        rendered = self._render(messages, thinking=thinking, spoken=self._spoken(turns))
+        *bodies, tail = rendered.split(end)
         added = len(bodies) - len(turns)  # a default system turn
         if added not in (0, 1):
             raise ModelFolderError(
@@ -241,37 +228,29 @@ class PromptWriter:
             )
         order = iter([part for each in parts for part in each if not isinstance(part, str)])
         pieces: list[Piece] = []
-        for index, body in enumerate(bodies):
-            turn = turns[index - added] if index >= added else None
+        for turn, body in zip([*[None] * added, *turns], bodies, strict=True):
             if turn is None or turn.role != "assistant":
                 pieces += [*self._split_parts(body, order), Piece(end)]
                 continue
-            header, text = self._split_header(body)
+            header = self._answer_header
+            if not body.startswith(header):
+                raise ModelFolderError(
+                    f"chat template: an earlier answer is rendered as {body[:60]!r}, expected it to start with "
+                    f"{header!r}. The checkpoint's chat template can't be trained with."
+                )
             weight = self._history_weight(turn)
-            pieces.append(Piece(header))
-            pieces += [
-                piece if piece.media else replace(piece, weight=weight)
-                for piece in self._split_parts(text, order)
-            ]
-            pieces.append(Piece(end, weight))
+            answer = self._split_parts(body.removeprefix(header), order)
+            pieces += [Piece(header), *_weighted(answer, weight), Piece(end, weight)]
         return [*pieces, Piece(tail)]
 
-    # --- audio: it switches the whole conversation to the form in which the released chat() speaks ---
-
-    def _speaks(self, turns: Sequence[Turn]) -> bool:
-        return (
-            self.generation.hearing is not None
-            and self.arguments.audio_prompt != "plain"
-            and any(media.heard for media in media_of(turns))
-        )
-
-    def _speech_template(self, turns: Sequence[Turn]) -> str | None:
-        hearing = self.generation.hearing
-        return hearing.chat_template if hearing is not None and self._speaks(turns) else None
+    def _spoken(self, turns: Sequence[Turn]) -> Hearing | None:
+        """The form in which the released chat() speaks, to which audio switches the whole conversation."""
+        plain = self.arguments.audio_prompt == "plain" or not any(media.heard for media in media_of(turns))
+        return None if plain else self.generation.hearing
 
     def _speech_header(self, turns: Sequence[Turn]) -> list[Piece]:
-        hearing = self.generation.hearing
-        return [Piece(hearing.prompt_end)] if hearing is not None and self._speaks(turns) else []
+        spoken = self._spoken(turns)
+        return [Piece(spoken.prompt_end)] if spoken else []
 
     def _history_parts(self, turn: Turn, number: int) -> list[Part]:
         """The parts of an earlier turn, with its thoughts as text: the template keeps them or leaves them out."""
@@ -288,14 +267,6 @@ class PromptWriter:
     def _history_weight(self, turn: Turn) -> float:
         return turn.weight if self.arguments.train_on == "all_turns" else 0.0
 
-    def _split_header(self, body: str) -> tuple[str, str]:
-        if not body.startswith(self._answer_header):
-            raise ModelFolderError(
-                f"chat template: an earlier answer is rendered as {body[:60]!r}, expected it to start with "
-                f"{self._answer_header!r}. The checkpoint's chat template can't be trained with."
-            )
-        return self._answer_header, body[len(self._answer_header) :]
-
     def _split_parts(self, text: str, order: Iterator[Part]) -> list[Piece]:
         """Cut a rendered text where a medium or a literal text stands; ``order`` gives them."""
         marks = rf"{_STAND_IN}|<\|(?:image|video)_pad\|>" if self.generation.content_parts else _STAND_IN
@@ -306,32 +277,33 @@ class PromptWriter:
         return [piece for piece in pieces if piece.text or piece.media]
 
     def _message(self, role: str, parts: Sequence[Part]) -> dict[str, Any]:
-        has_media = any(isinstance(part, Media) for part in parts)
-        if self.generation.content_parts and (role == "user" or has_media):
-            content: list[dict[str, str]] = []
-            for part in parts:
-                if isinstance(part, Media):
-                    content.append({"type": part.kind})
-                elif content and content[-1]["type"] == "text":
-                    content[-1]["text"] += part if isinstance(part, str) else _STAND_IN
-                else:
-                    content.append({"type": "text", "text": part if isinstance(part, str) else _STAND_IN})
-            return {"role": role, "content": content}
-        return {"role": role, "content": "".join(p if isinstance(p, str) else _STAND_IN for p in parts)}
+        texts = [part if isinstance(part, str) else _STAND_IN for part in parts]
+        listed = role == "user" or any(isinstance(part, Media) for part in parts)
+        if not listed or not self.generation.content_parts:
+            return {"role": role, "content": "".join(texts)}
+        content: list[dict[str, str]] = []
+        for part, text in zip(parts, texts, strict=True):
+            if isinstance(part, Media):
+                content.append({"type": part.kind})
+            elif content and content[-1]["type"] == "text":
+                content[-1]["text"] += text
+            else:
+                content.append({"type": "text", "text": text})
+        return {"role": role, "content": content}
 
-    def _render(self, messages: list[dict[str, Any]], *, thinking: bool, template: str | None = None) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], *, thinking: bool, spoken: Hearing | None = None
+    ) -> str:
         options: dict[str, Any] = {"enable_thinking": thinking} if self.generation.thinking else {}
-        if template is not None:
-            options["chat_template"] = template
+        template = spoken.chat_template if spoken else None  # of its own, or the checkpoint's
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
             )
         except TemplateError as error:  # templates refuse what they don't know, such as some orders of roles
             raise RowError(
                 "template",
-                f"the checkpoint's chat template refuses the conversation ({error}). Rewrite "
-                "or remove the row.",
+                f"the checkpoint's chat template refuses the conversation ({error}). Rewrite or remove the row.",
             ) from error
         assert isinstance(rendered, str), type(rendered)
         return rendered
@@ -358,20 +330,11 @@ class PromptWriter:
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Matches any of some texts, the longest first; nothing when there are none."""
-    return re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or r"(?!)")
+    return re.compile(f"({'|'.join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or '(?!)'})")
 
 
 def _fit_think_block(before: list[Piece], thoughts: list[Part], *, closing: str) -> list[Part]:
-    """Make the end of the prompt and the thoughts behind it fit each other.
-
-    Args:
-        before: The prompt; its end can change.
-        thoughts: The answer's thoughts; none: the answer has none.
-        closing: What the template writes behind thoughts.
-
-    Returns:
-        What the answer starts with.
-    """
+    """What an answer starts with behind a prompt, whose end can change; templates write ``closing`` behind thoughts."""
     prompt = before[-1].text if before else ""
     if _OPEN_THOUGHTS.search(prompt):  # a template that writes the opening tag itself
         if not thoughts:
@@ -385,26 +348,27 @@ def _fit_think_block(before: list[Piece], thoughts: list[Part], *, closing: str)
 
 
 def _answer_pieces(parts: Sequence[Part], weight: float) -> list[Piece]:
-    pieces = [part if part.media else replace(part, weight=weight) for part in map(_piece, parts)]
+    pieces = _weighted(map(_piece, parts), weight)
     if pieces and pieces[0].text:
         pieces[0] = replace(pieces[0], answer_start=True)
     return pieces
 
 
+def _weighted(pieces: Iterable[Piece], weight: float) -> list[Piece]:
+    return [piece if piece.media else replace(piece, weight=weight) for piece in pieces]
+
+
 def _piece(part: Part) -> Piece:
-    if isinstance(part, Literal):
-        return Piece(part.text, literal=True)
-    if isinstance(part, Tag):
-        return Piece(part.text)
-    assert isinstance(part, (str, Media)), part
-    return Piece(part) if isinstance(part, str) else Piece(media=part)
+    if isinstance(part, Media):
+        return Piece(media=part)
+    assert isinstance(part, (str, Literal, Tag)), part
+    return Piece(part) if isinstance(part, str) else Piece(part.text, literal=isinstance(part, Literal))
 
 
 def _without_newlines(parts: list[Part]) -> list[Part]:
     """An answer without the newlines it starts with, as templates write it behind thoughts."""
-    if parts and isinstance(parts[0], str):
-        parts = [parts[0].lstrip("\n"), *parts[1:]]
-    return [part for part in parts if part]
+    first, *rest = parts or [""]
+    return [part for part in (first.lstrip("\n") if isinstance(first, str) else first, *rest) if part]
 
 
 def _trimmed(parts: list[Part]) -> list[Part]:
@@ -415,7 +379,7 @@ def _trimmed(parts: list[Part]) -> list[Part]:
     return parts
 
 
-def system_into_user(turns: Sequence[Turn]) -> list[Turn]:
+def _system_into_user(turns: Sequence[Turn]) -> list[Turn]:
     """Put a system turn in front of the first user text, behind the images that the turn starts with.
 
     V-2 has no system form; its inference always writes the image first.
@@ -423,15 +387,13 @@ def system_into_user(turns: Sequence[Turn]) -> list[Turn]:
     if not turns or turns[0].role != "system":
         return list(turns)
     system, first, *rest = turns
-    parts = list(first.parts)
     position = 0
-    for index, part in enumerate(parts):
+    for index, part in enumerate(first.parts):
         if isinstance(part, Media):
             position = index + 1
         elif not isinstance(part, str) or part.strip():
             break
-    leading = parts[:position]
-    text: list[Part] = list(parts[position:])
+    leading, text = first.parts[:position], list(first.parts[position:])
     if leading and text and isinstance(text[0], str):
         text[0] = text[0].removeprefix("\n")
     joined = [*leading, "\n"] if leading else []

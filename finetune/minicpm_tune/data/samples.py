@@ -359,5 +359,6 @@ def load_processing(
 
 def _image_sizes(pictures: Sequence[Picture | Clip]) -> list[Size | None]:
     """(width, height) of every image; None for a video and for audio."""
-    images = (picture if isinstance(picture, Picture) else None for picture in pictures)
-    return [image.sizes[0] if image is not None and image.kind == "image" else None for image in images]
+    return [
+        each.sizes[0] if isinstance(each, Picture) and each.kind == "image" else None for each in pictures
+    ]
