@@ -74,13 +74,11 @@ class Placeholder:
         text: The text, pad tokens written out.
         runs: Per slice, [start, end) in characters of ``text``, of its pad tokens.
         audio_runs: The same for its sound.
-        pad_length: Characters of one pad token.
     """
 
     text: str
     runs: tuple[tuple[int, int], ...]
     audio_runs: tuple[tuple[int, int], ...]
-    pad_length: int
 
 
 def write_placeholders(
@@ -214,4 +212,4 @@ class _Writer:
             self.write("</slice>")
 
     def placeholder(self) -> Placeholder:
-        return Placeholder("".join(self.parts), tuple(self.runs), tuple(self.audio_runs), len(self.pad))
+        return Placeholder("".join(self.parts), tuple(self.runs), tuple(self.audio_runs))

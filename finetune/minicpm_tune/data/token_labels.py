@@ -85,17 +85,18 @@ def encode_pieces(
     if any(weight != 1 for *_, weight in learned):
         encoded.weights = [1.0] * len(ids)
     for begin, stop, weight in learned:
-        index = bisect_left(starts, begin)
-        while index < len(ids) and spans[index][0] < stop:
-            encoded.labels[index] = ids[index]
-            if encoded.weights is not None:
-                encoded.weights[index] = weight
-            index += 1
+        place = slice(bisect_left(starts, begin), bisect_left(starts, stop))
+        encoded.labels[place] = ids[place]
+        if encoded.weights is not None:
+            encoded.weights[place] = [weight] * len(ids[place])
+
+    def in_tokens(begin: int, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(bisect_left(starts, begin + start), bisect_left(starts, begin + end)) for start, end in runs]
+
     for begin, placeholder in media:
-        stop = begin + len(placeholder.text)
-        encoded.media_spans.append((bisect_left(starts, begin), bisect_left(starts, stop)))
-        encoded.image_bound += _token_runs(placeholder, placeholder.runs, starts, begin)
-        encoded.audio_bound += _token_runs(placeholder, placeholder.audio_runs, starts, begin)
+        encoded.media_spans += in_tokens(begin, [(0, len(placeholder.text))])
+        encoded.image_bound += in_tokens(begin, placeholder.runs)
+        encoded.audio_bound += in_tokens(begin, placeholder.audio_runs)
     for first, last in encoded.image_bound + encoded.audio_bound:
         assert len(set(ids[first:last])) == 1, (first, last, ids[first:last])
     return encoded
@@ -125,16 +126,6 @@ def _joined(
     return "".join(parts), learned, media, cut
 
 
-def _token_runs(
-    placeholder: Placeholder, runs: Sequence[tuple[int, int]], starts: Sequence[int], begin: int
-) -> list[tuple[int, int]]:
-    """[start, end) of runs in tokens; the placeholder stands at ``begin`` in the text, the tokens at ``starts``."""
-    return [
-        (first := bisect_left(starts, begin + start), first + (end - start) // placeholder.pad_length)
-        for start, end in runs
-    ]
-
-
 def _encode_text(tokenizer: Any, text: str, cut: int | None) -> tuple[list[int], list[tuple[int, int]]]:
     """Encode the text; the tokens up to ``cut`` are those of the text up to there alone.
 
@@ -145,19 +136,13 @@ def _encode_text(tokenizer: Any, text: str, cut: int | None) -> tuple[list[int],
         encoding = tokenizer(text, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
     prompt = tokenizer(text[:cut], return_offsets_mapping=True)
-    ids, spans = _encode_continuation(tokenizer, text[cut:])
-    shifted = [(start + cut, end + cut) for start, end in spans]
-    return prompt["input_ids"] + ids, prompt["offset_mapping"] + shifted
-
-
-def _encode_continuation(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode a text that does not start a sequence: behind a letter that is then taken off."""
-    guard = "a"
-    encoding = tokenizer(guard + text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = encoding["offset_mapping"]
-    first = next(index for index, (start, _) in enumerate(spans) if start >= len(guard))
-    assert all(end <= len(guard) for _, end in spans[:first]), (text[:20], spans[: first + 1])
-    return encoding["input_ids"][first:], [(start - 1, end - 1) for start, end in spans[first:]]
+    # Behind a letter that is then taken off, since the answer does not start a sequence.
+    answer = tokenizer(f"a{text[cut:]}", add_special_tokens=False, return_offsets_mapping=True)
+    spans = answer["offset_mapping"]
+    first = next(index for index, (start, _) in enumerate(spans) if start >= 1)
+    assert all(end <= 1 for _, end in spans[:first]), (text[cut : cut + 20], spans[: first + 1])
+    shifted = [(start - 1 + cut, end - 1 + cut) for start, end in spans[first:]]
+    return prompt["input_ids"] + answer["input_ids"][first:], prompt["offset_mapping"] + shifted
 
 
 def truncate(encoded: Encoded, limit: int) -> Encoded:
@@ -236,7 +221,7 @@ class LiteralTokenizer:
             tuple((len(self.hide(text[:start])), len(self.hide(text[:end]))) for start, end in each)
             for each in (placeholder.runs, placeholder.audio_runs)
         )
-        return Placeholder(self.hide(text), runs, audio_runs, 1)
+        return Placeholder(self.hide(text), runs, audio_runs)
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
         """Encode a text; called as transformers' tokenizers are."""
