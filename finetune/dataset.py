@@ -62,7 +62,7 @@ class SupervisedDataset(Dataset):
             columns=arguments.columns,
         )
         self.bad_rows = BadRowLog()
-        self.left_out: set[int] = set()
+        self.left_out: set[int] = set()  # rows that contribute nothing
         self.lengths: np.ndarray | None = None  # tokens of every row, once the rows are checked
 
     def __len__(self) -> int:
@@ -131,10 +131,6 @@ class SupervisedDataset(Dataset):
         return ImageOptions.of(self.processing.arguments, self.processing.generation, folder=folder)
 
     # --- rows that can't be used ---
-
-    def leave_out(self, index: int) -> None:
-        """Have a row contribute nothing from now on."""
-        self.left_out.add(index)
 
     def describe(self, index: int, error: RowError) -> BadRow:
         """A bad row with its place."""

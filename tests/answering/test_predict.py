@@ -405,7 +405,7 @@ def test_rows_are_spread_over_the_file_and_shared_out(tmp_path, monkeypatch):
 
 def test_rows_that_the_check_left_out_are_not_answered(data):
     dataset = SupervisedDataset(data, load_processing(checkpoint("v2_6")))
-    dataset.leave_out(2)
+    dataset.left_out.add(2)
     callback = PredictionCallback(SimpleNamespace(), PredictionRows(dataset), samples=5, batch_size=2)
     assert callback.indices == [0, 1, 3, 4]
 

@@ -389,7 +389,7 @@ def _leave_out_or_raise(rows: TrainingRows, bad: dict[int, Finding]) -> None:
     if problems and rows.processing.arguments.on_bad_row == "error":
         raise DataError(problems_text(problems, rows.mixture.row_count))
     for index, finding in bad.items():
-        rows.leave_out(index)
+        rows.left_out.add(index)
         if finding.bad and processes.rank() == 0:
             rows.bad_rows.add(finding.bad)
     if len(bad) == rows.mixture.row_count:

@@ -69,9 +69,6 @@ class TrainingRows(Protocol):
     def describe(self, index: int, error: RowError) -> BadRow:
         """A bad row with its place."""
 
-    def leave_out(self, index: int) -> None:
-        """Have a row contribute nothing from now on."""
-
 
 @dataclass(frozen=True)
 class Processing:
