@@ -38,9 +38,8 @@ _TORCH_READER = ("PytorchStreamReader", "legacy .tar format")
 
 def is_write_failure(error: Exception) -> bool:
     """Whether an error is the system's refusal to write: a full disk, no permission, a quota."""
-    if isinstance(error, OSError):
-        return True
-    return isinstance(error, SafetensorError) or any(text in str(error) for text in _TORCH_WRITE_FAILURES)
+    told = any(text in str(error) for text in _TORCH_WRITE_FAILURES)
+    return told or isinstance(error, OSError | SafetensorError)
 
 
 def system_reason(error: Exception, folder: Path) -> tuple[str, int | None]:
@@ -66,12 +65,11 @@ class OutputError(UserError):
     """An output that can't be written; the message says what to change."""
 
 
-def check_new_folder(name: str, *, flag: str = "--output_dir") -> Path:
+def check_new_folder(name: str) -> Path:
     """Check that a folder can be created, before hours of work go into what it will hold.
 
     Args:
-        name: The folder; it may exist if it is empty.
-        flag: Its name on the command line.
+        name: The folder (``--output_dir``); it may exist if it is empty.
 
     Raises:
         OutputError: When the folder holds something already, or can't be written to.
@@ -80,7 +78,7 @@ def check_new_folder(name: str, *, flag: str = "--output_dir") -> Path:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(
-                f"{flag} {name}: the folder exists and is not empty, expected a new one. Give another name."
+                f"--output_dir {name}: the folder exists and is not empty, expected a new one. Give another name."
             )
         partial = _partial(folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,17 +86,16 @@ def check_new_folder(name: str, *, flag: str = "--output_dir") -> Path:
         (partial / "probe").write_bytes(b"0")
         shutil.rmtree(partial)
     except OSError as error:
-        raise _refused(folder, error, flag) from error
+        raise _refused(folder, error, "--output_dir") from error
     return folder
 
 
 @contextmanager
-def whole_folder(folder: Path, *, flag: str = "--output_dir") -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under another name; it gets its own name when everything is written.
 
     Args:
         folder: From ``check_new_folder``.
-        flag: Its name on the command line.
 
     Raises:
         OutputError: When the system refuses to write; what was written is removed.
@@ -113,7 +110,7 @@ def whole_folder(folder: Path, *, flag: str = "--output_dir") -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_failure(error):
             raise
-        raise _refused(folder, error, flag) from error
+        raise _refused(folder, error, "--output_dir") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

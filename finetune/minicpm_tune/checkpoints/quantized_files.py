@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -61,7 +61,10 @@ def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.floa
         if (folder / "quantize_config.json").is_file():  # early GPTQ tools wrote only this
             raise _foreign_method("gptq", folder)
         return None
-    bits = _bits_of(stored)
+    marked = (
+        bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit")
+    )
+    bits = next(marked, None)
     method = stored.get("quant_method", "of an unknown kind" if bits is None else BITSANDBYTES)
     if method != BITSANDBYTES:
         raise _foreign_method(str(method), folder)
@@ -81,13 +84,6 @@ def stored_quantization(folder: Path, *, compute_dtype: torch.dtype = torch.floa
         "llm_int8_skip_modules": _exact_patterns(names, modules),
     }
     return Quantization(bits, BitsAndBytesConfig(**settings), modules)
-
-
-def _bits_of(stored: dict[str, Any]) -> int | None:
-    for bits in (4, 8):
-        if stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit"):
-            return bits
-    return None
 
 
 def _foreign_method(method: str, folder: Path) -> QuantizationError:

@@ -31,8 +31,7 @@ _CLASS_KEYS = ("tokenizer_class", "auto_map", "added_tokens_decoder", "backend",
 SPACE = "\u2581"  # SentencePiece's visible space
 _PRIVATE_AREA = 0xF0000  # Unicode's supplementary private use area A, 65534 characters
 _BPE_MODEL = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
-_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
-_UNUSED = 5
+_NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type
 
 
 class VocabularyError(UserError):
@@ -205,13 +204,11 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
             f"{path}: found SentencePiece model type {model.trainer_spec.model_type}, expected {_BPE_MODEL} "
             "(byte-pair encoding). Use the tokenizer.model of the released model."
         )
-    hidden = _private_characters(model.pieces, special_tokens)
-    names = [hidden.get(piece.piece, piece.piece) for piece in model.pieces]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    whole = {piece.piece for piece in model.pieces if piece.type in (_USER_DEFINED, _UNUSED)}
-    scores = {
-        piece.piece: piece.score for piece in model.pieces if piece.type == 1 and piece.piece not in whole
-    }
+    user_defined = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    shown = [piece for piece in user_defined if piece not in special_tokens]
+    hidden = {piece: chr(_PRIVATE_AREA + index) for index, piece in enumerate(shown)}
+    vocabulary = {hidden.get(piece.piece, piece.piece): index for index, piece in enumerate(model.pieces)}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     tokenizer = Tokenizer(
         BPE(vocabulary, generate_merges(scores, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -231,9 +228,3 @@ def build_tokenizer(path: Path, *, special_tokens: list[str], add_bos: bool) -> 
             single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
         )
     return tokenizer
-
-
-def _private_characters(pieces: Iterable[Any], special_tokens: list[str]) -> dict[str, str]:
-    """What stands for each user-defined piece while the text is encoded."""
-    hidden = [p.piece for p in pieces if p.type == _USER_DEFINED and p.piece not in special_tokens]
-    return {piece: chr(_PRIVATE_AREA + index) for index, piece in enumerate(hidden)}
