@@ -202,8 +202,6 @@ class _Writer:
         parts = [part for turn in self.turns for part in turn.parts]
         boxes = [part for part in parts if isinstance(part, Box)]
         refs = [part.name for part in parts if isinstance(part, Ref)]
-        if not boxes and not refs:
-            return {}
         objects: dict[str, Any] = {"ref": refs} if refs else {}
         if boxes:
             objects["bbox"] = [list(box.values) for box in boxes]
@@ -212,7 +210,7 @@ class _Writer:
                 objects["bbox_type"] = units.pop()
             if any(images):
                 objects["image_id"] = images
-        return {"objects": objects}
+        return {"objects": objects} if objects else {}
 
 
 def _sampled(turn: Turn, sources: Sequence[Source]) -> bool:

@@ -193,10 +193,10 @@ def _plain_wave(data: io.BytesIO | Path, name: str) -> np.ndarray:
         channels, expected = file.getnchannels(), file.getnframes()
         samples = np.frombuffer(file.readframes(expected), dtype="<i2")
     if len(samples) != expected * channels:
-        raise RowError(
-            "audio",
-            f"audio {name} holds {len(samples) // channels} samples, expected {expected} as its header says. The file "
-            "is cut off: replace it.",
+        raise _error(
+            name,
+            f"holds {len(samples) // channels} samples, expected {expected} as its header says. The file is cut off: "
+            "replace it.",
         )
     return (samples.reshape(-1, channels).astype(np.float32) / 32768).mean(axis=1)
 
@@ -212,30 +212,24 @@ def decode_sound(data: io.BytesIO | Path, name: str) -> np.ndarray:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise RowError(
-            "audio",
-            f"audio {name} is not a 16 kHz PCM16 .wav file, and other forms need a decoder that is not installed. "
-            "Install it: pip install av soxr",
+        raise _error(
+            name,
+            "is not a 16 kHz PCM16 .wav file, and other forms need a decoder that is not installed. Install it: pip "
+            "install av soxr",
         ) from error
     try:
         with av.open(_readable(data), mode="r") as container:
             if not container.streams.audio:
-                raise RowError(
-                    "audio", f"audio {name} holds no sound, expected a stream of audio. Replace it."
-                )
+                raise _error(name, "holds no sound, expected a stream of audio. Replace it.")
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
             blocks, rate = [], stream.rate
             for frame in container.decode(stream):
                 blocks += [block.to_ndarray() for block in to_float.resample(frame)]
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise RowError(
-            "audio", f"audio {name} can't be decoded ({error}), expected a whole audio file. Replace it."
-        ) from error
+        raise _error(name, f"can't be decoded ({error}), expected a whole audio file. Replace it.") from error
     if not blocks:
-        raise RowError(
-            "audio", f"audio {name} has 0 samples, expected some sound. Replace it, or remove the row."
-        )
+        raise _error(name, "has 0 samples, expected some sound. Replace it, or remove the row.")
     return _resampled(np.concatenate(blocks, axis=1).mean(axis=0, dtype=np.float32), rate, name)
 
 
@@ -243,10 +237,10 @@ def _from_array(value: Mapping[str, Any], name: str) -> np.ndarray:
     rate = value.get("sampling_rate")
     samples = np.asarray(value["array"])
     if not isinstance(rate, (int, np.integer)) or rate <= 0 or samples.ndim > 2:
-        raise RowError(
-            "audio",
-            f"audio {name} has sampling_rate {rate!r} and {samples.ndim} dimensions, expected a number of samples per "
-            "second and an array [samples] or [channels, samples]. Fix the row.",
+        raise _error(
+            name,
+            f"has sampling_rate {rate!r} and {samples.ndim} dimensions, expected a number of samples per second and an "
+            "array [samples] or [channels, samples]. Fix the row.",
         )
     if np.issubdtype(samples.dtype, np.integer):
         samples = samples / -float(np.iinfo(samples.dtype).min)
@@ -260,21 +254,21 @@ def _resampled(waveform: np.ndarray, rate: int, name: str) -> np.ndarray:
     try:
         import soxr
     except ModuleNotFoundError as error:
-        raise RowError(
-            "audio",
-            f"audio {name} has {rate} samples per second, and rates other than {RATE} need a resampler that is not "
-            "installed. Install it: pip install soxr",
+        raise _error(
+            name,
+            f"has {rate} samples per second, and rates other than {RATE} need a resampler that is not installed. "
+            "Install it: pip install soxr",
         ) from error
     return soxr.resample(waveform, rate, RATE, quality="HQ").astype(np.float32)
 
 
 def _checked(waveform: np.ndarray, name: str) -> np.ndarray:
     if not len(waveform):
-        raise RowError(
-            "audio", f"audio {name} has 0 samples, expected some sound. Replace it, or remove the row."
-        )
+        raise _error(name, "has 0 samples, expected some sound. Replace it, or remove the row.")
     if not np.isfinite(waveform).all():
-        raise RowError(
-            "audio", f"audio {name} holds values that are no numbers, expected samples. Replace it."
-        )
+        raise _error(name, "holds values that are no numbers, expected samples. Replace it.")
     return waveform
+
+
+def _error(name: str, problem: str) -> RowError:
+    return RowError("audio", f"audio {name} {problem}")

@@ -24,7 +24,7 @@ import numpy as np
 from minicpm_tune.data.media.audio import RATE, Clip, decode_sound
 from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.media.sources import check_file
-from minicpm_tune.data.media.videos import decode_frames, is_list_of_frames, probe_video
+from minicpm_tune.data.media.videos import decode_frames, film_error, is_list_of_frames, probe_video
 from minicpm_tune.errors import RowError
 
 TENTHS = 10  # grid points per second of a film that is thinned out
@@ -132,10 +132,8 @@ def open_film(value: Any, options: ImageOptions, rules: FilmRules) -> Picture:
     path = check_file(value, options.folder, "video")
     found = probe_video(path)
     if not found.sounds:
-        raise RowError(
-            "video",
-            f'video {str(path)!r} has no sound, expected some. Set "use_audio": false in the row to use its pictures '
-            "alone.",
+        raise film_error(
+            path, 'has no sound, expected some. Set "use_audio": false in the row to use its pictures alone.'
         )
     plan = plan_film(found.count, found.fps, found.duration, rules)
     pieces = _cut(decode_sound(path, repr(str(path))), plan, rules)

@@ -90,20 +90,15 @@ class ImageFile:
                 f"image {self.name} has {width} x {height} pixels, expected at most {options.max_pixels}. Make it "
                 "smaller, or raise --max_image_pixels.",
             )
-        self.size = (height, width) if options.upright and self._turned() else (width, height)
-
-    def _turned(self) -> bool:
-        exif = _guarded(self.name, self._image.getexif)
-        return exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        exif = _guarded(self.name, self._image.getexif) if options.upright else {}
+        turned = exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        self.size = (height, width) if turned else (width, height)
 
     def digest(self) -> bytes:
         """Digest of the encoded image and of how it is decoded."""
-        content = _guarded(
-            self.name, self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue
-        )
-        return hashlib.blake2b(
-            content, digest_size=32, person=b"upright" if self.options.upright else b""
-        ).digest()
+        read = self._data.read_bytes if isinstance(self._data, Path) else self._data.getvalue
+        person = b"upright" if self.options.upright else b""
+        return hashlib.blake2b(_guarded(self.name, read), digest_size=32, person=person).digest()
 
     def decode(self) -> Image.Image:
         """Decode the image, in mode RGB; may be called once."""

@@ -258,13 +258,9 @@ def probe_video(path: Path) -> VideoFacts:
             duration = (container.duration or 0) / av.time_base or (count / fps if fps else 0.0)
             found = VideoFacts(count, fps, size, duration, bool(container.streams.audio))
     except (av.FFmpegError, IndexError, OSError, ValueError) as error:
-        raise RowError(
-            "video", f"video {str(path)!r} can't be read ({error}), expected a film. Replace it."
-        ) from error
+        raise film_error(path, f"can't be read ({error}), expected a film. Replace it.") from error
     if not (count and fps and all(size)):
-        raise RowError(
-            "video", f"video {str(path)!r} has no frames or no frame rate, expected a film. Replace it."
-        )
+        raise film_error(path, "has no frames or no frame rate, expected a film. Replace it.")
     return found
 
 
@@ -282,10 +278,13 @@ def decode_frames(path: Path, chosen: Sequence[int]) -> Iterator[Image.Image]:
                 if target is None:
                     return
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise RowError("video", f"video {str(path)!r} can't be decoded ({error}). Replace it.") from error
-    raise RowError(
-        "video", f"video {str(path)!r} ends before frame {target}, as its header counts them. Save it again."
-    )
+        raise film_error(path, f"can't be decoded ({error}). Replace it.") from error
+    raise film_error(path, f"ends before frame {target}, as its header counts them. Save it again.")
+
+
+def film_error(path: Path, problem: str) -> RowError:
+    """What is wrong with a film, as a message that names it."""
+    return RowError("video", f"video {str(path)!r} {problem}")
 
 
 LINE = 6  # pixels, black, between the frames of a composite
