@@ -83,15 +83,15 @@ class JoinedRows:
             self.columns = list(dict.fromkeys(name for table in tables for name in table))
         self.text_cells = all(part.text_cells for part in parts)
         self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
-        self._count = self._ends[-1] if most is None else most
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+        self._count = self._starts[-1] if most is None else most
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Any:
-        part = bisect_right(self._ends, index)
-        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+        part = bisect_right(self._starts, index) - 1
+        return self._parts[part][index - self._starts[part]]
 
 
 def open_rows(path: str | Path) -> Rows:
@@ -171,6 +171,12 @@ class DataFile:
 class Mixture:
     """The rows of all files that ``--data_path`` names.
 
+    Attributes:
+        files: The files.
+        ends: The numbers behind each file's last row.
+        numbers: The numbers of the rows that are used, int64, in their order.
+        is_part: Whether only some of the files' rows are used.
+
     Args:
         data_path: What ``--data_path`` takes, see ``settings/data_arguments.py``.
         given_num: Whether the amounts in it count; else every row stands once.
@@ -200,7 +206,7 @@ class Mixture:
                 source = replace(source, count=min(source.count, max_samples))
             self.files.append(self._file(rows, source, len(rows)))
         self.ends = list(accumulate(len(file.rows) for file in self.files))
-        self._numbers: np.ndarray | None = None  # of the rows that are used; None: all
+        self.numbers, self.is_part = np.arange(self.row_count), False
 
     def _file(self, rows: Rows, source: MixtureSource, used: int) -> DataFile:
         """A file of which so many rows are used."""
@@ -223,8 +229,7 @@ class Mixture:
             DataError: When a file's share is no row.
         """
         part = copy(self)
-        part._numbers = np.flatnonzero(chosen)
-        part.files = []
+        part.files, part.numbers, part.is_part = [], np.flatnonzero(chosen), True
         for number, file in enumerate(self.files):
             used = int(chosen[self.first_row(number) : self.ends[number]].sum())
             if not used and not once:
@@ -232,19 +237,9 @@ class Mixture:
                     f"--data_path {file.source.path}: all of its {len(file.rows)} rows are held out, expected at least "
                     "one to train on. Choose another --eval_split or seed, or give --eval_data_path."
                 )
-            one = DataFile(file.rows, used, file.source, used)
-            part.files.append(one if once else self._file(file.rows, file.source, used))
+            once_each = replace(file, samples=used, used=used)
+            part.files.append(once_each if once else self._file(file.rows, file.source, used))
         return part
-
-    @property
-    def is_part(self) -> bool:
-        """Whether only some of the files' rows are used."""
-        return self._numbers is not None
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The numbers of the rows that are used, int64, in their order."""
-        return np.arange(self.row_count) if self._numbers is None else self._numbers
 
     @property
     def samples(self) -> int:
@@ -279,8 +274,7 @@ class Mixture:
         """The rows of one epoch, the same on every rank."""
         sizes = [file.used for file in self.files]
         counts = [file.samples for file in self.files]
-        order = epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle)
-        return (order if self._numbers is None else self._numbers[order]).tolist()
+        return self.numbers[epoch_order(sizes, counts, seed=seed, epoch=epoch, shuffle=shuffle)].tolist()
 
 
 def epoch_order(
