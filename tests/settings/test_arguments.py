@@ -471,7 +471,7 @@ def test_the_json_files_are_json():
 def test_the_optimizer_follows_machine_and_precision(monkeypatch, flags, config, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     values = {"use_cpu": False, "fp16": False, "deepspeed": config, **flags}
-    assert TrainingArguments._best_optimizer(SimpleNamespace(**values)) == expected
+    assert TrainingArguments.default_optimizer(SimpleNamespace(**values)) == expected
 
 
 def test_the_log_says_where_the_fused_optimizer_runs(monkeypatch, caplog):
@@ -479,7 +479,7 @@ def test_the_log_says_where_the_fused_optimizer_runs(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         for name in ("ds_config_zero2.json", "ds_config_zero2_offload.json"):
             config = read_deepspeed_config(name)
-            TrainingArguments._best_optimizer(SimpleNamespace(use_cpu=False, fp16=False, deepspeed=config))
+            TrainingArguments.default_optimizer(SimpleNamespace(use_cpu=False, fp16=False, deepspeed=config))
     assert [record.getMessage() for record in caplog.records] == [
         "--optim adamw_torch_fused is used, on the GPU.",
         "--optim adamw_torch_fused is used, on the CPU, where its states are.",
@@ -492,6 +492,6 @@ def test_batches_are_copied_without_blocking_where_memory_is_pinned(monkeypatch)
             dataloader_num_workers=0, dataloader_persistent_workers=True, dataloader_pin_memory=pinned,
             use_cpu=False, accelerator_config=None,
         )  # fmt: skip
-        TrainingArguments._settle_data_loading(options)
+        TrainingArguments.set_loading_defaults(options)
         assert options.accelerator_config == ({"non_blocking": True} if pinned else None)
     assert "non_blocking" in {field.name for field in dataclasses.fields(AcceleratorConfig)}

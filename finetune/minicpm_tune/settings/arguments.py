@@ -65,7 +65,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             _note(apply_settings())
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a bar in a file is a line per step
-        self._settle_data_loading()
+        self.set_loading_defaults()
         self.continues_last = (self.resume_from_checkpoint or "").lower() == "true"
         self.resume_from_checkpoint = self._checkpoint_to_continue()
         if self.metric_for_best_model is None and (
@@ -77,11 +77,11 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         if isinstance(self.deepspeed, str):
             self._read_deepspeed(self.deepspeed)
         if self.optim is None:
-            self.optim = self._best_optimizer()
+            self.optim = self.default_optimizer()
         if self.ddp_find_unused_parameters is None:
             # Every trained parameter gets a gradient from every batch, so nothing need be looked for.
             self.ddp_find_unused_parameters = False
-        self._settle_checkpointing()
+        self._read_checkpointing()
         super().__post_init__()
         self.checkpoints_llm = bool(self.gradient_checkpointing)
         if self.n_gpu > 1:
@@ -92,7 +92,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
                 "or the launchers finetune_ds.sh and finetune_lora.sh."
             )
 
-    def _settle_checkpointing(self) -> None:
+    def _read_checkpointing(self) -> None:
         value = self.activation_checkpointing
         self.chooses_checkpointing = value == "auto"  # planning/fitting.py chooses
         if isinstance(value, str):
@@ -122,7 +122,8 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
         own |= {"llm": self.llm_lr, "embeddings": self.embed_lr}
         return LearningRates(self.learning_rate, own, self.lora_lr_ratio)
 
-    def _settle_data_loading(self) -> None:
+    def set_loading_defaults(self) -> None:
+        """Choose the workers, and what goes with them, where the flags leave it open."""
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = data_workers(accelerator=not self.use_cpu)
         # torch refuses the one without workers, and warns of the other without a GPU
@@ -132,7 +133,7 @@ class TrainingArguments(TuningOptions, RunOptions, transformers.TrainingArgument
             # Batches are copied while the GPU computes.
             self.accelerator_config = {"non_blocking": True}
 
-    def _best_optimizer(self) -> str:
+    def default_optimizer(self) -> str:
         """AdamW in the form that suits the machine; on a GPU it is logged.
 
         The fused form updates all weights in one kernel, without the temporaries of the others. Where DeepSpeed keeps
