@@ -1,11 +1,8 @@
-"""The command line: official defaults, old flags, checks that collect everything, the help page."""
+"""The command line: official defaults, old flags, and checks that collect everything."""
 
-import ast
 import dataclasses
-import json
 import os
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,37 +12,10 @@ import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from minicpm_tune import output_folder
-from minicpm_tune.settings.argument_groups import RunOptions, TuningOptions
-from minicpm_tune.settings.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
+from minicpm_tune.settings.arguments import ModelArguments, TrainingArguments, parse_arguments
 from minicpm_tune.settings.checks import UsageError
-from minicpm_tune.settings.deepspeed_setup import (
-    DeepSpeedConfigError,
-    drop_automatic_scheduler,
-    read_deepspeed_config,
-)
-from minicpm_tune.settings.finetune_command import answer_or_check, render_help
+from minicpm_tune.settings.deepspeed_setup import read_deepspeed_config
 from minicpm_tune.settings.legacy_flags import DROPPED, RENAMED, REWRITTEN, translate
-from support import processes
-from support.paths import ROOT
-
-FINETUNE = ROOT / "finetune"
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with a model (its config), rows and nothing else, as the current folder."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "rows.json").write_text("[]")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    return tmp_path
 
 
 def parse(*words):
@@ -320,141 +290,6 @@ def test_clearing_an_output_folder_takes_all_of_the_model_and_leaves_other_files
     output_folder.remove_earlier_run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == others
     assert not output_folder.find_earlier_run(tmp_path)
-
-
-def test_a_scheduler_section_of_automatic_values_makes_way_for_the_command_line():
-    automatic = {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}
-    official = {"scheduler": {"type": "WarmupLR", "params": automatic}}
-    own = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}
-    assert drop_automatic_scheduler(official)
-    assert official == {}
-    assert not drop_automatic_scheduler(own)
-    assert "scheduler" in own
-    assert not drop_automatic_scheduler({})
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_the_deepspeed_files_leave_schedule_and_optimizer_to_the_command_line(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # found beside finetune.py, from any folder
-    config = read_deepspeed_config(f"ds_config_{name}.json")
-    assert "scheduler" not in config
-    assert "optimizer" not in config
-    zero = config["zero_optimization"]
-    assert zero["stage"] == int(name[4])
-    assert ("offload_optimizer" in zero) == name.endswith("offload")
-    assert zero.get("stage3_gather_16bit_weights_on_model_save", zero["stage"] == 2)
-    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
-        assert config[key] == "auto"
-
-
-def test_a_missing_deepspeed_file_names_those_that_are_there():
-    with pytest.raises(DeepSpeedConfigError, match=r"ds_config_zero2\.json, ds_config_zero2_offload\.json"):
-        read_deepspeed_config("nothing.json")
-
-
-def test_help_shows_every_argument_of_ours_and_needs_no_torch():
-    code = (
-        "import sys\n"
-        "from minicpm_tune.settings.finetune_command import render_help\n"
-        "page = render_help()\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "sys.stdout.write(page)"
-    )
-    done = processes.run([sys.executable, "-c", code], cwd=FINETUNE, limit=60)
-    assert done.returncode == 0, done.stderr
-    page = done.stdout
-    groups = (ModelArguments, DataArguments, TuningOptions, LoraArguments, RunOptions)
-    ours = {item.name for group in groups for item in dataclasses.fields(group)}
-    assert set(re.findall(r"^  --(\w+)$", page, flags=re.MULTILINE)) == ours
-
-
-def test_the_long_help_shows_every_argument_there_is():
-    page = render_help(everything=True)
-    shown = set(re.findall(r"^  --(\w+)$", page, flags=re.MULTILINE))
-    fields = {
-        item.name
-        for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-        for item in dataclasses.fields(group)
-        if item.init
-    }
-    assert fields - shown == {"local_rank", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
-    assert shown <= fields
-    assert "Not supported: the loss never builds all logits." in page
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [("--help", "--lora_target_modules"), ("--help-all", "--adam_beta2"), ("--version", "minicpm_tune 0.")],
-)
-def test_a_question_is_answered_and_exits_well(word, expected, capsys):
-    with pytest.raises(SystemExit) as caught:
-        answer_or_check(["--seed", "1", word])
-    assert caught.value.code == 0
-    assert expected in capsys.readouterr().out
-
-
-def test_a_wrong_command_line_ends_before_anything_heavy_is_imported(place, capsys):
-    words = ["--model_name_or_path", "model", "--data_path", "rows.json"]
-    answer_or_check(words)
-    with pytest.raises(SystemExit) as caught:
-        answer_or_check([*words, "--lerning_rate", "1"])
-    assert caught.value.code == 1
-    assert "Did you mean --learning_rate?" in capsys.readouterr().err
-    code = (
-        "import sys\n"
-        "from minicpm_tune.settings.finetune_command import answer_or_check\n"
-        "try:\n    answer_or_check(sys.argv[1:])\n"
-        "finally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(FINETUNE)}
-    wrong = ("--deepspeed", "no.json", "--lora_r", "0")
-    done = processes.run([sys.executable, "-c", code, *words, *wrong], env=env, limit=60)
-    assert done.returncode == 1
-    assert "2 problems with the command line" in done.stderr
-    assert "AssertionError" not in done.stderr
-
-
-@pytest.mark.parametrize("group", [ModelArguments, DataArguments, TuningOptions, RunOptions, LoraArguments])
-def test_each_argument_of_ours_has_a_help_text(group):
-    for item in dataclasses.fields(group):
-        assert len(item.metadata["help"]) > 20, item.name
-
-
-def test_requirements_cover_every_import_of_the_product():
-    names = re.findall(r"^([\w-]+)==", (FINETUNE / "requirements.txt").read_text(), flags=re.MULTILINE)
-    pinned = {name.replace("-", "_").lower() for name in names}
-    optional = {"flash_attn", "liger_kernel", "av", "soxr", "triton", "modelscope"}
-    package_of = {"PIL": "pillow"}
-    folders = [FINETUNE, ROOT / "demo"]
-    files = [path for folder in folders for path in folder.rglob("*.py")]
-    own = {"minicpm_tune", *(path.stem for path in files)}
-    for path in files:
-        for name in imported_packages(path) - own - set(sys.stdlib_module_names) - optional:
-            assert package_of.get(name, name).lower() in pinned, f"{path.name} imports {name}"
-
-
-def imported_packages(path):
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.partition(".")[0])
-    return names
-
-
-def test_every_requirement_is_pinned_and_explained():
-    for file in (FINETUNE / "requirements.txt", ROOT / "tests" / "requirements.txt"):
-        for line in file.read_text().splitlines():
-            assert line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+ +# .+", line), line
-    assert (ROOT / "requirements.txt").read_text() == "-r finetune/requirements.txt\n"
-
-
-def test_the_json_files_are_json():
-    files = list(FINETUNE.glob("*.json"))
-    assert len(files) == 4
-    for file in files:
-        json.loads(file.read_text())
 
 
 @pytest.mark.parametrize(
