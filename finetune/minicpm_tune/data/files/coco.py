@@ -16,7 +16,6 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,7 @@ NOTHING_FOUND = "There is none."
 _KEYS = ("images", "annotations", "categories")
 
 Row = dict[str, Any]
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class _Object:
-    """An object of a picture: its category's place in the file, its name, and its (x1, y1, x2, y2) in pixels."""
-
-    category: int
-    name: str
-    box: Box
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, in pixels
 
 
 class CocoFile:
@@ -147,9 +137,10 @@ class CocoFile:
             return None
         return size
 
-    def _objects(self, picture: Any, size: tuple[int, int]) -> tuple[list[_Object], set[str]]:
-        """A picture's objects in order, and the names of its crowds."""
-        objects, crowds = [], set()
+    def _objects(self, picture: Any, size: tuple[int, int]) -> tuple[list[tuple[str, Box]], set[str]]:
+        """A picture's objects in order, each a name and a box, and the names of its crowds."""
+        found: list[tuple[int, Box, str]] = []
+        crowds = set()
         for annotation in self._annotations.get(picture, ()):
             key = annotation["category_id"]
             name = str(annotation.get("caption") or self._names[key]).strip()
@@ -163,21 +154,22 @@ class CocoFile:
             if box[2] <= box[0] or box[3] <= box[1]:
                 self.left_out["boxes without area in their picture"] += 1
                 continue
-            objects.append(_Object(self._order[key], name, (box[0], box[1], box[2], box[3])))
-        return sorted(objects, key=lambda each: (each.category, each.box)), crowds
+            found.append((self._order[key], (box[0], box[1], box[2], box[3]), name))
+        found.sort(key=lambda each: each[:2])
+        return [(name, box) for _, box, name in found], crowds
 
     def _ask(
-        self, task: str, question: str, objects: Sequence[_Object], crowds: set[str], *, number: Any
+        self, task: str, question: str, objects: Sequence[tuple[str, Box]], crowds: set[str], *, number: Any
     ) -> Iterator[tuple[list[Row], Row]]:
         """The conversations about one picture, each with its ``objects``."""
         if task == "detect":
             answer = "\n".join([REF_MARK + BOX_MARK] * len(objects)) or NOTHING_FOUND
-            names = [each.name for each in objects]
-            yield _turns(question, answer), {"ref": names, "bbox": [list(each.box) for each in objects]}
+            names = [name for name, _ in objects]
+            yield _turns(question, answer), {"ref": names, "bbox": [list(box) for _, box in objects]}
             return
         by_name: dict[str, list[Box]] = defaultdict(list)
-        for each in objects:
-            by_name[each.name].append(each.box)
+        for name, box in objects:
+            by_name[name].append(box)
         if task == "count" and (absent := self._absent(by_name, crowds, number)) is not None:
             by_name[absent] = []  # a model that never reads 0 never says it
         for name, boxes in by_name.items():

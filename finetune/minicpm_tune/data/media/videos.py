@@ -34,7 +34,10 @@ from minicpm_tune.data.media.sources import check_file, find_file
 from minicpm_tune.errors import RowError
 
 TIME_STEP_S = 0.1  # a time index of 4.5 is a tenth of a second
+LINE = 6  # pixels, black, between the frames of a composite
 _FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+Size = tuple[int, int]  # width and height, in pixels
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def open_video(value: Any, options: ImageOptions, rules: VideoRules) -> Picture:
             packs,
             seconds=len(sources) / rules.fps,
         )
-    path = check_file(_path(value), options.folder, "video")
+    path = check_file(value, options.folder, "video")
     found = probe_video(path)
     chosen, packs = choose_frames(found.count, found.fps, rules)
     seconds = found.count / found.fps
@@ -230,14 +233,14 @@ class VideoFacts:
     Attributes:
         count: Frames.
         fps: Frames per second.
-        size: (width, height), in pixels.
+        size: Of its frames.
         duration: Length of the file, in seconds; its sound may be longer than its pictures.
         sounds: Whether it has sound.
     """
 
     count: int
     fps: float
-    size: tuple[int, int]
+    size: Size
     duration: float
     sounds: bool
 
@@ -287,9 +290,7 @@ def film_error(path: Path, problem: str) -> RowError:
     return RowError("video", f"video {str(path)!r} {problem}")
 
 
-LINE = 6  # pixels, black, between the frames of a composite
-
-Size = tuple[int, int]
+# --- stacking what happens within each second ---
 
 
 def visual_units(
