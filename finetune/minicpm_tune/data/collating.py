@@ -5,17 +5,15 @@ Shapes and letters as in ``minicpm_tune/batch.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minicpm_tune.batch import IGNORE_INDEX, Batch, PictureFeatures, Provenance, Sample, SliceSources
-
-_TokenKey = Literal["input_ids", "labels", "mm_token_type_ids"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,14 @@ def data_collator(
     placed, shape = _place(rows, padding_side)
     samples = [each.sample for each in placed]
     batch: Batch = {
-        "input_ids": _filled(placed, "input_ids", shape, pad_token_id),
-        "attention_mask": _filled(placed, None, shape, 0),
+        "input_ids": _spread(placed, shape, pad_token_id, lambda sample: sample["input_ids"]),
+        "attention_mask": _spread(placed, shape, 0, lambda sample: 1),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in samples], dim=2),
         "tgt_sizes": torch.cat([sample["tgt_sizes"] for sample in samples]).numpy(),
         "image_bound": _bounds(placed, "image_bound"),
     }
     if "mm_token_type_ids" in samples[0]:
-        batch["mm_token_type_ids"] = _filled(placed, "mm_token_type_ids", shape, 0)
+        batch["mm_token_type_ids"] = _spread(placed, shape, 0, lambda sample: sample["mm_token_type_ids"])
     if any("temporal_ids" in sample for sample in samples):
         batch["temporal_ids"] = _temporal_ids(samples)
     heard = [each for each in placed if "audio_values" in each.sample]
@@ -100,11 +98,17 @@ def _place(rows: Sequence[Sample | list[Sample]], padding_side: str) -> tuple[li
     return placed, (len(rows), width)
 
 
-def _filled(placed: Sequence[_Placed], key: _TokenKey | None, shape: tuple[int, int], fill: int) -> Tensor:
-    """[B, T] of one key of every sample, or 1 where there is one."""
-    values = torch.full(shape, fill, dtype=torch.int64)
+def _spread(
+    placed: Sequence[_Placed],
+    shape: tuple[int, int],
+    fill: int,
+    value: Callable[[Sample], Any],
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """[B, T] with a value of every sample at its tokens, and ``fill`` elsewhere."""
+    values = torch.full(shape, fill, dtype=dtype)
     for each in placed:
-        values[each.span] = 1 if key is None else each.sample[key]
+        values[each.span] = value(each.sample)
     return values
 
 
@@ -119,7 +123,7 @@ def _position_ids(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
 
 
 def _labels(placed: Sequence[_Placed], shape: tuple[int, int]) -> Tensor:
-    labels = _filled(placed, "labels", shape, IGNORE_INDEX)
+    labels = _spread(placed, shape, IGNORE_INDEX, lambda sample: sample["labels"])
     for each in placed:
         # Nothing predicts the first token of a sample; in a packed row the token before belongs to another.
         labels[each.row, each.start] = IGNORE_INDEX
@@ -146,21 +150,14 @@ def supervised_places(labels: Tensor) -> np.ndarray:
 
 
 def _provenance(placed: Sequence[_Placed], shape: tuple[int, int], supervised: np.ndarray) -> Provenance:
-    origins = [each.sample.get("origin") for each in placed]
-    sources = np.full(shape, -1, dtype=np.int64)
-    for each, origin in zip(placed, origins, strict=True):
-        if origin is not None:
-            sources[each.span] = origin[0]
-    return Provenance(origins, sources.ravel()[supervised])
+    sources = _spread(placed, shape, -1, lambda sample: (sample.get("origin") or (-1,))[0])
+    return Provenance([each.sample.get("origin") for each in placed], sources.numpy().ravel()[supervised])
 
 
 def _loss_weights(placed: Sequence[_Placed], shape: tuple[int, int], supervised: np.ndarray) -> np.ndarray:
     """[N] how much each supervised token counts; 1 in samples that do not say."""
-    weights = np.ones(shape, dtype=np.float32)
-    for each in placed:
-        if "loss_weights" in each.sample:
-            weights[each.span] = each.sample["loss_weights"]
-    return weights.ravel()[supervised + 1]
+    weights = _spread(placed, shape, 1, lambda sample: sample.get("loss_weights", 1), torch.float32)
+    return weights.numpy().ravel()[supervised + 1]
 
 
 def _temporal_ids(samples: Sequence[Sample]) -> np.ndarray:

@@ -114,7 +114,7 @@ def write_placeholders(
     for picture, frames in zip(pictures, layouts, strict=True):
         writer = _Writer(style)
         if isinstance(picture, Clip):
-            writer.write_audio(_audio_runs(picture, audio))
+            writer.write_clip(picture, audio)
         elif picture.sound:
             writer.write_film(picture, frames, audio, generation)
         else:
@@ -123,19 +123,6 @@ def write_placeholders(
             writer.write_picture(picture, frames)
         placeholders.append(writer.placeholder())
     return placeholders
-
-
-def _audio_runs(clip: Clip, rules: AudioRules | None) -> list[int]:
-    """Lengths of the runs of pad tokens that stand for a clip."""
-    assert rules is not None, clip
-    runs = rules.runs(clip.samples)
-    if not runs:
-        raise RowError(
-            "audio",
-            f"audio {clip.name} has {clip.samples} samples of 16 kHz, expected at least {rules.fewest_samples}: "
-            "fewer make no audio token. Replace it, or remove the row.",
-        )
-    return runs
 
 
 class _Writer:
@@ -160,6 +147,16 @@ class _Writer:
         run = start, self.length
         self.write(after)
         return run
+
+    def write_clip(self, clip: Clip, rules: AudioRules | None) -> None:
+        assert rules is not None, clip
+        self.write_audio(rules.runs(clip.samples))
+        if not self.audio_runs:
+            raise RowError(
+                "audio",
+                f"audio {clip.name} has {clip.samples} samples of 16 kHz, expected at least {rules.fewest_samples}: "
+                "fewer make no audio token. Replace it, or remove the row.",
+            )
 
     def write_audio(self, runs: Sequence[int]) -> None:
         self.audio_runs += [self.write_run("<|audio_start|>", count, "<|audio_end|>") for count in runs]

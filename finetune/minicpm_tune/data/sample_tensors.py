@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -157,13 +158,16 @@ def _audio_tensors(
     assert rules is not None
     assert generation.hearing is not None
     pictures = plan.pictures[: len(plan.encoded.media_spans)]  # the rest was cut off
-    numbers = _message_numbers(plan.pieces, generation.turn_end)
+    message = accumulate(
+        piece.text == generation.turn_end for piece in plan.pieces
+    )  # of every piece its number
+    numbers = [number for number, piece in zip(message, plan.pieces, strict=True) if piece.media is not None]
     heard = [
-        (clip, message)
-        for picture, message in zip(pictures, numbers, strict=False)
+        (clip, number)
+        for picture, number in zip(pictures, numbers, strict=False)
         for clip in _heard_in(picture)
     ]
-    clips, messages = [clip for clip, _ in heard], [message for _, message in heard]
+    clips, messages = [clip for clip, _ in heard], [number for _, number in heard]
     places = sum(end - start for start, end in plan.encoded.audio_bound)
     waveforms = merged(clips, messages if generation.hearing.merges else range(len(clips)))
     if sum(rules.tokens(len(waveform)) for waveform in waveforms) < places:
@@ -175,13 +179,3 @@ def _audio_tensors(
         left -= kept
         segments.append((mel.shape[1], longest, kept))
     return torch.from_numpy(np.concatenate(mels, axis=1)), torch.tensor(segments)
-
-
-def _message_numbers(pieces: Sequence[Piece], turn_end: str) -> list[int]:
-    """The number of the message that each medium stands in."""
-    messages, number = [], 0
-    for piece in pieces:
-        if piece.media is not None:
-            messages.append(number)
-        number += piece.text == turn_end
-    return messages
