@@ -1,11 +1,7 @@
 """Names and boxes of a row: from pixels to the text that the models were trained on, and back.
 
-A row lists them in ``objects`` and marks their places with ``<ref-object>`` and ``<bbox>``, as ms-swift does:
-
-    {"messages": [{"role": "user", "content": "<image>Find <ref-object>."},
-                  {"role": "assistant", "content": "<bbox>"}],
-     "images": ["street.png"],
-     "objects": {"ref": ["the dog"], "bbox": [[10, 20, 50, 60]]}}
+A row lists them in ``objects``, ``{"ref": ["the dog"], "bbox": [[10, 20, 50, 60]]}``, and marks their places in its
+texts with ``<ref-object>`` and ``<bbox>``, as ms-swift does.
 
 MiniCPM-V writes a name as ``<ref>the dog</ref>``, a box as ``<box>x1 y1 x2 y2</box>`` and a point as
 ``<point>x y</point>``, in whole numbers from 0 to 1000 of the picture's width and height. InternLM-XComposer2 has no

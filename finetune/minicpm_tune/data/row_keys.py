@@ -7,7 +7,7 @@ reported by the check of the rows and by ``inspect_data.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from minicpm_tune.errors import RowError
@@ -88,7 +88,13 @@ def read_row_keys(row: Mapping[str, Any], *, model: str, hears: bool = False) ->
     Raises:
         RowError: For a key that would change what the row means.
     """
-    _refuse_audio(row, "the row", model, known=("audio", "audios") if hears else ())
+    for key in _audio_keys(row, "the row", model=model, hears=hears):
+        if key not in ("audio", "audios"):
+            raise RowError(
+                "audio",
+                f"the row has {key!r}, expected its audio under 'audio' or 'audios', with an <audio> in the text for "
+                "each. Rename the key.",
+            )
     _refuse(row, _REFUSED_ROW_KEYS, "the row")
     unknown = _unknown(row, ROW_KEYS | {"audio", "audios"})
     has_media = _has_media(row)
@@ -110,13 +116,12 @@ def read_message_keys(
 ) -> list[str]:
     """The same for a message; ``number`` is that of its turn."""
     place = f"turn {number}"
-    if hears and any(message.get(key) not in NOTHING for key in _AUDIO_KEYS):
+    if _audio_keys(message, place, model=model, hears=hears):
         raise RowError(
             "audio",
             f"{place} has audio of its own, expected it in the row or in the content. Put it under the row's 'audios', "
             "with an <audio> in the text for each, or make the content a list of parts.",
         )
-    _refuse_audio(message, place, model)
     _refuse(message, _REFUSED_MESSAGE_KEYS, place)
     unknown = _unknown(message, _MESSAGE_KEYS)
     if "objects" in unknown:
@@ -154,23 +159,17 @@ def _unknown(values: Mapping[str, Any], known: set[str]) -> list[str]:
 
 def _refuse(values: Mapping[str, Any], refused: Mapping[str, str], place: str) -> None:
     for key, advice in refused.items():
-        neutral = key in _NEUTRAL and values.get(key) == 1  # true, too
-        if not neutral and values.get(key) not in NOTHING:
+        value = values.get(key)
+        if value not in NOTHING and not (key in _NEUTRAL and value == 1):  # true, too
             raise RowError("key", f"{place} has {key!r}: {advice}.")
 
 
-def _refuse_audio(values: Mapping[str, Any], place: str, model: str, known: Collection[str] = ()) -> None:
-    key = next(
-        (key for key in values if key in _AUDIO_KEYS - set(known) and values[key] not in NOTHING), None
-    )
-    if key and known:
-        raise RowError(
-            "audio",
-            f"{place} has {key!r}, expected its audio under 'audio' or 'audios', with an <audio> in the text for "
-            "each. Rename the key.",
-        )
-    if key:
-        raise RowError("audio", f"{place} has {key!r}, but {model} takes no audio. Remove the row.")
+def _audio_keys(values: Mapping[str, Any], place: str, *, model: str, hears: bool) -> list[str]:
+    """The keys with audio; there may be none for a model that does not hear."""
+    keys = [key for key, value in values.items() if key in _AUDIO_KEYS and value not in NOTHING]
+    if keys and not hears:
+        raise RowError("audio", f"{place} has {keys[0]!r}, but {model} takes no audio. Remove the row.")
+    return keys
 
 
 def _is_media(key: str, value: Any) -> bool:
@@ -178,11 +177,9 @@ def _is_media(key: str, value: Any) -> bool:
     found = _MEDIA_KEY.fullmatch(key)
     if not found:
         return False
-    rest = found[3] or ""
-    sure = found[1].lower() not in ("clip", "frame") and re.fullmatch(r"\d*|(path|file)\w*", rest) is not None
-    leaves = list(_leaves(value))
-    named = sure and any(isinstance(each, str) for each in leaves)
-    return named or _names_media(value) or any(isinstance(each, (bytes, bytearray)) for each in leaves)
+    sure = found[1].lower() not in ("clip", "frame") and re.fullmatch(r"\d*|(path|file)\w*", found[3] or "")
+    holding = (str, bytes, bytearray) if sure else (bytes, bytearray)
+    return _names_media(value) or any(isinstance(each, holding) for each in _leaves(value))
 
 
 def _names_media(value: Any) -> bool:

@@ -186,7 +186,7 @@ class _RowReader:
 
     def _content(self, content: Any, number: int) -> list[Part | Source]:
         if isinstance(content, str):
-            return self._text(content, number)
+            content = [content]
         if not isinstance(content, (list, tuple)):
             raise RowError(
                 "form",

@@ -1,19 +1,7 @@
 """What a conversation is once it is read: turns made of text and media, and which medium a placeholder stands for.
 
-Every file format ends here (``data/row_parsing.py``), and every prompt starts here (``data/prompts.py``).
-
-A row names its media in ``image``, ``images``, ``video`` or ``videos``, and, where the model
-hears, in ``audio`` or ``audios``:
-
-- a single image is meant by every ``<image>`` in the row;
-- in a list, the first ``<image>`` (or ``<ImageHere>``) means the first image, and so on; ``<image_02>``, or a part
-  with ``"index": 2``, the third;
-- in a dictionary, the placeholders are the keys, and may stand anywhere and more than once.
-
-What no placeholder mentions is put in front of the first user turn, in the order of the row, each followed by a
-newline (by nothing for InternLM-XComposer2). A placeholder without an image is an error, and so is a placeholder of
-another program such as ``<image 1>``. A backslash in front of a placeholder, or of another control text, makes it
-plain text; in a row with ``literal_control_tokens`` all are but the first for each medium.
+Every file format ends here (``data/row_parsing.py``), and every prompt starts here (``data/prompts.py``). What rows
+may hold is told in ``docs/data.md``.
 """
 
 from __future__ import annotations
@@ -132,7 +120,12 @@ class Source:
 
 
 class MediaReader:
-    """Gives every placeholder of a row its image or video.
+    """Gives every placeholder of a row its medium, of those that the row names under ``image``, ``images`` and so on.
+
+    A single image is meant by every ``<image>``; in a list, the first ``<image>`` or ``<ImageHere>`` means the first
+    image, and ``<image_02>``, or a part with ``"index": 2``, the third; in a dictionary, the placeholders are the keys,
+    and may stand anywhere and more than once. A placeholder without an image is an error, and so is one of another
+    program, such as ``<image 1>``, unless it is plain text: behind a backslash, or where texts are ``literal``.
 
     Args:
         row: The row.
@@ -195,18 +188,13 @@ class MediaReader:
         """The parts of a text in turn ``number``: its placeholders as the sources they stand for."""
         position = 0
         for found in MARKS.finditer(text):
-            part = self._part(found, number)
-            if part is None:
-                continue
-            if found.start() > position:
-                yield text[position : found.start()]
-            yield part
+            yield text[position : found.start()]
+            yield self._part(found, number)
             position = found.end()
-        if position < len(text):
-            yield text[position:]
+        yield text[position:]
 
-    def _part(self, found: re.Match[str], number: int) -> Source | Literal | Ref | Box | None:
-        """What stands for a placeholder; None leaves it in the text."""
+    def _part(self, found: re.Match[str], number: int) -> str | Source | Literal | Ref | Box:
+        """What stands for a placeholder; a text where it is none."""
         mark = found.group()
         if found["escaped"]:
             return Literal(mark[1:])
@@ -221,7 +209,7 @@ class MediaReader:
         if self.literal:
             return Literal(mark)
         if found["loose"] and not any(self.listed.values()):
-            return None
+            return mark
         raise RowError(
             "placeholder",
             f"turn {number} has {mark!r:.80}, which is no placeholder here, expected <image> (in the order of "
@@ -292,9 +280,7 @@ class MediaReader:
         if not left:
             return turns
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        front: list[Any] = [
-            part for source in left for part in (source, "" if source.sound else image_end) if part
-        ]
+        front: list[Any] = [part for each in left for part in (each, "" if each.sound else image_end)]
         turns[first] = replace(turns[first], parts=(*front, *turns[first].parts))
         return turns
 
@@ -314,7 +300,7 @@ def numbered_media(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Sourc
                 parts[-1] = before + part
             elif isinstance(part, Literal) and isinstance(before, Literal):
                 parts[-1] = Literal(before.text + part.text)
-            else:
+            elif part:  # no empty text
                 parts.append(part)
         numbered.append(replace(turn, parts=tuple(parts)))
     return tuple(numbered), tuple(sources)
