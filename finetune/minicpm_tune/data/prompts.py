@@ -85,7 +85,7 @@ class PromptWriter:
         control = [token for token in _CONTROL_TOKENS if token in vocabulary]
         control += _MINICPM_MARKS if generation.prompt == "minicpm" else ()
         added = [token for token in tokenizer.get_added_vocab() if token[0] in "<[" and token[-1] in ">]"]
-        self._control, self._tokens = _any_of(control), _any_of([*control, *added])
+        self._control, self._tokens = any_of(control), any_of([*control, *added])
         self._trims, self._think_form = False, _THINK_FORM
         if generation.prompt == "template":
             if not tokenizer.chat_template:
@@ -328,7 +328,7 @@ class PromptWriter:
         return before[opening:], after[:closing]
 
 
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of some texts, the longest first; nothing when there are none."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or '(?!)'})")
 

@@ -12,7 +12,6 @@ tokens' own names are switched off.
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.batch import IGNORE_INDEX
 from minicpm_tune.data.placeholders import Placeholder
-from minicpm_tune.data.prompts import Piece
+from minicpm_tune.data.prompts import Piece, any_of
 
 
 @dataclass
@@ -196,19 +195,14 @@ class LiteralTokenizer:
         self._backend = Tokenizer.from_str(json.dumps(state))
         self._backend.encode_special_tokens = True
         kept = ("lstrip", "rstrip", "single_word", "normalized")
-        self._backend.add_tokens(
-            [
-                AddedToken(
-                    self._stand_ins[token["content"]], special=False, **{key: token[key] for key in kept}
-                )
-                for token in tokens
-            ]
-        )
-        self._ids = {
-            self._backend.token_to_id(self._stand_ins[token["content"]]): token["id"] for token in tokens
-        }
-        names = sorted(self._stand_ins, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        added = [
+            AddedToken(self._stand_ins[token["content"]], special=False, **{key: token[key] for key in kept})
+            for token in tokens
+        ]
+        self._backend.add_tokens(added)
+        ids = [self._backend.token_to_id(each.content) for each in added]
+        self._ids = {stand_in: token["id"] for stand_in, token in zip(ids, tokens, strict=True)}
+        self._names = any_of(self._stand_ins)
 
     def hide(self, text: str) -> str:
         """A text of the prompt's structure, with stand-ins for its tokens."""
