@@ -7,7 +7,7 @@ autocast and chunked loss included, so nothing here has to follow changes of the
 
 The tensors say that they are on the CPU: a build of torch without CUDA knows no GPU, the meta device has no autocast,
 and a CUDA build would take memory of the card. Where the CPU would do something else than a GPU, ``LikeGpu`` does
-what a GPU does. ``tests/fake_cuda/test_step_memory.py`` compares the result with the same step on a CUDA device.
+what a GPU does. ``tests/fake_cuda/test_memory.py`` compares the result with the same step on a CUDA device.
 """
 
 from __future__ import annotations
