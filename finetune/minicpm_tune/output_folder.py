@@ -56,8 +56,6 @@ class EarlierRun:
 def find_earlier_run(folder: str | Path) -> EarlierRun:
     """Look for an earlier run in an output folder, which need not exist."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return EarlierRun(finished=False, last_checkpoint=None)
     whole = [path for _, path in list_checkpoints(folder) if is_checkpoint(path)]
     return EarlierRun(finished=bool(_model_files(folder)), last_checkpoint=whole[-1] if whole else None)
 

@@ -102,8 +102,8 @@ class ReleasedModel:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Saving reverses how names were converted in loading. Under ZeRO-3 transformers also remembers conversions
         # that matched nothing, and saved 4.6's names with a prefix too many (5.23).
-        used = [each for each in getattr(model, "_weight_conversions", ()) if each.was_used()]
-        model._weight_conversions = used
+        conversions = getattr(model, "_weight_conversions", ())
+        model._weight_conversions = [each for each in conversions if each.was_used()]
         return loaded
 
     def save_pretrained(

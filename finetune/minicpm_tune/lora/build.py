@@ -45,7 +45,8 @@ def add_adapter(
     _check_layers(model, generation, lora)
     check_experts(generation, lora)
     targets = target_modules(model, generation, lora)
-    saved = _modules_there(model, generation, lora, tuned)
+    adds_tokens = bool(getattr(model, "new_tokens", None))
+    saved = _present(modules_to_save(generation, lora, adds_tokens=adds_tokens, **tuned), model, lora)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.lora_r,
@@ -230,12 +231,8 @@ def _short_names(generation: Generation, part: str) -> list[str]:
     ]
 
 
-def _modules_there(
-    model: PreTrainedModel, generation: Generation, lora: LoraArguments, tuned: TunedParts
-) -> list[str]:
-    """The ``modules_to_save`` that this model has; refuse others that the flag names."""
-    adds_tokens = bool(getattr(model, "new_tokens", None))
-    saved = modules_to_save(generation, lora, adds_tokens=adds_tokens, **tuned)
+def _present(saved: list[str], model: nn.Module, lora: LoraArguments) -> list[str]:
+    """Those of ``modules_to_save`` that this model has; refuse others that the flag names."""
     names = [name for name, _ in model.named_modules()]
     # Without what hears (init_audio false in config.json) there is no projection of audio to train.
     there = [name for name in saved if any(f".{module}".endswith(f".{name}") for module in names)]
