@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minicpm_tune.models.autocast import to_autocast_dtype
-from minicpm_tune.models.batch_layout import SampleLayout
+from minicpm_tune.models.batch_layout import SampleLayout, ends_of
 
 # torch 2.11's kernel takes fewer key heads than query heads without being told, and its function has no such argument.
 _VARLEN_WANTS_TO_KNOW_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -51,28 +51,21 @@ def attend_within_slices(
         Mixed values, in the form of ``query``.
     """
     if _has_varlen_kernel(query):
-        keys = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(query.device, non_blocking=True)
-        longest = longest_query = max(lengths)
-        queries = keys
+        keys, longest = ends_of(lengths, query.device), max(lengths)
+        queries, longest_query = keys, longest
         if query_length is not None:
-            count = len(lengths) + 1
-            queries = torch.arange(count, dtype=torch.int32, device=query.device) * query_length
-            longest_query = query_length
+            queries, longest_query = ends_of([query_length] * len(lengths), query.device), query_length
         return _varlen((query, key, value), queries, keys, longest_query, longest, scale=scale)
-    mixed, start, query_start = [], 0, 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        per_slice = length if query_length is None else query_length
-        stop, query_stop = start + count * length, query_start + count * per_slice
-        parts = (
-            query[query_start:query_stop].unflatten(0, (count, per_slice)),
-            key[start:stop].unflatten(0, (count, length)),
-            value[start:stop].unflatten(0, (count, length)),
-        )
-        queries, keys, values = (part.transpose(1, 2) for part in parts)
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    query_sizes = sizes if query_length is None else [query_length * count for _, count in runs]
+    mixed = []
+    for (_, count), *parts in zip(
+        runs, query.split(query_sizes), key.split(sizes), value.split(sizes), strict=True
+    ):
+        queries, keys, values = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
-        start, query_start = stop, query_stop
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # a single one needs no copy
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -103,17 +104,15 @@ class SliceLayout:
             The padded tokens, their layout (grids of the real patches), and [N] indices of the real
             tokens among them.
         """
-        longest: dict[int, int] = {}
-        for sample, length in zip(self.samples, self.lengths, strict=True):
-            longest[sample] = max(longest.get(sample, 0), length)
-        pieces, kept, start = [], [], 0
+        longest = dict(
+            zip(self.samples, self.lengths, strict=True)
+        )  # the last of a sample, by the layout's order
         lengths = tuple(longest[sample] for sample in self.samples)
-        for piece, full in zip(tokens.split(list(self.lengths)), lengths, strict=True):
-            pieces.append(F.pad(piece, (0, 0, 0, full - piece.shape[0])))
-            kept.append(torch.arange(start, start + piece.shape[0]))
-            start += full
-        layout = SliceLayout(self.grids, lengths, self.order, self.samples)
-        return torch.cat(pieces), layout, torch.cat(kept)
+        padded = [
+            F.pad(piece, (0, 0, 0, full - piece.shape[0]))
+            for piece, full in zip(tokens.split(list(self.lengths)), lengths, strict=True)
+        ]
+        return torch.cat(padded), replace(self, lengths=lengths), first_of_each(lengths, self.lengths)
 
 
 def _split(tokens: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
@@ -304,8 +303,7 @@ class SampleLayout:
     @cached_property
     def ends(self) -> Tensor:
         """[samples + 1] int32, where the samples end among the N real tokens, from 0."""
-        ends = torch.tensor([0, *self.samples]).cumsum(0).to(torch.int32)
-        return ends.to(self.device, non_blocking=True)
+        return ends_of(self.samples, self.device)
 
     def take(self, batch: Tensor) -> Tensor:
         """[B, T, ...] -> [N, ...], the real tokens."""
@@ -345,3 +343,18 @@ def spans(starts: Iterable[int], lengths: Iterable[int]) -> Tensor:
     """
     ranges = (torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True))
     return torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
+
+
+def first_of_each(lengths: Iterable[int], counts: Iterable[int]) -> Tensor:
+    """Places of the first ``counts`` tokens of every part, where parts of ``lengths`` stand side by side.
+
+    Example:
+        >>> first_of_each([3, 4], [2, 1]).tolist()
+        [0, 1, 3]
+    """
+    return spans(list(accumulate(lengths, initial=0))[:-1], counts)
+
+
+def ends_of(lengths: Iterable[int], device: torch.device) -> Tensor:
+    """[parts + 1] int32, where the parts end that stand side by side, from 0."""
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device, non_blocking=True)

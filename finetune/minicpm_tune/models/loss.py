@@ -6,7 +6,7 @@ Below it the loss that balances a mixture's experts. Letters: N supervised token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,38 +27,19 @@ FP32_STEP = 2.0**-24  # below it, the slope of a nearly sure prediction is 0 in 
 
 
 @dataclass
-class SupervisedLoss:
-    """Sums over one batch's supervised tokens.
+class MiniCPMVOutput(ModelOutput):
+    """What a forward gives; all but ``logits`` with labels alone.
 
     Attributes:
-        loss_sum: fp32 scalar, the SUM of the tokens' cross entropies, in nats, each times the token's weight.
+        loss: ``loss_sum / weight_sum``, or ``loss_sum / num_items_in_batch``. Of a mixture of experts it can hold more,
+            see ``of``.
+        logits: [B, T, V]. Without labels only.
+        loss_sum: fp32 scalar, the SUM of the supervised tokens' cross entropies, in nats, each times its weight.
         weight_sum: fp32 scalar, the sum of the weights; without weights the number of tokens.
         token_count: int64 scalar, how many tokens were supervised.
         correct_count: int64 scalar, how many of them the most likely token got right.
-        token_losses: [N] fp32, each token's cross entropy, without a gradient; for reports.
-    """
-
-    loss_sum: Tensor
-    weight_sum: Tensor
-    token_count: Tensor
-    correct_count: Tensor
-    token_losses: Tensor
-
-
-@dataclass
-class MiniCPMVOutput(ModelOutput):
-    """What a forward gives.
-
-    Attributes:
-        loss: ``loss_sum / weight_sum``, or ``loss_sum / num_items_in_batch``. With labels. Of a mixture of experts it
-            can hold more, see ``of``.
-        logits: [B, T, V]. Without labels only.
-        loss_sum: fp32 scalar, summed cross entropy in nats, weighted. With labels.
-        weight_sum: fp32 scalar, see ``SupervisedLoss``. With labels.
-        token_count: int64 scalar, supervised tokens. With labels.
-        correct_count: int64 scalar, those predicted right. With labels.
-        token_losses: [N] fp32, every supervised token's cross entropy, for reports. With labels.
-        new_features: What the vision tower gave for the pictures that were not cached. With labels and
+        token_losses: [N] fp32, each supervised token's cross entropy, without a gradient; for reports.
+        new_features: What the vision tower gave for the pictures that were not cached. With
             ``--cache_vision_features``.
     """
 
@@ -74,7 +55,7 @@ class MiniCPMVOutput(ModelOutput):
     @classmethod
     def of(
         cls,
-        found: SupervisedLoss,
+        found: MiniCPMVOutput,
         num_items_in_batch: Tensor | int | None,
         new_features: NewFeatures | None = None,
         *,
@@ -83,23 +64,17 @@ class MiniCPMVOutput(ModelOutput):
         """Make the output of a forward with labels.
 
         Args:
-            found: The sums of the batch.
+            found: The sums of the batch, from ``supervised_loss``.
             num_items_in_batch: What they are divided by; None: the batch's own sum of weights.
             new_features: See the class.
             balance: A mixture of experts: what ``loss`` holds beside the cross entropies, summed as they are.
         """
+        assert found.loss_sum is not None, "the sums come from supervised_loss"
         whole = found.weight_sum if num_items_in_batch is None else num_items_in_batch
         whole = torch.as_tensor(whole, device=found.loss_sum.device)
         total = found.loss_sum if balance is None else found.loss_sum + balance
-        return cls(
-            loss=total / torch.where(whole == 0, 1, whole),  # a sum of weights may be below 1
-            loss_sum=found.loss_sum,
-            weight_sum=found.weight_sum,
-            token_count=found.token_count,
-            correct_count=found.correct_count,
-            token_losses=found.token_losses,
-            new_features=new_features,
-        )
+        loss = total / torch.where(whole == 0, 1, whole)  # a sum of weights may be below 1
+        return replace(found, loss=loss, new_features=new_features)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -122,15 +97,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         narrow = (autocast_dtype(hidden.device) or weight.dtype) == torch.float16
         inputs: tuple[Any, ...] = (hidden, weight, bias)
-        ctx.dtypes = [
-            given.dtype if need else None for given, need in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        grads: list[Any] = [
-            torch.zeros_like(given, dtype=torch.float32 if narrow or given is not hidden else None)
-            if dtype
-            else None
-            for given, dtype in zip(inputs, ctx.dtypes, strict=True)
-        ]
+        needed = [given if need else None for given, need in zip(inputs, ctx.needs_input_grad, strict=False)]
+        ctx.dtypes = [None if given is None else given.dtype for given in needed]
+        grads: list[Any] = [None] * 3
+        for index, given in enumerate(needed):
+            if given is not None:
+                wide = narrow or given is not hidden
+                grads[index] = torch.zeros_like(given, dtype=torch.float32 if wide else None)
         token_losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
@@ -149,14 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             _add_gradients(
                 [None if grads[0] is None else grads[0][rows], *grads[1:]], slope, part, weight, own, narrow
             )
-        ctx.grads = (
-            grads
-            if narrow
-            else [
-                None if grad is None else grad.to(dtype)
-                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-            ]
-        )
+        ctx.grads = grads if narrow else _cast(grads, ctx.dtypes)
         ctx.mark_non_differentiable(correct, token_losses)
         weighted = token_losses if token_weights is None else token_losses * token_weights
         return weighted.sum(), correct, token_losses
@@ -164,26 +130,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place: the gradient of an 8B model's output layer is a gibibyte.
-        grads = [
-            None if grad is None else grad.mul_(loss_slope).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
+        grads = _cast([None if grad is None else grad.mul_(loss_slope) for grad in ctx.grads], ctx.dtypes)
         ctx.grads = (None, None, None)
         return (*grads, None, None, None)
+
+
+def _cast(grads: list[Any], dtypes: list[Any]) -> list[Any]:
+    return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def _add_gradients(
     grads: list[Any], slope: Tensor, part: Tensor, weight: Tensor, token_weights: Tensor | None, narrow: bool
 ) -> None:
-    """Add a chunk's share to the gradients.
+    """Add a chunk's share to the gradients of its hidden states [n, D], of weight and bias (None: not needed).
 
-    Args:
-        grads: Those of the chunk's hidden states [n, D], of the weight and of the bias; None where not needed.
-        slope: [n, V] fp32 slopes of the logits; overwritten.
-        part: [n, D] the chunk's hidden states.
-        weight: [V, D].
-        token_weights: [n, 1], or None.
-        narrow: Whether products are computed in fp16.
+    ``slope`` is [n, V] fp32, the slopes of the logits, and is overwritten; ``part`` [n, D] are the hidden states,
+    ``token_weights`` [n, 1] or None. ``narrow``: products are computed in fp16.
     """
     hidden_grad, weight_grad, bias_grad = grads
     if narrow and hidden_grad is not None:  # before the tokens' weights, which have no limit
@@ -235,8 +197,7 @@ class LMHead(nn.Linear):
             [..., V] logits in the dtype of ``hidden``; or the fp32 weighted sum of the tokens' cross entropies in
             nats, the int64 number of tokens predicted right, and [N] fp32 each token's cross entropy.
         """
-        # The meta device, where plan_memory.py runs a step, has no autocast.
-        if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+        if autocast_dtype(hidden.device) is None:
             hidden = hidden.to(self.weight.dtype)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -247,7 +208,7 @@ class LMHead(nn.Linear):
 
 def supervised_loss(
     head: nn.Module, hidden: Tensor, labels: Tensor, places: Any = None, weights: Any = None
-) -> SupervisedLoss:
+) -> MiniCPMVOutput:
     """Compute the loss of the positions that predict a supervised token.
 
     Args:
@@ -260,7 +221,7 @@ def supervised_loss(
         weights: [N] numpy float32, ``loss_weights`` in ``batch.Batch``; None: all tokens count alike.
 
     Returns:
-        The sums over the batch.
+        The sums over the batch; ``MiniCPMVOutput.of`` divides them.
     """
     if places is None:
         supervised = labels[:, 1:] != IGNORE_INDEX
@@ -268,15 +229,16 @@ def supervised_loss(
     else:
         index = torch.from_numpy(places).to(hidden.device, non_blocking=True)
         chosen, targets = hidden.flatten(0, 1)[index], labels.flatten()[index + 1]
-    if weights is None:
-        loss_sum, correct, token_losses = head(chosen, labels=targets)
-        weight_sum = torch.full_like(loss_sum, targets.numel())
-    else:
-        on_device = torch.from_numpy(weights).to(hidden.device, non_blocking=True)
-        loss_sum, correct, token_losses = head(chosen, labels=targets, token_weights=on_device)
-        weight_sum = on_device.sum()
-    count = torch.full_like(correct, targets.numel())
-    return SupervisedLoss(loss_sum, weight_sum, count, correct, token_losses)
+    if weights is not None:
+        weights = torch.from_numpy(weights).to(hidden.device, non_blocking=True)
+    loss_sum, correct, token_losses = head(chosen, labels=targets, token_weights=weights)
+    return MiniCPMVOutput(
+        loss_sum=loss_sum,
+        weight_sum=torch.full_like(loss_sum, targets.numel()) if weights is None else weights.sum(),
+        token_count=torch.full_like(correct, targets.numel()),
+        correct_count=correct,
+        token_losses=token_losses,
+    )
 
 
 def as_lm_head(linear: Any) -> LMHead:
@@ -316,13 +278,8 @@ def balance_losses(router_logits: Sequence[Tensor], samples: SampleLayout, *, pe
     likely = torch.zeros_like(sent)
     for logits in router_logits:
         chances = logits.float().softmax(dim=-1)
-        chosen = chances.topk(per_token, dim=-1).indices
-        # Each choice of a token is one more for its sample's count.
-        places = of_token[:, None] * experts + chosen
-        sent = sent.view(-1).index_add(
-            0, places.view(-1), torch.ones_like(chances[:, :1]).expand_as(chosen).reshape(-1)
-        )
-        sent = sent.view(-1, experts)
+        chosen = torch.zeros_like(chances).scatter_(1, chances.topk(per_token, dim=-1).indices, 1)
+        sent = sent.index_add(0, of_token, chosen)
         likely = likely.index_add(0, of_token, chances)
     rows = torch.tensor(samples.samples, dtype=torch.float32).to(of_token.device, non_blocking=True)
     rows = len(router_logits) * rows[:, None]

@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.quantized_files import Quantization, QuantizationError, stored_quantization
 from minicpm_tune.checkpoints.weight_files import tensor_names
-from minicpm_tune.models.parameter_parts import PARTS, parameter_count
+from minicpm_tune.models.parameter_parts import count_parts
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +163,9 @@ def _scales(parameter: Any) -> Iterator[Tensor]:
 def memory_table(model: nn.Module, generation: Generation, dtype: torch.dtype) -> str:
     """The memory of each part's weights before and after quantization, as a table for the log."""
     after = bytes_by_part(model, generation)
-    before: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        before[generation.part_of(name)] += parameter_count(parameter) * dtype.itemsize
-    rows = [(part, before[part], after[part]) for part in PARTS if before[part]]
-    rows.append(("total", before.total(), after.total()))
+    counts = count_parts(model, generation)
+    rows = [(part, count.total * dtype.itemsize, after[part]) for part, count in counts.items()]
+    rows.append(("total", sum(before for _, before, _ in rows), after.total()))
     lines = [f"{'part':<12}{'MiB before':>14}{'MiB after':>14}"]
     lines += [f"{part:<12}{old / _MEBIBYTE:>14,.1f}{new / _MEBIBYTE:>14,.1f}" for part, old, new in rows]
     return "\n".join(lines)

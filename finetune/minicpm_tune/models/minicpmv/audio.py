@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minicpm_tune.models.batch_layout import spans
+from minicpm_tune.models.batch_layout import first_of_each, spans
 
 MEL_BINS = 80
 ENCODER_FRAMES_PER_SECOND = 50
@@ -81,16 +81,19 @@ class AudioInput:
     mel: Tensor
     segments: list[Segment]
     kept: list[int]
-    bounds: list[tuple[int, int, int]]
+    bounds: Sequence[Sequence[int]]
 
     @classmethod
-    def of(cls, values: Tensor | None, segments: Any, bounds: Any) -> AudioInput | None:
-        """Read a batch's keys; None when it has no audio."""
+    def taken_from(cls, keys: dict[str, Any]) -> AudioInput | None:
+        """Take the audio out of the keys of a ``batch.Batch``; None when it has none."""
+        values, segments, bounds = (
+            keys.pop(name, None) for name in ("audio_values", "audio_segments", "audio_bound")
+        )
         if values is None or segments is None or not len(segments):
             return None
-        rows = [(int(frames), int(longest), int(kept)) for frames, longest, kept in segments.tolist()]
-        places = [(int(row), int(start), int(end)) for row, start, end in bounds.tolist()]
-        return cls(values, [Segment(row[0], row[1]) for row in rows], [row[2] for row in rows], places)
+        rows = segments.tolist()
+        heard = [Segment(frames, longest) for frames, longest, _ in rows]
+        return cls(values, heard, [kept for *_, kept in rows], bounds.tolist())
 
     @classmethod
     def dummy(cls, device: torch.device) -> AudioInput:
@@ -110,11 +113,10 @@ class AudioInput:
                 f"The batch has {sum(self.kept)} audio tokens (audio_segments) and {count} places for them "
                 "(audio_bound), expected as many of one as of the other."
             )
-        if sum(self.kept) == tokens.shape[0]:
+        if count == tokens.shape[0]:
             return tokens
-        return tokens[
-            _ranges([segment.tokens(pool) for segment in self.segments], self.kept).to(tokens.device)
-        ]
+        lengths = [segment.tokens(pool) for segment in self.segments]
+        return tokens[first_of_each(lengths, self.kept).to(tokens.device)]
 
     def places(self, width: int) -> Tensor:
         """[K] places of the audio tokens in the flattened [B * T] batch; ``width`` is T."""
@@ -183,10 +185,12 @@ class _Group:
 
     @classmethod
     def all_of(cls, lengths: Sequence[int], block: int, device: torch.device) -> list[_Group]:
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        starts = accumulate(lengths, initial=0)
+        firsts: dict[int, list[int]] = {}
+        for start, length in zip(starts, lengths, strict=False):
+            firsts.setdefault(length, []).append(start)
         groups = []
-        for length in dict.fromkeys(lengths):
-            first = [start for start, own in zip(starts.tolist(), lengths, strict=True) if own == length]
+        for length, first in firsts.items():
             rows = torch.tensor(first)[:, None] + torch.arange(length)
             mask = None
             if block and length > block:
@@ -251,7 +255,7 @@ class AudioEncoder(nn.Module):
         groups = _Group.all_of(row.attended, self.block, hidden.device)
         for layer in self.layers:
             hidden = layer(hidden, groups)
-        own = _ranges(row.attended, [segment.encoded for segment in segments])
+        own = first_of_each(row.attended, [segment.encoded for segment in segments])
         return self.layer_norm(hidden[own.to(hidden.device, non_blocking=True)])
 
     def _convolved(self, mel: Tensor, segments: Sequence[Segment], row: _Row) -> Tensor:
@@ -261,7 +265,7 @@ class AudioEncoder(nn.Module):
         source = [min(segment.frames, kept) for segment, (_, kept) in zip(segments, row.slots, strict=True)]
         starts = [start for start, _ in row.slots]
         places = spans(starts, source).to(device, non_blocking=True)
-        given = _ranges([segment.frames for segment in segments], source).to(device, non_blocking=True)
+        given = first_of_each([segment.frames for segment in segments], source).to(device, non_blocking=True)
         inside = torch.zeros(row.length, dtype=torch.bool)
         inside[spans(starts, [kept for _, kept in row.slots])] = True
         inside = inside.to(device, non_blocking=True)
@@ -300,16 +304,5 @@ def pooled(features: Tensor, segments: Sequence[Segment], pool: int) -> Tensor:
     """
     lengths = [segment.encoded for segment in segments]
     used = [segment.tokens(pool) * pool for segment in segments]
-    index = _ranges(lengths, used).to(features.device, non_blocking=True)
+    index = first_of_each(lengths, used).to(features.device, non_blocking=True)
     return features[index].unflatten(0, (-1, pool)).mean(dim=1)
-
-
-def _ranges(lengths: Sequence[int], used: Sequence[int]) -> Tensor:
-    """Places of the first ``used`` items of every part, where the parts stand side by side.
-
-    Example:
-        >>> _ranges([3, 4], [2, 1]).tolist()
-        [0, 1, 3]
-    """
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
-    return spans(starts, used)

@@ -8,8 +8,6 @@ the tower, D width of the LLM, K audio tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +32,6 @@ from minicpm_tune.models.loss import as_lm_head
 from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
 from minicpm_tune.models.minicpmv.vision import (
-    FramePacks,
     NaViTTower,
     Resampler,
     TimmTower,
@@ -142,7 +139,7 @@ class MiniCPMV(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[m
         """
         layout = SliceLayout.of(vision.grids, samples)
         features, new = tower_features(self._run_tower, vision, layout, tower=self.vpm)
-        return self.resampler(features, layout, FramePacks.of(vision)), new
+        return self.resampler(features, layout, vision.temporal_ids), new
 
     def _run_tower(self, pixel_values: Tensor | None, layout: SliceLayout) -> Tensor:
         """[N, C] features in the layout's order; for None those of a dummy slice."""
@@ -215,20 +212,11 @@ class MiniCPMV(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[m
         return [int(segments[place]) for place in first]
 
     def last_hidden(
-        self,
-        input_ids: Tensor,
-        host: Tensor,
-        vision: VisionInput,
-        *,
-        trains: bool,
-        audio_values: Tensor | None = None,
-        audio_segments: Any = None,
-        audio_bound: Any = None,
-        **unknown: Any,
+        self, input_ids: Tensor, host: Tensor, vision: VisionInput, *, trains: bool, **own: Any
     ) -> LastHidden:
         """As ``FamilyModel``'s, with the audio of a ``batch.Batch``."""
-        refuse_unknown(unknown, "MiniCPMV.forward does not know the arguments")
-        audio = AudioInput.of(audio_values, audio_segments, audio_bound)
+        audio = AudioInput.taken_from(own)
+        refuse_unknown(own, "MiniCPMV.forward does not know the arguments")
         positions = host[2] if len(host) == 3 else None
         embeddings, new = self.embed(input_ids, vision, audio=audio, position_ids=positions, dummy=trains)
         samples = SampleLayout.of_batch(host, device=input_ids.device)
@@ -240,33 +228,15 @@ class MiniCPMV(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[m
         )
         return LastHidden(samples.put(output.last_hidden_state[0]) * self.output_scale, new, samples)
 
-    def new_tokens_for(
-        self,
-        input_ids: Tensor,
-        vision: VisionInput,
-        *,
-        dummy: bool,
-        audio_values: Tensor | None = None,
-        audio_segments: Any = None,
-        audio_bound: Any = None,
-        **options: Any,
-    ) -> Any:
+    def new_tokens_for(self, input_ids: Tensor, vision: VisionInput, *, dummy: bool, **options: Any) -> Any:
         """The prompt's embeddings go into the LLM's own ``generate``."""
-        audio = AudioInput.of(audio_values, audio_segments, audio_bound)
+        audio = AudioInput.taken_from(options)
         embeddings, _ = self.embed(input_ids, vision, audio=audio, dummy=dummy)
-        with self._new_tokens_scaled():
-            return self.llm.generate(inputs_embeds=embeddings, **options)
-
-    @contextmanager
-    def _new_tokens_scaled(self) -> Iterator[None]:
-        """V-2: scale the embeddings of generated tokens too; the prompt's are scaled in ``embed``."""
-        if self.embedding_scale == 1:
-            yield
-            return
+        # V-2: the embeddings of generated tokens are scaled too; the prompt's are in ``embed``.
         scale = self.embedding_scale
         hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * scale)
         try:
-            yield
+            return self.llm.generate(inputs_embeds=embeddings, **options)
         finally:
             hook.remove()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -77,24 +76,12 @@ def bucket_positions(rows: int, columns: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _buckets(count: int) -> np.ndarray:
+    """[count] int64, values 0 to 69: patches along a side, or in 2.5 of a whole slice along one row of the table."""
     step = float(np.float32(1 / count))
     fractions = (np.arange(count, dtype=np.float64) * step).astype(np.float32)
     limits = (1 / TABLE_SIDE + np.arange(TABLE_SIDE - 1) / TABLE_SIDE).astype(np.float32)
     # bucketize(right=True): a fraction equal to a limit belongs to the bucket above it.
     return np.searchsorted(limits, fractions, side="right").astype(np.int64)
-
-
-@lru_cache(maxsize=4096)
-def one_row_positions(length: int) -> np.ndarray:
-    """Number a sequence of patches along one row of the table, as 2.5's released code does.
-
-    Args:
-        length: Patches of the longest slice of the sample.
-
-    Returns:
-        [length] int64, values 0 to 69.
-    """
-    return _buckets(length)
 
 
 class NaViTEmbeddings(nn.Module):
@@ -141,7 +128,7 @@ class NaViTTower(nn.Module):
         kept = None
         if self.positions == "one_row":
             patches, layout, kept = layout.padded_per_sample(patches)
-            numbers = [one_row_positions(length) for length in layout.lengths]
+            numbers = [_buckets(length) for length in layout.lengths]
         else:
             numbers = [bucket_positions(*grid) for grid in layout.grids]
         positions = torch.from_numpy(np.concatenate(numbers))
@@ -210,28 +197,6 @@ class TimmTower(nn.Module):
             for grid in set(layout.grids)
         }
         return torch.cat([resized[grid] for grid in layout.grids]).to(self.pos_embed.dtype)
-
-
-@dataclass(frozen=True)
-class FramePacks:
-    """Which slices share a placeholder, in the batch's order (video of V-4.5).
-
-    Attributes:
-        sizes: [P] slices per placeholder; slices of one placeholder are neighbors.
-        times: [S] time index of each slice, -1 for a still image.
-    """
-
-    sizes: tuple[int, ...]
-    times: tuple[int, ...]
-
-    @classmethod
-    def of(cls, vision: VisionInput) -> FramePacks | None:
-        """Count the slices of each placeholder; None where every slice has its own."""
-        if vision.temporal_ids is None:
-            return None
-        sizes = Counter(vision.placeholders)
-        times = tuple(vision.temporal_ids[:, 1].tolist())
-        return cls(tuple(sizes[placeholder] for placeholder in range(max(sizes) + 1)), times)
 
 
 def check_bounds(vision: VisionInput, *, queries: int) -> None:
@@ -318,13 +283,14 @@ class Resampler(nn.Module):
         table = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
         self.pos_embed = table if query_positions else None
 
-    def forward(self, features: Tensor, layout: SliceLayout, packs: FramePacks | None = None) -> Tensor:
+    def forward(self, features: Tensor, layout: SliceLayout, temporal_ids: Any = None) -> Tensor:
         """Give every placeholder its embeddings.
 
         Args:
             features: [N, C] in the layout's order.
             layout: Where the slices are.
-            packs: Frames that share a placeholder; None when every slice has its own.
+            temporal_ids: [S, 2] (placeholder, time or -1 for a still) in the batch's order, where slices share
+                placeholders (video of V-4.5); those of one placeholder are neighbors. None: every slice has its own.
 
         Returns:
             [P, Q, D] in the order of the batch.
@@ -334,21 +300,23 @@ class Resampler(nn.Module):
         query = self.ln_q(self.query)
         if self.pos_embed is not None:
             query = query + self.pos_embed
-        if packs is None:
+        if temporal_ids is None:
             mixed = self.attn(query, key, value, lengths=layout.lengths)
             mixed = mixed[torch.tensor(layout.places).to(mixed.device, non_blocking=True)]
         else:
-            key, lengths = self._with_times(layout.restore(key), layout, packs)
+            key, lengths = self._with_times(layout.restore(key), layout.batch_lengths, temporal_ids)
             mixed = self.attn(query, key, layout.restore(value), lengths=lengths)
         return self.ln_post(mixed) @ self.proj
 
-    def _with_times(self, key: Tensor, layout: SliceLayout, packs: FramePacks) -> tuple[Tensor, list[int]]:
-        """Add each frame's time to the keys of its patches; give the tokens per placeholder."""
-        per_slice = layout.batch_lengths
+    def _with_times(self, key: Tensor, lengths: Sequence[int], temporal_ids: Any) -> tuple[Tensor, list[int]]:
+        """Add each slice's time to the keys of its ``lengths`` patches; give the tokens per placeholder."""
+        placeholders, times = zip(*temporal_ids.tolist(), strict=True)
         # Row 0 of the table stands for "no time" and is zero.
-        table = F.pad(sine_table(max(packs.times) + 1, key.shape[-1]), (0, 0, 1, 0))
+        table = F.pad(sine_table(max(times) + 1, key.shape[-1]), (0, 0, 1, 0))
         table = table.to(key.device, non_blocking=True)
-        rows = torch.tensor(packs.times).repeat_interleave(torch.tensor(per_slice)) + 1
+        rows = torch.tensor(times).repeat_interleave(torch.tensor(lengths)) + 1
         key = key + table[rows.to(key.device, non_blocking=True)].to(key.dtype)
-        sizes = iter(per_slice)
-        return key, [sum(next(sizes) for _ in range(size)) for size in packs.sizes]
+        tokens: Counter[int] = Counter()
+        for placeholder, length in zip(placeholders, lengths, strict=True):
+            tokens[placeholder] += length
+        return key, list(tokens.values())

@@ -116,11 +116,8 @@ class _TrainingForward(FamilyModel):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """[B, T, D] embeddings -> [B, T, D] last hidden states; every sample as if it were alone.
 
-        Args:
-            embeddings: [B, T, D].
-            samples: The samples of the rows.
-            rope: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
-            router_logits: Whether each layer's [tokens of all samples, experts] are given too.
+        ``rope``: [3, tokens of all samples] rotary positions (time, row, column), or None for plain ones.
+        ``router_logits``: Whether each layer's [tokens of all samples, experts] are given too.
         """
         plain = samples.positions.expand(3, -1) if rope is None else rope
         # The first of the four rows is what transformers tells packed samples by.

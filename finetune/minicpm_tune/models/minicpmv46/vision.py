@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -120,50 +121,34 @@ class SliceAttention(nn.Module):
             attention_mask: Always None.
             layout: The batch's slices, known on the CPU.
         """
-        query, key, value = (
+        parts = [
             project(hidden_states[0]).unflatten(-1, (self.num_heads, -1))
             for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = self.mix(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
+        ]
+        mixed = self.mix(parts, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, layout=layout)
         return self.out_proj(mixed.flatten(1)[None]), None
 
     def mix(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        max_seqlen: int | None,
-        layout: SliceLayout | None,
+        self, parts: list[Tensor], *, cu_seqlens: Tensor, max_seqlen: int | None, layout: SliceLayout | None
     ) -> Tensor:
         """Attend in [N, heads, C / heads]; transformers' window length plays no part."""
         if layout is None:
             lengths = cu_seqlens.diff().tolist()
         else:
             # Behind the inner merger every slice has a fourth of its tokens.
-            merged = sum(layout.lengths) // query.shape[0]
+            merged = sum(layout.lengths) // parts[0].shape[0]
             lengths = [length // merged for length in layout.lengths]
-        return attend_within_slices(query, key, value, lengths=lengths, scale=self.scaling)
+        return attend_within_slices(*parts, lengths=lengths, scale=self.scaling)
 
 
 class WindowAttention(SliceAttention):
     """Attention within windows that all have ``max_seqlen`` patches (the tower's inner merger)."""
 
     def mix(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        max_seqlen: int | None,
-        layout: SliceLayout | None,
+        self, parts: list[Tensor], *, cu_seqlens: Tensor, max_seqlen: int | None, layout: SliceLayout | None
     ) -> Tensor:
         """Attend in [N, heads, C / heads]: the windows are one dense batch."""
-        query, key, value = (
-            part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in (query, key, value)
-        )
+        query, key, value = (part.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
         return mixed.transpose(1, 2).flatten(0, 1)
 
@@ -193,10 +178,13 @@ class SliceMerger(nn.Module):
         merged = hidden_states[0]
         down, across = self.merge_kernel_size
         for mlp in self.mlp:
-            blocks = torch.cat([_block_order(rows, columns, down, across) for rows, columns in grids])
-            starts = torch.tensor([0] + [rows * columns for rows, columns in grids]).cumsum(0)[:-1]
-            sizes = torch.tensor([rows * columns // (down * across) for rows, columns in grids])
-            blocks = blocks + starts.repeat_interleave(sizes)[:, None]
+            starts = accumulate((rows * columns for rows, columns in grids), initial=0)
+            blocks = torch.cat(
+                [
+                    start + _block_order(*grid, down, across)
+                    for start, grid in zip(starts, grids, strict=False)
+                ]
+            )
             merged = mlp(merged[blocks.to(merged.device, non_blocking=True)].flatten(1))
             grids = [(rows // down, columns // across) for rows, columns in grids]
         return [merged]
@@ -303,16 +291,7 @@ def _skipped_merger(model: Any, like: Tensor) -> Tensor:
 
 
 def _normalized(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout) -> Tensor:
-    """uint8 patches -> what transformers' vision tower takes.
-
-    Args:
-        pixel_values: [3, 14, 14 * N] uint8, patches of all slices side by side, in the batch's order.
-        dtype: The tower's.
-        layout: The order into which the slices are brought.
-
-    Returns:
-        [1, 3, 14, 14 * N], values -1 to 1.
-    """
+    """[3, 14, 14 * N] uint8 in the batch's order -> [1, 3, 14, 14 * N], -1 to 1, in the layout's."""
     if list(layout.order) != sorted(layout.order):
         patches = pixel_values.unflatten(-1, (-1, PATCH)).permute(2, 0, 1, 3)
         pixel_values = layout.arrange(patches).permute(1, 2, 0, 3).flatten(2)

@@ -27,11 +27,11 @@ class XComposer2Config(ReleasedConfig):
     """Configuration of an InternLM-XComposer2 checkpoint.
 
     Attributes:
-        text_config: What transformers' parts of the LLM need (rotary embedding, norms, masks, cache).
+        text_config: What transformers' parts of the LLM need (rotary embedding, norms, masks, cache); and
+            ``plora_rank``, the rank of the partial LoRA, 256 in the released models, and ``plora_dropout``, its
+            dropout in training, 0.05 in the released code.
         side: Patches on the side of the square that the vision tower sees.
         stored_positions: Rows of the position table in the files; None: as ``side`` says.
-        plora_rank: Rank of the partial LoRA; ``plora_rank`` of config.json, 256 in the released models.
-        plora_dropout: Its dropout in training; ``plora_dropout`` of config.json, 0.05 in the released code.
     """
 
     model_type = "internlmxcomposer2"
@@ -47,8 +47,6 @@ class XComposer2Config(ReleasedConfig):
         super().__init__(released, **kwargs)
         self._tensors = frozenset(tensors)
         self.stored_positions = stored_positions
-        self.plora_rank = self.released.get("plora_rank", 256)
-        self.plora_dropout = self.released.get("plora_dropout", 0.05)
         if self.released:
             self.side = square_side(self.released, tiles=self.tiles, positions=stored_positions)
             self.text_config = _llm_config(self.released)
@@ -74,7 +72,10 @@ class XComposer2Config(ReleasedConfig):
         return content, unused
 
 
-def _llm_config(released: dict[str, Any]) -> LlamaConfig:
+def _llm_config(released: dict[str, Any]) -> Any:
     content = {key: released[key] for key in _LLM_KEYS if key in released}
     rope = {"rope_type": "default", "rope_theta": released.get("rope_theta", _ROPE_THETA)}
-    return LlamaConfig(**content, rope_parameters=rope, tie_word_embeddings=False)
+    config: Any = LlamaConfig(**content, rope_parameters=rope, tie_word_embeddings=False)
+    config.plora_rank = released.get("plora_rank", 256)
+    config.plora_dropout = released.get("plora_dropout", 0.05)
+    return config

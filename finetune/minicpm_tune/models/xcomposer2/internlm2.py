@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -95,16 +94,17 @@ class InternLM2Attention(nn.Module):
 
     rotate = staticmethod(apply_rotary_pos_emb)
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, *, rank: int, dropout: float):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx, self.partial_dropout = config, layer_idx, dropout
+        self.config, self.layer_idx, self.partial_dropout = config, layer_idx, config.plora_dropout
         self.head_dim = config.hidden_size // config.num_attention_heads
-        assert config.num_key_value_heads is not None  # LlamaConfig has put its default there
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, True
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.wqkv = new_projection(config.hidden_size, heads * self.head_dim, rank)
-        self.wo = new_projection(config.num_attention_heads * self.head_dim, config.hidden_size, rank)
+        self.wqkv = new_projection(config.hidden_size, heads * self.head_dim, config.plora_rank)
+        self.wo = new_projection(
+            config.num_attention_heads * self.head_dim, config.hidden_size, config.plora_rank
+        )
 
     def forward(
         self,
@@ -135,12 +135,12 @@ class InternLM2Attention(nn.Module):
 class InternLM2MLP(nn.Module):
     """w2(act(w1 x) * w3 x)."""
 
-    def __init__(self, config: LlamaConfig, *, rank: int, dropout: float):
+    def __init__(self, config: Any):
         super().__init__()
-        self.partial_dropout = dropout
-        self.w1 = new_projection(config.hidden_size, config.intermediate_size, rank)
-        self.w3 = new_projection(config.hidden_size, config.intermediate_size, rank)
-        self.w2 = new_projection(config.intermediate_size, config.hidden_size, rank)
+        self.partial_dropout = config.plora_dropout
+        self.w1 = new_projection(config.hidden_size, config.intermediate_size, config.plora_rank)
+        self.w3 = new_projection(config.hidden_size, config.intermediate_size, config.plora_rank)
+        self.w2 = new_projection(config.intermediate_size, config.hidden_size, config.plora_rank)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor, image: ImageTokens | None) -> Tensor:
@@ -157,10 +157,10 @@ class InternLM2MLP(nn.Module):
 class InternLM2Layer(GradientCheckpointingLayer):
     """One block."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, *, rank: int, dropout: float):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__()
-        self.attention = InternLM2Attention(config, layer_idx, rank=rank, dropout=dropout)
-        self.feed_forward = InternLM2MLP(config, rank=rank, dropout=dropout)
+        self.attention = InternLM2Attention(config, layer_idx)
+        self.feed_forward = InternLM2MLP(config)
         self.attention_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -187,20 +187,15 @@ class InternLM2Model(nn.Module):
     positions it equals the plain one, which is what is computed here.
 
     Args:
-        config: The LLM's sizes.
-        rank: Rank of the partial LoRA.
-        dropout: Its dropout in training.
+        config: ``text_config`` of an ``XComposer2Config``.
     """
 
-    def __init__(self, config: LlamaConfig, *, rank: int, dropout: float):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            [
-                InternLM2Layer(config, index, rank=rank, dropout=dropout)
-                for index in range(config.num_hidden_layers)
-            ]
+            InternLM2Layer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)

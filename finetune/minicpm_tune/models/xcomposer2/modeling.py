@@ -50,6 +50,7 @@ class XComposer2(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore
     config_class = XComposer2Config
     base_model_prefix = ""
     main_input_name = "input_ids"
+    _input_embed_layer = "tok_embeddings"
     supports_gradient_checkpointing = True
     # transformers declares the three ClassVar below per instance, and reads them from the class all the same.
     _keys_to_ignore_on_load_missing: ClassVar = [r"\.post_layernorm\."]  # type: ignore[misc]
@@ -65,7 +66,7 @@ class XComposer2(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore
         attention = str(config._attn_implementation)
         config.text_config._attn_implementation = attention
         keep_samples_apart(config.text_config)
-        self.model = InternLM2Model(config.text_config, rank=config.plora_rank, dropout=config.plora_dropout)
+        self.model = InternLM2Model(config.text_config)
         self.output = as_lm_head(nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False))
         vision = clip_config(config.released.get("vision_config") or {}, attention=attention)
         self.vit = VisionTower(vision, config.stored_positions or 1 + config.side**2)
@@ -101,12 +102,6 @@ class XComposer2(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore
             )
         table.weight = nn.Parameter(resized_positions(table.weight.data, self.config.side))
         table.num_embeddings = rows
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.tok_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -172,18 +167,7 @@ class XComposer2(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore
         image_tokens: ImageTokens | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As ``FamilyModel``'s; with a cache, which only ``generate`` gives, the logits of the next token.
-
-        Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 1 at real tokens.
-            position_ids: [B, T].
-            labels: [B, T] int64.
-            past_key_values: transformers' cache.
-            inputs_embeds: [B, T, D] what ``embed`` gave; of meaning only with a cache, as the next.
-            image_tokens: What ``embed`` gave.
-            **kwargs: See ``FamilyModel.forward``.
-        """
+        """As ``FamilyModel``'s; with a cache, which only ``generate`` gives, the logits of the next token."""
         if past_key_values is None:
             assert input_ids is not None, "a batch has input_ids"
             return super().forward(input_ids, attention_mask, position_ids, labels=labels, **kwargs)

@@ -131,14 +131,9 @@ def check_bounds(vision: VisionInput, *, side: int, tiles: bool) -> None:
 
 
 def _cut(image: Tensor, side: int) -> Tensor:
-    """Cut an image into what the tower sees.
+    """Cut an image into what the tower sees, the global view and then the tiles row by row.
 
-    Args:
-        image: [3, H, W] normalized pixels, fp32; H and W are multiples of a tile's side.
-        side: Patches on a tile's side.
-
-    Returns:
-        [1 + h * w, n * n, 588] patches: the global view, then the tiles row by row.
+    [3, H, W] normalized pixels in fp32, H and W multiples of a tile's side -> [1 + h * w, n * n, 588] patches.
     """
     length = side * PATCH
     whole = F.interpolate(image[None], size=(length, length), mode="bicubic", align_corners=False)
@@ -163,14 +158,8 @@ def _in_token_order(
 ) -> Tensor:
     """Put the tower's features of all images into the order of their tokens, with the separators.
 
-    Args:
-        features: [sum of 1 + h * w, n * n, C], images one after another as ``_cut`` gives them.
-        grids: (h, w) tiles of each image.
-        row_end: [4 C], the separator behind every row.
-        between: [4 C], the separator between the global view and the tiles.
-
-    Returns:
-        [tokens of all images, 4 C].
+    [sum of 1 + h * w, n * n, C] as ``_cut`` gives them, (h, w) tiles of each image -> [tokens of all images, 4 C].
+    ``row_end`` [4 C] stands behind every row, ``between`` [4 C] between the global view and the tiles.
     """
     merged = _merged(features)
     parts, start = [], 0
