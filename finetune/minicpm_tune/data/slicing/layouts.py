@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,16 +19,14 @@ from minicpm_tune.errors import RowError
 Bands = list[np.ndarray]
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """How an image is cut: ``columns`` x ``rows`` slices."""
 
     columns: int
     rows: int
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Width and height, in pixels."""
 
     width: int
@@ -86,10 +84,10 @@ class ImageLayout:
 
     def slices(self, image: Image.Image) -> Iterator[Bands]:
         """Resize and cut an image: the overview, then the slices row by row of the grid."""
-        yield _bands(image, self.overview)
+        yield split_bands(image.resize(self.overview, Image.Resampling.BICUBIC))
         if self.grid is None or self.refined is None:
             return
-        refined = _bands(image, self.refined)
+        refined = split_bands(image.resize(self.refined, Image.Resampling.BICUBIC))
         cell_height = self.refined.height // self.grid.rows
         cell_width = self.refined.width // self.grid.columns
         for top in range(0, self.refined.height, cell_height):
@@ -152,11 +150,6 @@ def cut_into_patches(image: Image.Image, layout: ImageLayout, out: np.ndarray) -
     start = 0
     for bands in layout.slices(image):
         start = _write_patches(bands, layout.patch_size, out, start)
-
-
-def _bands(image: Image.Image, size: Size) -> Bands:
-    """The resized image's red, green and blue."""
-    return split_bands(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
 
 
 def split_bands(image: Image.Image) -> Bands:

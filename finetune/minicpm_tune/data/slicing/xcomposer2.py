@@ -112,8 +112,8 @@ class TileLayout(ImageLayout):
         if portrait:
             image = image.transpose(Image.Transpose.TRANSPOSE)
             inner, full = Size(inner.height, inner.width), Size(full.height, full.width)
-        canvas = Image.new("RGB", (full.width, full.height), WHITE)
-        resized = image.resize((inner.width, inner.height), Image.Resampling.BILINEAR)
+        canvas = Image.new("RGB", full, WHITE)
+        resized = image.resize(inner, Image.Resampling.BILINEAR)
         canvas.paste(resized, ((full.width - inner.width) // 2, (full.height - inner.height) // 2))
         if portrait:
             canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
