@@ -28,9 +28,9 @@ for folder in ("finetune", "demo"):
 from make_checkpoint import make_checkpoint
 from minicpm_tune.batch import PictureFeatures
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.row_parsing import parse_row
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import Processing, load_processing
 from minicpm_tune.data.sampling import best_fit
 from minicpm_tune.models.loading import load_model

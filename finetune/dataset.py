@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
-from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.media.audio import Clip, open_audio
 from minicpm_tune.data.media.films import open_film
 from minicpm_tune.data.media.images import ImageOptions, Picture, open_image
 from minicpm_tune.data.media.videos import open_video
 from minicpm_tune.data.row_parsing import ParsedRow, Source
-from minicpm_tune.data.sample_tensors import Plan
+from minicpm_tune.data.sample_tensors import Plan, data_collator
 from minicpm_tune.data.samples import Processing
 from minicpm_tune.errors import DataError, DroppedRowError, RowError
 

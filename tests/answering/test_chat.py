@@ -22,9 +22,9 @@ from minicpm_tune.answering.generate import (
     stop_ids,
 )
 from minicpm_tune.answering.load import InferenceError, ModelChoice, choose_device, load_for_inference
-from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import Picture
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.errors import RowError

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dataset import SupervisedDataset
 from draw_pictures import draw_data_set
 from make_checkpoint import make_checkpoint
-from minicpm_tune.data.collating import data_collator, supervised_places
 from minicpm_tune.data.files.row_files import epoch_order
+from minicpm_tune.data.sample_tensors import data_collator, supervised_places
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.sampling import PADDING, EpochSampler, PackingSampler, best_fit, grouped_by_length
 from minicpm_tune.training.step_metrics import SourceLosses

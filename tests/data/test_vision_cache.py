@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dataset import SupervisedDataset
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.vision_cache import FeatureWriter, VisionCacheError, check_tower_is_frozen, open_cache
 from minicpm_tune.lora.build import add_adapter

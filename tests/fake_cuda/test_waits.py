@@ -7,7 +7,7 @@ import torch
 
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.planning.step_memory import build_on_meta
 from support.training_samples import draw

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dataset import SupervisedDataset
-from minicpm_tune.data.collating import data_collator
 from minicpm_tune.data.media.audio import AudioRules
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.errors import RowError
 from support.golden_checkpoints import processing
 from support.golden_models import HEARING

@@ -9,7 +9,7 @@ import torch
 from finetune import run
 from make_checkpoint import make_checkpoint
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import apply_liger

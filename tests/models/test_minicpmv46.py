@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import supervised_places
+from minicpm_tune.data.sample_tensors import supervised_places
 from minicpm_tune.models.parameter_parts import freeze
 from support.minicpmv46_cases import (
     NATIVE,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minicpm_tune.answering.generate import GREEDY, answer
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
 from minicpm_tune.checkpoints.weight_files import tensor_names
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.data.turns import Media, Turn
 from minicpm_tune.lora.adapter_folders import read_adapter_folder

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.planning.memory_plan import DTYPES, Training, largest_sample, prepared_model, step_peak
 from minicpm_tune.settings.argument_groups import LoraArguments
 

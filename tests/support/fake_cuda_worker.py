@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minicpm_tune.checkpoints.model_generations import GENERATIONS
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.lora.build import add_adapter
 from minicpm_tune.models.autocast import hold_activations_in_16_bit

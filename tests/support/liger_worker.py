@@ -18,7 +18,7 @@ import triton.language as tl
 from liger_kernel.ops import rms_norm
 from triton.runtime import interpreter
 
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.models.loading import load_model
 from minicpm_tune.models.speed_options import apply_liger

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from minicpm_tune.batch import Sample
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.data.samples import Processing
 
 # What ends a text besides the generation's own turn end; the terminators of the released code.

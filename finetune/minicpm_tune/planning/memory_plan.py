@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from minicpm_tune.batch import IGNORE_INDEX, Sample
 from minicpm_tune.checkpoints.model_folder import read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation, TunedParts
-from minicpm_tune.data.collating import data_collator
+from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.errors import UserError
 from minicpm_tune.lora.build import add_adapter, set_frozen_copies_aside
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
