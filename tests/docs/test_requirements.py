@@ -5,9 +5,7 @@ import json
 import re
 import sys
 
-from support.paths import ROOT
-
-FINETUNE = ROOT / "finetune"
+from support.paths import FINETUNE, ROOT
 
 
 def test_requirements_cover_every_import_of_the_product():

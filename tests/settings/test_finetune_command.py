@@ -16,9 +16,7 @@ from minicpm_tune.settings.arguments import (
 )
 from minicpm_tune.settings.finetune_command import answer_or_check, render_help
 from support import processes
-from support.paths import ROOT
-
-FINETUNE = ROOT / "finetune"
+from support.paths import FINETUNE
 
 
 def test_help_shows_every_argument_of_ours_and_needs_no_torch():
