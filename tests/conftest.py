@@ -20,6 +20,12 @@ settings.load_profile("no_deadline")
 
 
 @pytest.fixture(autouse=True)
+def random_numbers_are_the_same_in_any_order_of_tests():
+    """Start every test with the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def nothing_is_left_running():
     """End what a test has started, also when it failed; a test that passed has ended everything itself."""
     yield

@@ -3,56 +3,25 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import predict
-from dataset import SupervisedDataset, data_collator
+from dataset import SupervisedDataset
 from minicpm_tune.answering import prediction
-from minicpm_tune.answering.generate import GREEDY
 from minicpm_tune.answering.metrics import corpus_scores, score
 from minicpm_tune.answering.prediction import PredictionFile, PredictionFileError, PredictionRows
-from minicpm_tune.answering.prediction_callback import PredictionCallback, read_answers
 from minicpm_tune.data.samples import load_processing
 from minicpm_tune.errors import DataError
 from support import processes
 from support.golden_checkpoints import processing
 from support.paths import IMAGES, SUPPORT
-from support.rows import chat, picture, write_rows
+from support.prediction_rows import TOKENS, expected_predictions, rows
+from support.rows import picture, write_rows
 from support.tiny_checkpoints import checkpoint, copied, loaded, saved_adapter
 
-TOKENS = 6
 QUESTIONS = ("What is it?", "How many cats are there?", "Why?", "And the color?", "Describe the picture.")
-
-
-def rows():
-    """Five rows: one image, none, several turns, no answer to compare, a system turn and two images."""
-
-    def turns(*texts):
-        return [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
-
-    small, wide = str(IMAGES / "small.png"), str(IMAGES / "wide.png")
-    return [
-        {"id": "a", "image": small, "conversations": turns("<image>\nWhat is it?", "A cat.")},
-        {"id": "b", "conversations": turns("How many cats are there?", "Two.")},
-        {
-            "id": "c",
-            "image": small,
-            "conversations": turns("<image>\nWhat is it?", "A cat.", "Why?", "It has fur."),
-        },
-        {"id": "d", "image": small, "conversations": turns("<image>\nAnd the color?")},
-        {
-            "image": {"<image_00>": small, "<image_01>": wide},
-            "conversations": [
-                {"role": "system", "content": "Be brief."},
-                *turns("<image_00>\n<image_01>\nDescribe the picture.", "Cats."),
-            ],
-        },
-    ]
 
 
 @pytest.fixture
@@ -75,26 +44,6 @@ def run(*arguments):
 
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def expected_predictions(name="v2_6"):
-    model = loaded(checkpoint(name), name)
-    small, wide = picture(), picture("wide")
-    messages = [
-        [{"role": "user", "content": [small, "What is it?"]}],
-        [{"role": "user", "content": "How many cats are there?"}],
-        [
-            {"role": "user", "content": [small, "What is it?"]},
-            {"role": "assistant", "content": "A cat."},
-            {"role": "user", "content": "Why?"},
-        ],
-        [{"role": "user", "content": [small, "And the color?"]}],
-        [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [small, wide, "Describe the picture."]},
-        ],
-    ]
-    return [model.chat(msgs=msgs, sampling=False, max_new_tokens=TOKENS, **GREEDY) for msgs in messages]
 
 
 def test_every_row_is_answered_as_chat_answers_it(data, tmp_path, capsys):
@@ -314,130 +263,6 @@ def test_metrics_that_are_asked_for_are_the_only_ones_and_of_all_rows(tmp_path, 
     ).metrics
     with pytest.raises(SystemExit):
         predict.parse_flags([str(word) for word in words("rows.json", "out.jsonl", "--metrics", "bleu")])
-
-
-def small_trainer(data, folder):
-    rules = load_processing(checkpoint("v2_6"))
-    data_rows = SupervisedDataset(data, rules)
-
-    def collate(samples):
-        batch = data_collator(samples)
-        return {name: value for name, value in batch.items() if name != "provenance"}
-
-    trainer = Trainer(
-        model=loaded(checkpoint("v2_6"), "v2_6").train(),
-        args=TrainingArguments(
-            folder, use_cpu=True, report_to=["tensorboard"], prediction_loss_only=True,
-            label_names=["labels"], remove_unused_columns=False, per_device_eval_batch_size=2,
-        ),
-        eval_dataset=data_rows, data_collator=collate,
-    )  # fmt: skip
-    return trainer, PredictionRows(data_rows)
-
-
-def test_an_evaluation_answers_rows_and_shows_them_in_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    data = write_rows(tmp_path, [row for row in rows() if len(row["conversations"]) > 1])
-    trainer, asked = small_trainer(data, tmp_path / "out")
-    callback = PredictionCallback(trainer, asked, samples=3, batch_size=2, max_new_tokens=TOKENS)
-    assert callback.indices == [0, 1, 2]
-    trainer.add_callback(callback)
-    trainer.add_callback(kept := Trained())
-    metrics = trainer.evaluate()
-    trainer.model.train()
-    lines = callback.answers()
-    assert trainer.model.training
-    assert [line["prediction"] for line in lines] == expected_predictions()[:3]
-    expected = np.mean([line["scores"]["rouge_l"] for line in lines])
-    assert metrics["eval_rouge_l"] == pytest.approx(expected)
-    assert any(line.get("eval_exact_match") == 0 for line in kept.logs)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    [folder] = {path.parent for path in (tmp_path / "runs").rglob("events.*")}
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    assert "pictures/0" in events.Tags()["images"]
-    assert "pictures/1" not in events.Tags()["images"]  # a row without
-    text = events.Tensors("predictions/1/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "How many cats are there?" in text
-    assert lines[1]["prediction"].split("\n")[0] in text
-    assert read_answers(tmp_path / "out") == [{"step": 0, "answers": lines}]
-
-
-def test_rows_are_spread_over_the_file_and_shared_out(tmp_path, monkeypatch):
-    asked = PredictionRows(
-        SupervisedDataset(write_rows(tmp_path, rows() * 2), load_processing(checkpoint("v2_6")))
-    )
-    found = {}
-    for rank in range(2):
-        trainer = SimpleNamespace(
-            args=SimpleNamespace(world_size=2, process_index=rank),
-            is_fsdp_enabled=False,
-            model=torch.nn.Linear(1, 1),
-            compute_loss_context_manager=torch.no_grad,
-        )
-        callback = PredictionCallback(trainer, asked, samples=5, batch_size=2)
-        assert callback.indices == [0, 2, 4, 6, 8]
-        seen = []
-        monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback.predict",
-            lambda _, __, mine, seen=seen, **options: (
-                seen.append((mine, options["synced"])) or [[{"row": r} for r in mine]]
-            ),
-        )
-        monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback.gather",
-            lambda _: [{r: {"row": r} for r in range(10)}],
-        )
-        callback.answers()
-        monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback.is_deepspeed_zero3_enabled", lambda: True
-        )
-        callback.answers()
-        monkeypatch.setattr(
-            "minicpm_tune.answering.prediction_callback.is_deepspeed_zero3_enabled", lambda: False
-        )
-        found[rank] = seen
-    assert found == {
-        0: [([0, 4, 8], False), ([0, 4, 8], True)],
-        1: [([2, 6], False), ([2, 6, 2], True)],  # as many as the other process, so that none waits
-    }
-
-
-def test_rows_that_the_check_left_out_are_not_answered(data):
-    dataset = SupervisedDataset(data, load_processing(checkpoint("v2_6")))
-    dataset.left_out.add(2)
-    callback = PredictionCallback(SimpleNamespace(), PredictionRows(dataset), samples=5, batch_size=2)
-    assert callback.indices == [0, 1, 3, 4]
-
-
-def test_a_few_rows_are_answered_before_the_first_step_and_later_answers_are_forgotten_on_a_resume(
-    data, tmp_path
-):
-    rows_asked = PredictionRows(SupervisedDataset(data, load_processing(checkpoint("v2_6"))))
-    trainer = SimpleNamespace(is_fsdp_enabled=False, log=lambda logs: None, callback_handler=None)
-    callback = PredictionCallback(trainer, rows_asked, samples=5, batch_size=2)
-    callback.answers = lambda indices=callback.indices: [{"row": index, "scores": None} for index in indices]
-    callback._show = lambda *_, **__: None
-    callback.indices = list(range(10))
-    args = SimpleNamespace(output_dir=str(tmp_path), eval_on_start=False)
-
-    def begin(step, **changes):
-        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
-        callback.on_train_begin(SimpleNamespace(**vars(args) | changes), state, None)
-        return [(one["step"], len(one["answers"])) for one in read_answers(tmp_path)]
-
-    assert begin(0) == [(0, 8)]
-    for step in (5, 10):
-        callback.on_evaluate(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
-    assert begin(5) == [(0, 8), (5, 5)]  # the answers of step 10 are of a step that comes again
-    assert begin(0, eval_on_start=True) == []  # that evaluation is before the first step
-    trainer.is_fsdp_enabled = True
-    assert begin(0) == []
-
-
-def test_the_picture_of_a_row_is_not_its_sound(tmp_path):
-    path = write_rows(tmp_path, [{"audio": "a.wav", "conversations": chat("What?", "A.")}])
-    assert PredictionRows(SupervisedDataset(path, load_processing(checkpoint("o4_5")))).picture(0) is None
 
 
 @pytest.mark.slow

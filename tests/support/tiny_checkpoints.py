@@ -45,9 +45,11 @@ def loaded(folder, name, dtype=torch.float32, **options):
 
 def tuned(model, name, *, vision=False, **lora):
     """A model with an adapter that changes it, as after training."""
-    wrapped = add_adapter(
-        model, GENERATIONS[name], LoraArguments(lora_r=4, **lora), vision=vision, resampler=True
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        wrapped = add_adapter(
+            model, GENERATIONS[name], LoraArguments(lora_r=4, **lora), vision=vision, resampler=True
+        )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in wrapped.parameters():
