@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from minicpm_tune.data.row_keys import NOTHING
 from minicpm_tune.errors import RowError
 
 if TYPE_CHECKING:
@@ -130,19 +131,17 @@ class Objects:
     """
 
     def __init__(self, value: Any) -> None:
-        self.values: dict[str, list[Ref] | list[Box]] = {REF_MARK: [], BOX_MARK: []}
-        self.taken = {REF_MARK: 0, BOX_MARK: 0}
-        if value in (None, "", [], {}, ()):
-            return
+        value = {} if value in NOTHING else value
         if not isinstance(value, Mapping):
             raise RowError(_KIND, f"objects is {value!r:.80}, expected {_EXAMPLE}. Rewrite it.")
-        unknown = [key for key in value if key not in _KEYS]
-        if unknown:
+        if unknown := [key for key in value if key not in _KEYS]:
             raise RowError(
                 _KIND,
                 f"objects has the key {unknown[0]!r}, expected {', '.join(_KEYS)}. Rename or remove it.",
             )
-        self.values = {REF_MARK: _read_refs(value.get("ref")), BOX_MARK: _read_boxes(value)}
+        refs, boxes = _read_refs(value.get("ref")), _read_boxes(value)
+        self.values: dict[str, list[Ref] | list[Box]] = {REF_MARK: refs, BOX_MARK: boxes}
+        self.taken = dict.fromkeys(self.values, 0)
 
     def __bool__(self) -> bool:
         return any(self.values.values())
@@ -179,8 +178,8 @@ class Objects:
                 )
 
 
-def _read_refs(value: Any) -> list[Ref]:
-    refs = [] if value is None else value
+def _read_refs(refs: Any) -> list[Ref]:
+    refs = [] if refs is None else refs
     if not isinstance(refs, (list, tuple)) or not all(isinstance(ref, str) and ref.strip() for ref in refs):
         raise RowError(_KIND, f"objects.ref is {refs!r:.80}, expected a list of names. Fix it.")
     for ref in refs:

@@ -241,11 +241,12 @@ class Processing:
         """
         for number, turn in enumerate(turns):
             self._check_text(turn, number)
-        kinds = {media.kind for media in media_of(turns)}
-        if self.media.video is None and "video" in kinds:
+        media = media_of(turns)
+        if self.media.video is None and any(each.kind == "video" for each in media):
             raise RowError("video", self.no_video)
-        if self.media.audio is None and any(media.heard for media in media_of(turns)):
-            raise RowError("audio", self.no_audio)
+        if self.media.audio is None and any(each.heard for each in media):
+            title = self.generation.title
+            raise RowError("audio", f"the row has audio, but {title} takes no audio here. Remove the row.")
 
     def _check_text(self, turn: Turn, number: int) -> None:
         plain = "".join(part for part in turn.parts if isinstance(part, str)) + (turn.thoughts or "")
@@ -272,11 +273,6 @@ class Processing:
             f"the row has a video, expected images: {self.generation.title} was not trained on video. Remove the row, "
             "or give single frames as images."
         )
-
-    @property
-    def no_audio(self) -> str:
-        """What is said of a row with audio, for a model that does not hear."""
-        return f"the row has audio, but {self.generation.title} takes no audio here. Remove the row."
 
     def _tokenize(
         self, pieces: Sequence[Piece], pictures: tuple[Picture | Clip, ...], rules: SlicingRules

@@ -267,9 +267,9 @@ class MediaReader:
         return Source(kind, self.listed[kind][index], sound=self.sound and kind == "video")
 
     def put_unmentioned_first(self, turns: list[Turn], image_end: str) -> list[Turn]:
-        """Put media that no placeholder mentions in front of the first user turn, each with its end.
+        """Put media that no placeholder mentions in front of the first user turn, in the order of the row.
 
-        A video with its sound has none: the released form joins it with what follows by nothing.
+        Behind each stands ``image_end``; behind a video with its sound nothing, as in the released form.
         """
         left = [
             self._source(kind, index)
