@@ -44,7 +44,7 @@ def feature_error(model, generation, case, batch):
     if not expected:
         return 0.0
     keys = ("pixel_values", "tgt_sizes", "image_bound", "temporal_ids")
-    seen = VisionInput.of(**{key: batch[key] for key in keys if key in batch})
+    seen = VisionInput(**{key: batch[key] for key in keys if key in batch})
     embeddings, _ = model.embed(batch["input_ids"], seen, position_ids=batch.get("position_ids"))
     found = torch.stack([embeddings[row, start:end] for row, start, end in batch["image_bound"].tolist()])
     return np.abs(found.detach().numpy() - np.concatenate(expected)).max()

@@ -78,7 +78,7 @@ def seen(model, name, case):
     before = []
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after, _ = encode_images(model, VisionInput.of(batch["pixel_values"], batch["tgt_sizes"]))
+        after, _ = encode_images(model, VisionInput(batch["pixel_values"], batch["tgt_sizes"]))
     handle.remove()
     return before[0].flatten(0, -2).numpy(), after.numpy(), batch["image_bound"]
 
@@ -112,7 +112,7 @@ def test_two_tiled_images_of_different_size_give_the_features_they_give_alone(mo
     model = models[name]
     handle = model.vision_proj.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        after, _ = encode_images(model, VisionInput.of(sample["pixel_values"], sample["tgt_sizes"]))
+        after, _ = encode_images(model, VisionInput(sample["pixel_values"], sample["tgt_sizes"]))
     handle.remove()
     places = read["vitlist.0.pos"]
     assert np.abs(before[0].numpy()[places] - read["vitlist.0.vit"]).max() < FEATURE_TOLERANCE

@@ -123,38 +123,35 @@ def _split(tokens: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class VisionInput:
-    """What a batch has of its slices.
+    """What a batch has of its slices: the keys of a ``batch.Batch``, sizes and bounds best on the CPU.
 
     Attributes:
         pixel_values: [3, 14, 14 * patches] uint8, patches side by side, of the slices that are not cached.
-        grids: [S] (rows, columns) of all slices, in patches.
-        bounds: [P] (row, start, end) of the runs of placeholder tokens.
+        tgt_sizes: [S, 2] (rows, columns) of all slices, in patches; tensor or array, as the next two.
+        image_bound: [P, 3] (row, start, end) of the runs of placeholder tokens.
         temporal_ids: [S, 2] (placeholder, time or -1) where slices share placeholders; None: every slice has its own.
-        sources: Which slices' features are cached; None: none.
+        slice_sources: Which slices' features are cached; None: none.
         known_features: [tokens, C] of the cached slices, as the tower gave them.
     """
 
-    pixel_values: Tensor | None
-    grids: Sequence[Grid]
-    bounds: Sequence[Sequence[int]] = ()
+    pixel_values: Tensor | None = None
+    tgt_sizes: Any = None
+    image_bound: Any = None
     temporal_ids: Any = None
-    sources: SliceSources | None = None
+    slice_sources: SliceSources | None = None
     known_features: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        pixel_values: Tensor | None = None,
-        tgt_sizes: Any = None,
-        image_bound: Any = None,
-        temporal_ids: Any = None,
-        slice_sources: SliceSources | None = None,
-        known_features: Tensor | None = None,
-    ) -> VisionInput:
-        """Read the keys of a ``batch.Batch``; sizes and bounds are tensors or arrays, best on the CPU."""
-        grids = [] if tgt_sizes is None else [(rows, columns) for rows, columns in tgt_sizes.tolist()]
-        bounds = [] if image_bound is None or not grids else image_bound.tolist()
-        return cls(pixel_values, grids, bounds, temporal_ids, slice_sources, known_features)
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """[S] (rows, columns) of all slices, in patches."""
+        return (
+            [] if self.tgt_sizes is None else [(rows, columns) for rows, columns in self.tgt_sizes.tolist()]
+        )
+
+    @cached_property
+    def bounds(self) -> list[list[int]]:
+        """[P] (row, start, end) of the runs of placeholder tokens."""
+        return [] if self.image_bound is None else self.image_bound.tolist()
 
     @property
     def placeholders(self) -> list[int]:
@@ -189,7 +186,7 @@ def tower_features(
     Returns:
         [N, C] in the layout's order, and those that can be cached now.
     """
-    sources = vision.sources
+    sources = vision.slice_sources
     if sources is None:
         return run(vision.pixel_values, layout), None
     slices = [(layout.grids[place], layout.samples[place]) for place in layout.places]

@@ -105,7 +105,7 @@ class FamilyModel(ReleasedModel):
             host = _fetched(input_ids, attention_mask, position_ids)
         else:
             host = torch.from_numpy(on_cpu)
-        vision = VisionInput.of(
+        vision = VisionInput(
             pixel_values, tgt_sizes, image_bound, temporal_ids, slice_sources, known_features
         )
         found = self.last_hidden(input_ids, host, vision, trains=labels is not None, **kwargs)
@@ -166,7 +166,7 @@ class FamilyModel(ReleasedModel):
         Returns:
             [B, new tokens] int64 without the prompt, or what ``return_dict_in_generate`` asks for.
         """
-        vision = VisionInput.of(pixel_values, tgt_sizes, image_bound, temporal_ids)
+        vision = VisionInput(pixel_values, tgt_sizes, image_bound, temporal_ids)
         return self.new_tokens_for(input_ids, vision, dummy=dummy, attention_mask=attention_mask, **options)
 
     def chat(self, *args: Any, **kwargs: Any) -> Any:

@@ -86,20 +86,18 @@ def raise_precision_of_trained(model: nn.Module) -> None:
 
 def count_parts(model: nn.Module, generation: Generation) -> dict[str, PartCount]:
     """Count the parameters of every part, in the order of ``PARTS``, parts without any left out."""
-    total: Counter[str] = Counter()
     trainable: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = defaultdict(Counter)
     for name, parameter in model.named_parameters():
         if "original_module." in name:
             continue  # the untrained copy that an adapter keeps beside modules_to_save
         part, count = generation.part_of(name), parameter_count(parameter)
-        total[part] += count
         trainable[part] += count if parameter.requires_grad else 0
         dtypes[part][str(parameter.dtype).removeprefix("torch.")] += count
     return {
-        part: PartCount(total[part], trainable[part], tuple(name for name, _ in dtypes[part].most_common()))
+        part: PartCount(dtypes[part].total(), trainable[part], tuple(dict(dtypes[part].most_common())))
         for part in PARTS
-        if total[part]
+        if dtypes[part].total()
     }
 
 

@@ -192,7 +192,7 @@ class MiniCPMV(FamilyModel, PreTrainedModel, GenerationMixin):  # type: ignore[m
             features, new = self.encode_slices(vision, samples=self._samples(vision, position_ids))
             return replaced(embeddings, vision.places(input_ids.shape[1]), features.flatten(0, 1)), new
         if dummy:
-            features, _ = self.encode_slices(VisionInput(None, [DUMMY_GRID]), samples=[0])
+            features, _ = self.encode_slices(VisionInput(None, torch.tensor([DUMMY_GRID])), samples=[0])
             embeddings = embeddings + features.sum().to(embeddings.dtype) * 0
         return embeddings, None
 

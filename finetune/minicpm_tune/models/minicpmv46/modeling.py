@@ -61,18 +61,13 @@ class _TrainingForward(FamilyModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         tgt_sizes: Any = None,
         labels: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As ``FamilyModel``'s; without ``labels`` and ``tgt_sizes`` transformers' own (``generate`` calls it so)."""
-        kwargs |= {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "pixel_values": pixel_values,
-        }
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if labels is None and tgt_sizes is None:
             own = self.own_arguments(mm_token_type_ids)
             return super(FamilyModel, self).forward(input_ids=input_ids, **own, **kwargs)  # type: ignore[misc]
@@ -182,7 +177,7 @@ class _TrainingForward(FamilyModel):
         if tgt_sizes is None:
             return generate(inputs, pixel_values=pixel_values, **kwargs)
         if len(tgt_sizes) or dummy:
-            kwargs |= self._encoded(input_ids, VisionInput.of(pixel_values, torch.as_tensor(tgt_sizes)))
+            kwargs |= self._encoded(input_ids, VisionInput(pixel_values, torch.as_tensor(tgt_sizes)))
         found = generate(inputs, **kwargs)
         if isinstance(found, Tensor):
             return found[:, input_ids.shape[1] :]

@@ -232,7 +232,7 @@ def encode_slices(model: Any, vision: VisionInput) -> tuple[Tensor, NewFeatures 
     """
     count = None if vision.grids else 0
     if not vision.grids:
-        vision = VisionInput(None, [_smallest_grid(model.config)])
+        vision = VisionInput(None, torch.tensor([_smallest_grid(model.config)]))
     layout = SliceLayout.of(vision.grids)
     features, new = tower_features(partial(_run_tower, model), vision, layout, tower=model.vision_tower)
     joined = 1 if model.config.downsample_mode == "4x" else 2  # patches of a token's side behind the tower

@@ -44,7 +44,7 @@ def encode_images(model: Any, vision: VisionInput) -> tuple[Tensor, NewFeatures 
     """
     side, tiles, grids = model.config.side, model.config.tiles, vision.grids
     layout = SliceLayout.of([encoded_size(grid, side) if tiles else grid for grid in grids])
-    known = [False] * len(grids) if vision.sources is None else vision.sources.known
+    known = [False] * len(grids) if vision.slice_sources is None else vision.slice_sources.known
     seen = [grid for grid, is_known in zip(grids, known, strict=True) if not is_known]
     features, new = tower_features(partial(_run_tower, model, seen), vision, layout, tower=model.vit)
     features = layout.restore(features)
