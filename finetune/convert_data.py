@@ -87,8 +87,8 @@ def convert_rows(values: argparse.Namespace) -> int:
     """Write rows in the official form; 1 when some of them can't be."""
     # Imported here: what reads rows takes seconds that --help need not wait for.
     from minicpm_tune.data.bad_rows import SHOWN_PROBLEMS, BadRow
-    from minicpm_tune.data.files.official_rows import OfficialForm
     from minicpm_tune.data.files.row_files import Mixture
+    from minicpm_tune.data.official_rows import OfficialForm
     from minicpm_tune.files import whole_file
 
     output = Path(values.output).expanduser()

@@ -12,7 +12,7 @@ from PIL import Image
 
 import convert_data
 from dataset import SupervisedDataset
-from minicpm_tune.data.files.official_rows import OfficialForm
+from minicpm_tune.data.official_rows import OfficialForm
 from minicpm_tune.data.row_parsing import parse_row
 from support.golden_checkpoints import processing
 from support.rows import chat

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minicpm_tune.checkpoints.model_generations import Generation
+from minicpm_tune.checkpoints.xcomposer2_geometry import tile_tokens
 from minicpm_tune.data.media.audio import AudioRules, Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.slicing.layouts import ImageLayout
@@ -64,6 +65,21 @@ class PlaceholderStyle:
     def tag_tokens(self) -> int:
         """Tokens around each U."""
         return 2 if self.slice_tag else 0
+
+
+@dataclass(frozen=True)
+class TileStyle(PlaceholderStyle):
+    """4khd's placeholder: nothing but its tokens.
+
+    Attributes:
+        side: Patches on a tile's side.
+    """
+
+    side: int = 24
+
+    def token_count(self, size: tuple[int, int]) -> int:
+        """Number of pad tokens for an image of (rows, columns) patches."""
+        return tile_tokens(size, self.side)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from minicpm_tune.batch import IGNORE_INDEX, Batch, PictureFeatures, Provenance,
 from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.data.media.audio import AudioRules, Clip, log_mel, merged
 from minicpm_tune.data.media.images import Picture
+from minicpm_tune.data.media_rules import MediaRules
 from minicpm_tune.data.placeholders import Layouts, PlaceholderStyle
 from minicpm_tune.data.prompts import Piece
 from minicpm_tune.data.slicing.layouts import cut_into_patches, patch_columns
-from minicpm_tune.data.slicing.media_rules import MediaRules
 from minicpm_tune.data.token_labels import Encoded
 from minicpm_tune.data.vision_cache import VisionCache
 

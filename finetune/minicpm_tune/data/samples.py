@@ -24,12 +24,12 @@ from minicpm_tune.data.files.row_files import Mixture
 from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import ImageOptions, Picture
+from minicpm_tune.data.media_rules import MediaRules, read_media_rules
 from minicpm_tune.data.placeholders import PlaceholderStyle, write_placeholders
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.sample_tensors import Plan, sample_tensors
 from minicpm_tune.data.slicing.layouts import ImageLayout, SlicingRules
-from minicpm_tune.data.slicing.media_rules import MediaRules, read_media_rules
 from minicpm_tune.data.token_labels import Encoded, encode_pieces, truncate
 from minicpm_tune.data.turns import Source, Turn, media_of
 from minicpm_tune.data.vision_cache import VisionCache

@@ -1,4 +1,4 @@
-"""Random access to the rows of a JSON file, without keeping them in memory.
+"""Random access to the rows of a JSON file, without keeping them in memory; and what all data files have in common.
 
 A JSONL file is indexed once: where each row starts and ends, kept in the cache folder and found again by path, size
 and time of change. A JSON list is written out once, item by item, into the same cache. An indexed file of a million
@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,30 @@ _LONGEST_FIXED = 10**6  # characters; nobody reads a longer line, and parsing it
 _SHOWN = 200
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # as \ud83d, the first half of an emoji
 _TO_JSON = "python -c \"import ast, json; json.dump(ast.literal_eval(open({source!r}).read()), open({target!r}, 'w'))\""
+
+
+class Rows(Protocol):
+    """The rows of a data file.
+
+    Attributes:
+        path: What messages call it.
+        files: The files whose states decide its rows.
+        columns: The columns of a table; None where every row has keys of its own.
+        text_cells: Whether every value in it is a text, as in a CSV file.
+    """
+
+    path: Path
+    files: Sequence[Path]
+    columns: Sequence[str] | None
+    text_cells: bool
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """Read one row; ``RowError`` when it is not valid."""
+        ...
 
 
 class JsonRows:

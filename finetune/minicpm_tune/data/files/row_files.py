@@ -14,12 +14,12 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from minicpm_tune.batch import Origin
-from minicpm_tune.data.files.json_rows import JsonRows
+from minicpm_tune.data.files.json_rows import JsonRows, Rows
 from minicpm_tune.data.files.row_forms import name_columns, read_columns
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_arguments import MixtureSource, read_data_path
@@ -39,30 +39,6 @@ _OTHER_FILES = (
     (b"PAR1", "a Parquet file", "Give it a name that ends in .parquet"),
     (b"ARROW1", "an Arrow file", "Give the folder that datasets.save_to_disk wrote, or save it as Parquet"),
 )
-
-
-class Rows(Protocol):
-    """The rows of a data file.
-
-    Attributes:
-        path: What messages call it.
-        files: The files whose states decide its rows.
-        columns: The columns of a table; None where every row has keys of its own.
-        text_cells: Whether every value in it is a text, as in a CSV file.
-    """
-
-    path: Path
-    files: Sequence[Path]
-    columns: Sequence[str] | None
-    text_cells: bool
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """Read one row; ``RowError`` when it is not valid."""
-        ...
 
 
 class JoinedRows:

@@ -18,13 +18,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minicpm_tune.data.files.json_rows import Rows
 from minicpm_tune.data.row_keys import NOTHING, ROW_KEYS, name_list, type_name
 from minicpm_tune.errors import DataError, RowError
-
-if TYPE_CHECKING:
-    from minicpm_tune.data.files.row_files import Rows
 
 _MEDIA = ("image", "images", "video", "videos")
 

@@ -16,26 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, encoded_size, tile_tokens
-from minicpm_tune.data.placeholders import PlaceholderStyle
+from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, encoded_size
 from minicpm_tune.data.slicing.layouts import Bands, Grid, ImageLayout, Size, checked_size, split_bands
 
 WHITE = (255, 255, 255)
-
-
-@dataclass(frozen=True)
-class TileStyle(PlaceholderStyle):
-    """4khd's placeholder: nothing but its tokens.
-
-    Attributes:
-        side: Patches on a tile's side.
-    """
-
-    side: int = 24
-
-    def token_count(self, size: tuple[int, int]) -> int:
-        """Number of pad tokens for an image of (rows, columns) patches."""
-        return tile_tokens(size, self.side)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from minicpm_tune.checkpoints.xcomposer2_geometry import PATCH, position_rows, s
 from minicpm_tune.data.media.audio import AudioRules
 from minicpm_tune.data.media.films import FilmRules
 from minicpm_tune.data.media.videos import VideoRules
-from minicpm_tune.data.placeholders import PlaceholderStyle
+from minicpm_tune.data.placeholders import PlaceholderStyle, TileStyle
 from minicpm_tune.data.slicing.adaptive import MergedSliceRules, SliceRules
 from minicpm_tune.data.slicing.layouts import SlicingRules
-from minicpm_tune.data.slicing.xcomposer2 import SquareRules, TileRules, TileStyle
+from minicpm_tune.data.slicing.xcomposer2 import SquareRules, TileRules
 from minicpm_tune.errors import DataError
 from minicpm_tune.settings.data_arguments import DataArguments
 
