@@ -32,8 +32,8 @@ from minicpm_tune.answering.metrics import (
 from minicpm_tune.batch import Sample
 from minicpm_tune.data.bad_rows import BadRow, problems_text
 from minicpm_tune.data.files.row_forms import as_conversation
-from minicpm_tune.data.grounding import Box, Ref
 from minicpm_tune.data.media.sources import check_source
+from minicpm_tune.data.objects import Box, Ref
 from minicpm_tune.data.row_parsing import ParsedRow
 from minicpm_tune.data.samples import TrainingRows
 from minicpm_tune.data.turns import Turn, media_of

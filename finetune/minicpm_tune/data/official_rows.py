@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.data.grounding import Box, Ref
 from minicpm_tune.data.media.sources import decode_data_uri, find_file, is_remote
+from minicpm_tune.data.objects import Box, Ref
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row
 from minicpm_tune.data.turns import ESCAPABLE, Literal, Media, Part, Source, Turn
 from minicpm_tune.errors import RowError

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minicpm_tune.checkpoints.model_folder import ModelFolderError
 from minicpm_tune.checkpoints.model_generations import Generation, Hearing
-from minicpm_tune.data.grounding import Tag
+from minicpm_tune.data.objects import Tag
 from minicpm_tune.data.turns import Literal, Media, Part, Turn, media_of
 from minicpm_tune.errors import RowError
 from minicpm_tune.settings.data_arguments import DataArguments

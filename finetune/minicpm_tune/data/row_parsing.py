@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minicpm_tune.data.files.row_forms import as_conversation, form_names
-from minicpm_tune.data.grounding import BOX_MARK, REF_MARK
+from minicpm_tune.data.objects import BOX_MARK, REF_MARK
 from minicpm_tune.data.row_keys import (
     NOTHING,
     PART_SOURCES,

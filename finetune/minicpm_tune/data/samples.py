@@ -21,10 +21,11 @@ from minicpm_tune.checkpoints.model_generations import Generation
 from minicpm_tune.checkpoints.vocabulary import add_tokens, check_vocabulary, load_tokenizer
 from minicpm_tune.data.bad_rows import BadRow, BadRowLog
 from minicpm_tune.data.files.row_files import Mixture
-from minicpm_tune.data.grounding import PixelBox, Size, boxes_in_pixels, write_objects
+from minicpm_tune.data.grounding import PixelBox, boxes_in_pixels, write_objects
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import ImageOptions, Picture
 from minicpm_tune.data.media_rules import MediaRules, read_media_rules
+from minicpm_tune.data.objects import Size
 from minicpm_tune.data.placeholders import PlaceholderStyle, write_placeholders
 from minicpm_tune.data.prompts import Piece, PromptWriter
 from minicpm_tune.data.row_parsing import ParsedRow, parse_row

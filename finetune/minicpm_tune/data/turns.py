@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minicpm_tune.data.grounding import BOX_MARK, REF_MARK, Box, Objects, Ref, Tag
+from minicpm_tune.data.objects import BOX_MARK, REF_MARK, Box, Objects, Ref, Tag
 from minicpm_tune.data.row_keys import NOTHING, name_list
 from minicpm_tune.errors import RowError
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minicpm_tune.data.grounding import BOX_MARK, REF_MARK
 from minicpm_tune.data.media.images import ImageFile, ImageOptions
+from minicpm_tune.data.objects import BOX_MARK, REF_MARK
 from minicpm_tune.errors import DataError, RowError
 
 # Task -> what is asked. That of refer is the prompt that the makers of MiniCPM-V name (OpenBMB/MiniCPM-V issue 982).
