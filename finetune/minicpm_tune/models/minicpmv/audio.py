@@ -124,27 +124,6 @@ class AudioInput:
         return spans(starts, [end - start for _, start, end in self.bounds])
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Where the segments stand in the one row that the encoder runs on."""
-
-    attended: list[int]
-    slots: list[tuple[int, int]]  # (first frame, frames that are kept) in the row of mel frames
-    length: int
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment], block: int) -> _Row:
-        attended, slots, start = [], [], 0
-        for segment in segments:
-            count = segment.attended(block)
-            kept = min(segment.longest, 2 * count + 1)
-            attended.append(count)
-            slots.append((start, kept))
-            # At least one zero frame behind it, and an even start for the convolution of stride 2.
-            start += kept + 2 - kept % 2
-        return cls(attended, slots, start)
-
-
 class _Attention(nn.Module):
     """Whisper's self-attention (key names as released; the keys have no bias)."""
 
@@ -250,31 +229,35 @@ class AudioEncoder(nn.Module):
         Returns:
             [N, W], the encoder frames of the segments themselves, side by side.
         """
-        row = _Row.of(segments, self.block)
-        hidden = self._convolved(mel, segments, row)
-        groups = _Group.all_of(row.attended, self.block, hidden.device)
+        attended = [segment.attended(self.block) for segment in segments]
+        hidden = self._convolved(mel, segments, attended)
+        groups = _Group.all_of(attended, self.block, hidden.device)
         for layer in self.layers:
             hidden = layer(hidden, groups)
-        own = first_of_each(row.attended, [segment.encoded for segment in segments])
+        own = first_of_each(attended, [segment.encoded for segment in segments])
         return self.layer_norm(hidden[own.to(hidden.device, non_blocking=True)])
 
-    def _convolved(self, mel: Tensor, segments: Sequence[Segment], row: _Row) -> Tensor:
-        """[80, F] -> [sum of attended frames, W], positions added."""
+    def _convolved(self, mel: Tensor, segments: Sequence[Segment], attended: list[int]) -> Tensor:
+        """[80, F] -> [sum of attended frames, W], positions added; all segments have slots in one row of frames."""
         device = mel.device
+        slots = [
+            min(segment.longest, 2 * count + 1) for segment, count in zip(segments, attended, strict=True)
+        ]
+        # At least one zero frame behind each slot, and an even start for the convolution of stride 2.
+        *starts, length = accumulate((slot + 2 - slot % 2 for slot in slots), initial=0)
         # Kept frames of the input; a slot is longer than its segment where padding is attended to.
-        source = [min(segment.frames, kept) for segment, (_, kept) in zip(segments, row.slots, strict=True)]
-        starts = [start for start, _ in row.slots]
+        source = [min(segment.frames, slot) for segment, slot in zip(segments, slots, strict=True)]
         places = spans(starts, source).to(device, non_blocking=True)
         given = first_of_each([segment.frames for segment in segments], source).to(device, non_blocking=True)
-        inside = torch.zeros(row.length, dtype=torch.bool)
-        inside[spans(starts, [kept for _, kept in row.slots])] = True
+        inside = torch.zeros(length, dtype=torch.bool)
+        inside[spans(starts, slots)] = True
         inside = inside.to(device, non_blocking=True)
-        frames = mel.new_zeros(mel.shape[0], row.length).index_copy(1, places, mel[:, given])
+        frames = mel.new_zeros(mel.shape[0], length).index_copy(1, places, mel[:, given])
         # Outside the slots the second convolution must see zeros, as it does beyond the ends of a segment.
         hidden = F.gelu(self.conv1(frames[None].to(self.conv1.weight.dtype))) * inside
         hidden = F.gelu(self.conv2(hidden))[0].T
-        places = spans([start // 2 for start in starts], row.attended).to(device, non_blocking=True)
-        positions = spans([0] * len(row.attended), row.attended).to(device, non_blocking=True)
+        places = spans([start // 2 for start in starts], attended).to(device, non_blocking=True)
+        positions = spans([0] * len(attended), attended).to(device, non_blocking=True)
         return hidden[places] + self.embed_positions(positions)
 
 
