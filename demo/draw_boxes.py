@@ -80,10 +80,7 @@ def draw(rng: random.Random) -> tuple[Image.Image, str, list[float]]:
 
 def row(name: str, image: str, shape: str, box: list[float]) -> dict[str, Any]:
     """A row in the official form, with ``objects``."""
-    turns = [
-        {"role": "user", "content": f"<image>\n{QUESTION}"},
-        {"role": "assistant", "content": "<bbox>"},
-    ]
+    turns = [{"role": "user", "content": f"<image>\n{QUESTION}"}, {"role": "assistant", "content": "<bbox>"}]
     objects = {"ref": [shape], "bbox": [[round(value, 2) for value in box]]}
     return {"id": name, "image": image, "conversations": turns, "objects": objects}
 

@@ -67,10 +67,7 @@ class Size:
     scale_resolution: int
 
 
-SIZES = {
-    "tiny": Size(128, 2, 4, 2, 192, 64, 2, 16, 112),
-    "demo": Size(256, 4, 4, 2, 704, 128, 3, 16, 112),
-}
+SIZES = {"tiny": Size(128, 2, 4, 2, 192, 64, 2, 16, 112), "demo": Size(256, 4, 4, 2, 704, 128, 3, 16, 112)}
 
 
 def make_checkpoint(

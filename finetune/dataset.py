@@ -55,10 +55,7 @@ class SupervisedDataset(Dataset):
         self.processing = processing
         arguments = processing.arguments
         self.mixture = Mixture(
-            str(data_path),
-            given_num=arguments.given_num,
-            max_samples=max_samples,
-            columns=arguments.columns,
+            str(data_path), given_num=arguments.given_num, max_samples=max_samples, columns=arguments.columns
         )
         self.bad_rows = BadRowLog()
         self.left_out: set[int] = set()  # rows that contribute nothing

@@ -11,14 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import chat
 from minicpm_tune.answering import chat as answering_chat
 from minicpm_tune.answering.chat import MessageError, read_messages
-from minicpm_tune.answering.generate import (
-    GREEDY,
-    INCOMPLETE,
-    TextPieces,
-    answer,
-    decode,
-    stop_ids,
-)
+from minicpm_tune.answering.generate import GREEDY, INCOMPLETE, TextPieces, answer, decode, stop_ids
 from minicpm_tune.data.media.audio import Clip
 from minicpm_tune.data.media.images import Picture
 from minicpm_tune.data.sample_tensors import data_collator

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import chat
-from minicpm_tune.answering.generate import (
-    GREEDY,
-    answer,
-)
+from minicpm_tune.answering.generate import GREEDY, answer
 from minicpm_tune.answering.load import InferenceError, ModelChoice, choose_device, load_for_inference
 from minicpm_tune.errors import RowError
 from minicpm_tune.training.process_lifecycle import run_command

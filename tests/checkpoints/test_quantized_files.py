@@ -85,10 +85,7 @@ def test_adapters_train_on_it(int4_checkpoint):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            {"quant_bits": None},
-            "stored in 4 bit, which can't be trained.*--q_lora true --quant_bits 4",
-        ),
+        ({"quant_bits": None}, "stored in 4 bit, which can't be trained.*--q_lora true --quant_bits 4"),
         ({"quant_bits": 8}, "--quant_bits 8: the model is stored in 4 bit"),
         (
             {"vision": True},

@@ -136,8 +136,7 @@ def test_read_boxes_takes_whole_boxes_only():
 
 
 @pytest.mark.parametrize(
-    ("other", "expected"),
-    [((0, 0, 2, 2), 1), ((2, 2, 4, 4), 0), ((1, 1, 3, 3), 1 / 7), ((1, 1, 1, 1), 0)],
+    ("other", "expected"), [((0, 0, 2, 2), 1), ((2, 2, 4, 4), 0), ((1, 1, 3, 3), 1 / 7), ((1, 1, 1, 1), 0)]
 )
 def test_overlap_of_boxes(other, expected):
     assert intersection_over_union((0, 0, 2, 2), other) == pytest.approx(expected)

@@ -145,13 +145,7 @@ def test_a_data_set_of_several_files_numbers_rows_through_and_names_their_source
     (tmp_path / "mix.txt").write_text("a.json#4\nb.json:0.5\n")
     rows = SupervisedDataset(tmp_path / "mix.txt", processing("v2_6"))
     assert (len(rows), rows.mixture.row_count) == (5, 5)
-    assert [rows[index]["origin"] for index in range(5)] == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 0),
-        (1, 1),
-    ]
+    assert [rows[index]["origin"] for index in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert rows.mixture.names == [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert len(rows.mixture.epoch_order(seed=0, epoch=0)) == 5
     assert Counter(row >= 3 for row in rows.mixture.epoch_order(seed=0, epoch=0)) == {False: 4, True: 1}

@@ -108,10 +108,7 @@ def test_an_adapter_is_continued_in_its_own_downsample_mode(tmp_path):
             {"lora_target_modules": "all-linear"},
             "--lora_target_modules is all-linear, but the adapter has llm",
         ),
-        (
-            {"lora_layers_to_transform": [1]},
-            r"--lora_layers_to_transform is \[1\], but the adapter has None",
-        ),
+        ({"lora_layers_to_transform": [1]}, r"--lora_layers_to_transform is \[1\], but the adapter has None"),
         ({"lora_layer_replication": "[[0, 2]]"}, "--lora_layer_replication is"),
         (
             {"lora_modules_to_save": ["none"]},

@@ -66,10 +66,7 @@ def close(found, expected):
 
 def test_losses_do_not_depend_on_how_the_rows_are_put_together(place, tmp_path):
     expected = train(tmp_path, place, *TUNED, batch=4)
-    for split in (
-        {"batch": 1, "accumulation": 4},
-        {"batch": 2, "accumulation": 1, "processes": 2},
-    ):
+    for split in ({"batch": 1, "accumulation": 4}, {"batch": 2, "accumulation": 1, "processes": 2}):
         close(train(tmp_path, place, *TUNED, **split), expected)
     packed = ("--packing", "true", "--model_max_length", "4096")
     close(train(tmp_path, place, *TUNED, *packed, batch=1)[:1], expected[:1])

@@ -177,11 +177,7 @@ def test_restarts_never_meet_at_a_store_that_outlives_a_start(stage, shell):
             "--rdzv_conf": f"is_host={host}",
         }
     _, call = stage.start("finetune_lora.sh", **shared, NNODES="2", RDZV="10.0.0.2:7", RDZV_ID="two")
-    assert meeting(call) == {
-        "--rdzv_backend": "c10d",
-        "--rdzv_endpoint": "10.0.0.2:7",
-        "--rdzv_id": "two",
-    }
+    assert meeting(call) == {"--rdzv_backend": "c10d", "--rdzv_endpoint": "10.0.0.2:7", "--rdzv_id": "two"}
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1"])

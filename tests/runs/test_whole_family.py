@@ -11,11 +11,7 @@ from support import finetune_runs, live_runs
 from support.live_runs import LORA
 
 pytestmark = pytest.mark.slow
-MORE = {
-    "v4_6_thinking": (),
-    "v4_7_moe": ("--lora_experts", "true", "--lora_dropout", "0"),
-    "ocr_1": (),
-}
+MORE = {"v4_6_thinking": (), "v4_7_moe": ("--lora_experts", "true", "--lora_dropout", "0"), "ocr_1": ()}
 
 
 def ask(capfd, image, *words):

@@ -8,12 +8,7 @@ import sys
 import pytest
 
 from minicpm_tune.settings.argument_groups import RunOptions, TuningOptions
-from minicpm_tune.settings.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    TrainingArguments,
-)
+from minicpm_tune.settings.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from minicpm_tune.settings.finetune_command import answer_or_check, render_help
 from support import processes
 from support.paths import FINETUNE

@@ -27,10 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "demo"), str(ROOT / "finetune")]
 from safetensors.torch import load_file
 
 from minicpm_tune import output_folder
-from support import (
-    finetune_runs,
-    live_runs,
-)
+from support import finetune_runs, live_runs
 from support.live_runs import LORA, STAGES, LiveRun
 
 LIMIT = 300  # seconds to wait for anything

@@ -106,12 +106,7 @@ Work = Callable[[TrainingRows, int], Any]  # on the row of that number
 
 
 def for_rows(
-    rows: TrainingRows,
-    indices: Sequence[int],
-    work: Work,
-    *,
-    title: str,
-    workers: int | None = None,
+    rows: TrainingRows, indices: Sequence[int], work: Work, *, title: str, workers: int | None = None
 ) -> Iterator[Any]:
     """Do something with many rows, in order and in parallel, with a progress bar.
 

@@ -38,13 +38,7 @@ class PartCount:
 
 
 def freeze(
-    model: nn.Module,
-    generation: Generation,
-    *,
-    vision: bool,
-    resampler: bool,
-    llm: bool,
-    audio: bool = False,
+    model: nn.Module, generation: Generation, *, vision: bool, resampler: bool, llm: bool, audio: bool = False
 ) -> None:
     """Let exactly the chosen parts train; embeddings go with the LLM.
 

@@ -73,12 +73,7 @@ def set_checkpointing(
 
 
 def enable_checkpointing(
-    model: Any,
-    generation: Generation,
-    checkpointing: Checkpointing,
-    *,
-    offload: bool = False,
-    **options: Any,
+    model: Any, generation: Generation, checkpointing: Checkpointing, *, offload: bool = False, **options: Any
 ) -> None:
     """Turn on activation checkpointing in the chosen layers.
 

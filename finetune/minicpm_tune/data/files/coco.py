@@ -190,10 +190,7 @@ class CocoFile:
 
 
 def _turns(question: str, answer: str) -> list[Row]:
-    return [
-        {"role": "user", "content": f"<image>\n{question}"},
-        {"role": "assistant", "content": answer},
-    ]
+    return [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
 
 
 def _read(path: Path) -> dict[str, Any]:

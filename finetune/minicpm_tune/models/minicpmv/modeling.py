@@ -31,13 +31,7 @@ from minicpm_tune.models.family_model import FamilyModel, LastHidden, keep_prese
 from minicpm_tune.models.loss import as_lm_head
 from minicpm_tune.models.minicpmv.audio import AudioEncoder, AudioInput, AudioProjection, pooled
 from minicpm_tune.models.minicpmv.configuration import MiniCPMVConfig
-from minicpm_tune.models.minicpmv.vision import (
-    NaViTTower,
-    Resampler,
-    TimmTower,
-    check_bounds,
-    grid_table,
-)
+from minicpm_tune.models.minicpmv.vision import NaViTTower, Resampler, TimmTower, check_bounds, grid_table
 
 DUMMY_GRID = (2, 2)  # the slice that stands in when a batch has no image, in patches
 
