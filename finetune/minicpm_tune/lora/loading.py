@@ -175,7 +175,7 @@ def new_tokens_of_run(file: str | None, lora: LoraArguments | None) -> tuple[str
     if file is not None and tokens != known:
         raise AdapterError(
             f"--new_tokens {file}: found {len(tokens)} tokens, expected the {len(known)} that the adapter "
-            f"{adapter.path} was trained with, in their order. Leave --new_tokens out; the adapter brings its tokens."
+            f"{adapter.path} was trained with, in their order. Leave --new_tokens out; the adapter has its own tokens."
         )
     return known
 

@@ -1,6 +1,6 @@
 """How a batch lies in memory: the slices of its images side by side, and its samples as one row without padding.
 
-With ``--cache_vision_features`` a sample brings the tower's features of the images that were seen before, and the
+With ``--cache_vision_features`` a sample holds the tower's features of the images that were seen before, and the
 pixels of the others alone. Letters: S slices with N patches or feature tokens together, C width of the tower;
 B rows of T tokens, of which N are real.
 """

@@ -90,7 +90,7 @@ def load_model(
 def model_class(generation: Generation) -> Any:
     """Give the model class of a generation; see ``minicpm_tune.models`` for what a class offers.
 
-    Families are imported when they are asked for: each brings its own part of transformers.
+    Families are imported when they are asked for: each imports its own part of transformers.
     """
     return import_module(f"minicpm_tune.models.{generation.family}").model_class(generation)
 

@@ -66,8 +66,8 @@ class DataArguments(RowLimits):
     )
     max_samples: int | None = flag(
         None,
-        "The first N rows of each training file are all that is read of it, before --eval_split; also the "
-        "most that a #count takes.",
+        "Use only the first N rows of each training file, before --eval_split divides them. A #count then takes at "
+        "most N.",
     )
     eval_max_samples: int | None = flag(
         None, "The same for each file of --eval_data_path, or for what --eval_split holds out of each."

@@ -163,7 +163,7 @@ class MergedSliceRules:
 
 @cache
 def _released_sizes() -> Any:
-    # Imported here: it brings in transformers' model package, which the other families don't need.
+    # Imported here: it imports transformers' model package, which the other families don't need.
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
     return MiniCPMV4_6ImageProcessorPil()
