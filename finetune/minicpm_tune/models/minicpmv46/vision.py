@@ -264,13 +264,18 @@ def _see(tower: Any, patches: Tensor, layout: SliceLayout, *, merges: bool) -> T
     for index, layer in enumerate(tower.encoder.layers):
         hidden = layer(hidden, None, cu_seqlens=None, layout=layout)
         if merges and index == tower.config.insert_layer_id:
-            window, _ = tower.vit_merger.window_kernel_size
-            windows = get_vision_window_index(
-                F.pad(sizes, (1, 0), value=1), spatial_merge_size=1, window_size=window, patch_size=1
-            )
-            places, ends = (part.to(patches.device, non_blocking=True) for part in windows)
-            hidden = tower.vit_merger(hidden, sizes, window_index=places, cu_window_seqlens=ends)
+            hidden = _merge_windows(tower.vit_merger, hidden, sizes)
     return tower.post_layernorm(hidden)[0]
+
+
+def _merge_windows(merger: Any, hidden: Tensor, sizes: Tensor) -> Tensor:
+    """The inner merger on slices of [S, 2] sizes in patches, which are on the CPU."""
+    window, _ = merger.window_kernel_size
+    windows = get_vision_window_index(
+        F.pad(sizes, (1, 0), value=1), spatial_merge_size=1, window_size=window, patch_size=1
+    )
+    places, ends = (part.to(hidden.device, non_blocking=True) for part in windows)
+    return merger(hidden, sizes, window_index=places, cu_window_seqlens=ends)
 
 
 def _smallest_grid(config: Any) -> Grid:
@@ -287,7 +292,7 @@ def _skipped_merger(model: Any, like: Tensor) -> Tensor:
         return like.new_zeros(())
     rows, columns = merger.window_kernel_size
     window = like.new_zeros((1, rows * columns, merger.embed_dim))
-    return merger(window, torch.tensor([[rows, columns]]))[:0].sum()
+    return _merge_windows(merger, window, torch.tensor([[rows, columns]]))[:0].sum()
 
 
 def _normalized(pixel_values: Tensor, dtype: torch.dtype, layout: SliceLayout) -> Tensor:
