@@ -84,6 +84,10 @@ def check(generation, cases):
         else:
             assert case["blocks"] == [half], case
         expected = without_autocast.get((case["packing"], case["method"]))
+        if case["method"] == "full" and GENERATIONS[generation].family == "xcomposer2":
+            # Small, they have many more numbers between layers than weights: with and without fp32 sums 7.4 and 7.9
+            # million bytes. Their adapters' runs show it, with 4.1 and 3.4.
+            continue
         if case["precision"] == "bf16 autocast" and expected and not case["checkpointing"]:
             # Trained weights are rounded once (2 bytes), their gradients widened once (4 bytes), and so are the
             # embeddings that the layers start from. With fp32 sums v2_6 has 10.8 million bytes, and 6.0 without.
