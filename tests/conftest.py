@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,10 @@ from support.processes import end_what_runs
 
 # More threads than idle cores wait for each other by spinning, ten times slower.
 torch.set_num_threads(1)
+
+# Under nohup what tests start would ignore SIGHUP too. A handler is not handed on, and still keeps the tests alive.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # A busy machine is no failure: no example has a time limit of its own.
 settings.register_profile("no_deadline", deadline=None)
