@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from argparse import Namespace
 
+from minicpm_tune.files import GIB
 from minicpm_tune.settings.command_flags import CommandParser, add_switch, count
 from minicpm_tune.training.process_lifecycle import run_command
 
@@ -49,9 +50,9 @@ def run(values: Namespace) -> None:
     source = "fitted to the official table" if training.zero == 3 else "assumed"
     lines = [
         f"{generation.title}, {training.method}, {training.precision}: GiB per GPU (GPUs: {training.gpus})",
-        *(f"  {part:<20}{size / 2**30:>8.2f}" for part, size in parts.items()),
-        f"  {'total':<20}{sum(parts.values()) / 2**30:>8.2f}",
-        *([f"  RAM of the machine, for all GPUs together: {host / 2**30:.2f} GiB"] if host else []),
+        *(f"  {part:<20}{size / GIB:>8.2f}" for part, size in parts.items()),
+        f"  {'total':<20}{sum(parts.values()) / GIB:>8.2f}",
+        *([f"  RAM of the machine, for all GPUs together: {host / GIB:.2f} GiB"] if host else []),
         f"  The surcharge (CUDA, NCCL, unused memory that the allocator holds) is {source}, not measured.",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -27,18 +27,6 @@ from minicpm_tune.settings.trainer_arguments import (
 from minicpm_tune.settings.trainer_checks import ANSWER_METRICS
 
 FIELDS = {item.name: item for item in dataclasses.fields(transformers.TrainingArguments) if item.init}
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with a model (its config), rows and nothing else, as the current folder."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "rows.json").write_text("[]")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 NEEDED = ("--model_name_or_path", "model", "--data_path", "rows.json", "--eval_data_path", "rows.json")
 
 

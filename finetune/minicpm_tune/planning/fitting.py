@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from minicpm_tune import processes
 from minicpm_tune.checkpoints.model_folder import read_generation, resolve_model_folder
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import GIB
 from minicpm_tune.models.speed_options import Checkpointing
 from minicpm_tune.planning.memory_plan import (
     CUDA_BYTES,
@@ -43,7 +44,6 @@ from minicpm_tune.settings.hardware import free_memory, has_accelerator
 
 logger = logging.getLogger(__name__)
 
-_GIBIBYTE = 2**30
 # A plan fits when it leaves this share: what it was compared with differs from it by up to so much.
 _SPARE = 0.05
 _PATCHES_OF_SLICE = 1024
@@ -66,7 +66,7 @@ class Room(NamedTuple):
         """What ``--memory_gib`` says, or what is free."""
         on_cpu = bool(training.use_cpu) or not has_accelerator()
         if training.memory_gib is not None:
-            return cls(round(training.memory_gib * _GIBIBYTE), on_cpu)
+            return cls(round(training.memory_gib * GIB), on_cpu)
         return cls(free_memory(on_cpu=on_cpu), on_cpu)
 
     def need(self, folder: Path, training: Training) -> int:
@@ -247,7 +247,7 @@ def _at_most(folder: Path, training: Training) -> int:
             rows = _PATCHES_OF_SLICE * (training.max_slice_nums + 1) if seen else training.model_max_length
             numbers += training.batch_size * rows * (module.in_features + module.out_features)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return 24 * weights + _BYTES_PER_NUMBER * numbers + _GIBIBYTE
+    return 24 * weights + _BYTES_PER_NUMBER * numbers + GIB
 
 
 def _remedy(training: Training) -> str:
@@ -258,7 +258,7 @@ def _remedy(training: Training) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIBIBYTE:.1f}"
+    return f"{size / GIB:.1f}"
 
 
 # For the launchers

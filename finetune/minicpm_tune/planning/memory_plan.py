@@ -24,6 +24,7 @@ from minicpm_tune.checkpoints.model_folder import read_config, read_generation
 from minicpm_tune.checkpoints.model_generations import Generation, TunedParts
 from minicpm_tune.data.sample_tensors import data_collator
 from minicpm_tune.errors import UserError
+from minicpm_tune.files import GIB
 from minicpm_tune.lora.build import add_adapter, set_frozen_copies_aside
 from minicpm_tune.models.autocast import hold_activations_in_16_bit
 from minicpm_tune.models.batch_layout import PATCH, Grid
@@ -49,7 +50,7 @@ OPTIMIZERS = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "sgd": 
 # The surcharge: CUDA's context with cuBLAS, NCCL where there are several GPUs, and what the caching allocator holds
 # beside live tensors, as a share of what comes and goes, by ZeRO stage. All are assumed, but for stage 3, which
 # makes and frees every layer's weights: its share is fitted to the official table.
-CUDA_BYTES = NCCL_BYTES = 3 * 2**30 // 4
+CUDA_BYTES = NCCL_BYTES = 3 * GIB // 4
 FRAGMENTATION = {0: 0.1, 2: 0.1, 3: 0.8}
 _TAG_TOKENS = 2  # tokens around a placeholder
 _MEL_PER_SECOND, _SEGMENT = 100, 3000  # frames of audio, and of the encoder's longest segment
